@@ -1,0 +1,36 @@
+# Every target sets itself up: the first one on a fresh machine makes .venv, installs what is pinned, and builds.
+# PYTHON names the interpreter to start from (3.10 or later).
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test install lint bench clean
+
+demo: install
+	$(PY) -m fasttx demo
+
+test: install
+	$(PY) -m pytest
+
+install: $(VENV)/.built
+
+lint: install
+	$(PY) -m ruff check .
+
+bench: install
+	$(PY) -m fasttx compare
+
+clean:
+	rm -rf $(VENV) build *.egg-info fasttx/*.so
+
+$(VENV)/.requirements: requirements-dev.txt requirements-demo.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "fasttx needs Python 3.10 or later, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.requirements $(SOURCES)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@

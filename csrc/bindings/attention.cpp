@@ -1,0 +1,237 @@
+#include "common.h"
+
+namespace fasttx::bindings {
+namespace {
+
+// Everything but the tensors that both directions take, as the ops' schemas list it.
+struct Options {
+  const OptionalTensor &attn_mask, &key_lengths, &cu_queries, &cu_keys, &alibi_slopes;
+  bool is_causal;
+  int64_t query_offset, window_left, window_right;
+  double dropout_p;
+  const OptionalTensor& seed;
+  double scale;
+};
+
+// The shape that the kernels take, and the dense tensors that its pointers lead into.
+struct Problem {
+  AttentionShape shape;
+  bool packed;             // (total tokens, heads, width) instead of (batch, heads, tokens, width)
+  int64_t total_queries;   // rows of one head on the token axis
+  OptionalTensor key_lengths, cu_queries, cu_keys, alibi_slopes;
+};
+
+bool has_unit_rows(const Tensor& tensor) {
+  return tensor.size(tensor.dim() - 1) <= 1 || tensor.stride(tensor.dim() - 1) == 1;
+}
+Tensor with_unit_rows(const Tensor& tensor) {
+  return has_unit_rows(tensor) ? tensor : torch::stable::contiguous(tensor);
+}
+
+Strides strides_of(const Tensor& tensor) {
+  if (tensor.dim() == 3) return {0, tensor.stride(1), tensor.stride(0)};
+  return {tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+void check_int64(const Tensor& tensor, int64_t length, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == ScalarType::Long, name, " must be int64 on the CPU");
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.numel() == length, name, " must hold ", length, " values");
+}
+
+const int64_t* values_of(const OptionalTensor& tensor) { return static_cast<const int64_t*>(data(tensor)); }
+
+// The longest sequence; throws unless the offsets rise from 0 to the number of tokens.
+int64_t longest(const Tensor& offsets, int64_t total, const char* name) {
+  const int64_t* at = static_cast<const int64_t*>(offsets.const_data_ptr());
+  const int64_t sequences = offsets.numel() - 1;
+  STD_TORCH_CHECK(at[0] == 0 && at[sequences] == total, name, " must run from 0 to ", total);
+  int64_t most = 0;
+  for (int64_t i = 0; i < sequences; ++i) {
+    STD_TORCH_CHECK(at[i] <= at[i + 1], name, " must not decrease");
+    most = std::max(most, at[i + 1] - at[i]);
+  }
+  return most;
+}
+
+Mask make_mask(const OptionalTensor& mask, const Tensor& query, const Sizes& sizes) {
+  if (!mask.has_value()) return {nullptr, MaskKind::none, false, 0, 0, 0, 0};
+  STD_TORCH_CHECK(mask->is_cpu(), "attn_mask is not on the CPU");
+  const ScalarType dtype = mask->scalar_type();
+  const bool boolean = dtype == ScalarType::Bool;
+  STD_TORCH_CHECK(boolean || dtype == query.scalar_type() || dtype == accumulate_type(query),
+                  "attn_mask must be bool, of the query's dtype, or of its accumulate type");
+  STD_TORCH_CHECK(mask->dim() == 4, "attn_mask must have 4 dimensions here");
+  Sizes strides(4, 0);
+  for (int64_t dim = 0; dim < 4; ++dim) {
+    STD_TORCH_CHECK(mask->size(dim) == 1 || mask->size(dim) == sizes[dim], "attn_mask does not broadcast: ",
+                    mask->size(dim), " against ", sizes[dim]);
+    if (mask->size(dim) != 1) strides[dim] = mask->stride(dim);
+  }
+  return {data(mask), boolean ? MaskKind::boolean : MaskKind::additive, dtype != query.scalar_type(),
+          strides[0], strides[1], strides[2], strides[3]};
+}
+
+Problem make_problem(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options) {
+  const bool packed = options.cu_queries.has_value();
+  STD_TORCH_CHECK(packed == options.cu_keys.has_value(), "cu_seqlens_q and cu_seqlens_k come together");
+  check_like(key, query, "key");
+  check_like(value, query, "value");
+  const int64_t dims = packed ? 3 : 4, heads_dim = 1, tokens_dim = packed ? 0 : 2;
+  STD_TORCH_CHECK(query.dim() == dims && key.dim() == dims && value.dim() == dims, "query, key and value must have ",
+                  dims, " dimensions");
+  const int64_t width = query.size(dims - 1), heads = query.size(heads_dim), kv_heads = key.size(heads_dim);
+  STD_TORCH_CHECK(key.size(dims - 1) == width, "query and key differ in width");
+  STD_TORCH_CHECK(value.size(heads_dim) == kv_heads && value.size(tokens_dim) == key.size(tokens_dim),
+                  "key and value differ in heads or length");
+  STD_TORCH_CHECK(kv_heads == 0 ? heads == 0 : heads % kv_heads == 0, "query's heads must be a multiple of key's");
+
+  Problem problem = {};
+  problem.packed = packed;
+  problem.total_queries = query.size(tokens_dim);
+  AttentionShape& shape = problem.shape;
+  shape.heads = heads;
+  shape.kv_heads = kv_heads;
+  shape.width = width;
+  shape.value_width = value.size(dims - 1);
+  if (packed) {
+    STD_TORCH_CHECK(!options.attn_mask.has_value() && !options.key_lengths.has_value(),
+                    "packed sequences take no attn_mask and no key_lengths");
+    shape.batch = std::max<int64_t>(options.cu_queries->numel(), 1) - 1;
+    check_int64(*options.cu_queries, shape.batch + 1, "cu_seqlens_q");
+    check_int64(*options.cu_keys, shape.batch + 1, "cu_seqlens_k");
+    problem.cu_queries = dense(options.cu_queries);
+    problem.cu_keys = dense(options.cu_keys);
+    shape.queries = longest(*problem.cu_queries, query.size(0), "cu_seqlens_q");
+    shape.keys = longest(*problem.cu_keys, key.size(0), "cu_seqlens_k");
+  } else {
+    shape.batch = query.size(0);
+    shape.queries = query.size(2);
+    shape.keys = key.size(2);
+    STD_TORCH_CHECK(key.size(0) == shape.batch && value.size(0) == shape.batch, "query, key and value differ in batch");
+  }
+  if (options.key_lengths.has_value()) {
+    check_int64(*options.key_lengths, shape.batch, "key_lengths");
+    problem.key_lengths = dense(options.key_lengths);
+    for (int64_t b = 0; b < shape.batch; ++b) {
+      const int64_t length = values_of(problem.key_lengths)[b];
+      STD_TORCH_CHECK(length >= 0 && length <= shape.keys, "key_lengths must lie in [0, ", shape.keys, "]");
+    }
+  }
+  if (options.alibi_slopes.has_value()) {
+    STD_TORCH_CHECK(options.alibi_slopes->is_cpu() && options.alibi_slopes->scalar_type() == accumulate_type(query) &&
+                        options.alibi_slopes->dim() == 1 && options.alibi_slopes->numel() == heads,
+                    "alibi_slopes must hold one value of the accumulate type for each head");
+    problem.alibi_slopes = dense(options.alibi_slopes);
+  }
+  shape.key_lengths = values_of(problem.key_lengths);
+  shape.cu_queries = values_of(problem.cu_queries);
+  shape.cu_keys = values_of(problem.cu_keys);
+  shape.alibi_slopes = data(problem.alibi_slopes);
+  // Positions further off than any tensor is long are all alike, and their sums must not overflow.
+  constexpr int64_t kFar = int64_t{1} << 48;
+  shape.query_offset = std::clamp(options.query_offset, -kFar, kFar);
+  shape.window_left = std::min(options.window_left, 2 * kFar);
+  shape.window_right = std::min(options.window_right, 2 * kFar);
+  shape.is_causal = options.is_causal;
+  shape.scale = options.scale;
+  shape.mask = make_mask(options.attn_mask, query, {shape.batch, heads, shape.queries, shape.keys});
+  shape.dropout = make_dropout(options.dropout_p, options.seed);
+  return problem;
+}
+
+Sizes lse_sizes(const Problem& problem) {
+  if (problem.packed) return {problem.shape.heads, problem.total_queries};
+  return {problem.shape.batch, problem.shape.heads, problem.shape.queries};
+}
+
+// As (tokens, heads, width) in memory, which the next linear reads without a copy.
+Tensor allocate_tokens_first(const Tensor& like, int64_t width) {
+  if (like.dim() == 3) return allocate({like.size(0), like.size(1), width}, like.scalar_type());
+  return torch::stable::transpose(allocate({like.size(0), like.size(2), like.size(1), width}, like.scalar_type()), 1, 2);
+}
+// In the memory order of the tensor that it is the gradient of.
+Tensor allocate_gradient(const Tensor& like) {
+  Tensor gradient = torch::stable::empty_like(like);
+  return has_unit_rows(gradient) ? gradient : allocate_tokens_first(like, like.size(like.dim() - 1));
+}
+
+std::tuple<Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
+                                         const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+                                         const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                         const OptionalTensor& alibi_slopes, bool is_causal, int64_t query_offset,
+                                         int64_t window_left, int64_t window_right, double dropout_p,
+                                         const OptionalTensor& seed, double scale) {
+  const int dtype = dtype_index(query, "query");
+  const Problem problem = make_problem(query, key, value,
+                                       {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal,
+                                        query_offset, window_left, window_right, dropout_p, seed, scale});
+  const AttentionShape& shape = problem.shape;
+  const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
+  Tensor output = allocate_tokens_first(query, shape.value_width);
+  Tensor lse = allocate(lse_sizes(problem), accumulate_type(query));
+  if (lse.numel() == 0) return {output, lse};
+
+  AttentionFwd args = {shape, data(q), data(k), data(v), strides_of(q), strides_of(k), strides_of(v),
+                       strides_of(output), out(output), out(lse), nullptr, nullptr};
+  // Where there are few (sequence, kv head) pairs, threads share one and its packed keys; else each packs its own, in
+  // memory that it uses again.
+  const KernelTable& kernels = table();
+  OptionalTensor k_packed, v_packed;
+  const bool one_tile = shape.queries * (shape.heads / shape.kv_heads) <= 32;
+  if (!one_tile && shape.batch * shape.kv_heads < 4 * static_cast<int64_t>(torch::stable::get_num_threads())) {
+    const auto bytes = [&](int64_t width) {
+      return allocate({static_cast<int64_t>(kernels.attention_packed_bytes[dtype](shape, width))}, ScalarType::Byte);
+    };
+    k_packed = bytes(shape.width);
+    v_packed = bytes(shape.value_width);
+    args.k_packed = out(*k_packed);
+    args.v_packed = out(*v_packed);
+    launch(kernels.attention_pack[dtype],
+           AttentionPack{shape, args.k, args.v, args.k_strides, args.v_strides, args.k_packed, args.v_packed});
+  }
+  launch(kernels.attention_fwd[dtype], args);
+  return {output, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(
+    const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& output, const Tensor& lse, const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, const OptionalTensor& alibi_slopes,
+    bool is_causal, int64_t query_offset, int64_t window_left, int64_t window_right, double dropout_p,
+    const OptionalTensor& seed, double scale) {
+  const int dtype = dtype_index(query, "query");
+  const Problem problem = make_problem(query, key, value,
+                                       {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal,
+                                        query_offset, window_left, window_right, dropout_p, seed, scale});
+  const AttentionShape& shape = problem.shape;
+  Sizes output_sizes = sizes_of(query);
+  output_sizes.back() = shape.value_width;
+  check_like(output, query, "output", output_sizes);
+  check_like(grad, query, "grad", output_sizes);
+  const auto check_lse = [&](const Tensor& tensor, const char* name) {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == accumulate_type(query) &&
+                        sizes_of(tensor) == lse_sizes(problem),
+                    name, " must be that of the forward");
+  };
+  check_lse(lse, "lse");
+  if (grad_lse.has_value()) check_lse(*grad_lse, "grad_lse");
+
+  const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
+  const Tensor o = with_unit_rows(output), g = with_unit_rows(grad), l = dense(lse);
+  const OptionalTensor dl = dense(grad_lse);
+  Tensor dq = allocate_gradient(q), dk = allocate_gradient(k), dv = allocate_gradient(v);
+  launch(table().attention_bwd[dtype],
+         AttentionBwd{shape, data(g), data(q), data(k), data(v), data(o), strides_of(g), strides_of(q), strides_of(k),
+                      strides_of(v), strides_of(o), strides_of(dq), strides_of(dk), strides_of(dv), data(l), data(dl),
+                      out(dq), out(dk), out(dv)});
+  return {dq, dk, dv};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fasttx, CPU, m) {
+  m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
+}
+
+}  // namespace fasttx::bindings

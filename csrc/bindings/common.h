@@ -1,0 +1,80 @@
+// What every binding shares: reading tensors, allocating results, and running a kernel's items on torch's threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <vector>
+
+#include "../cpu/dispatch.h"
+
+namespace fasttx::bindings {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+// The table's index for the tensor's dtype; throws for one that fasttx does not compute in.
+int dtype_index(const Tensor& tensor, const char* name);
+// float64 for float64, else float32.
+ScalarType accumulate_type(const Tensor& tensor);
+
+// Throws unless `tensor`, where present, is on the CPU with the dtype of `like`.
+void check_like(const OptionalTensor& tensor, const Tensor& like, const char* name);
+// The same, and that it has these sizes.
+void check_like(const OptionalTensor& tensor, const Tensor& like, const char* name, const Sizes& sizes);
+
+Tensor dense(const Tensor& tensor);
+OptionalTensor dense(const OptionalTensor& tensor);
+
+inline Sizes sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return Sizes(sizes.begin(), sizes.end());
+}
+
+Tensor allocate(const Sizes& sizes, ScalarType dtype);
+inline Tensor allocate_like(const Tensor& tensor) { return allocate(sizes_of(tensor), tensor.scalar_type()); }
+// What an op returns in place of a result that was not asked for.
+inline Tensor nothing(const Tensor& like) { return allocate({0}, like.scalar_type()); }
+
+inline const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
+inline const void* data(const OptionalTensor& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+inline void* out(Tensor& tensor) { return tensor.mutable_data_ptr(); }
+inline void* out_or_null(Tensor& tensor) { return tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr(); }
+
+// Inactive at probability 0; otherwise a seed tensor (int64, one element, on the CPU) is required.
+Dropout make_dropout(double probability, const OptionalTensor& seed);
+Activation make_activation(int64_t code);
+
+// The calling thread's block for a kernel's private use, 64-byte aligned; valid until its next call on the same thread.
+void* thread_scratch(size_t bytes);
+
+template <class Args>
+void launch(const Kernel<Args>& kernel, const Args& args) {
+  const Plan plan = kernel.plan(args);
+  if (plan.items <= 0) return;
+  if (!plan.uneven) {
+    torch::stable::parallel_for(0, plan.items, plan.grain, [&](int64_t begin, int64_t end) {
+      kernel.run(args, thread_scratch(plan.scratch_bytes), begin, end);
+    });
+    return;
+  }
+  const int64_t portions = (plan.items + plan.grain - 1) / plan.grain;
+  const int64_t workers = std::min<int64_t>(portions, torch::stable::get_num_threads());
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    void* scratch = thread_scratch(plan.scratch_bytes);
+    for (int64_t begin; (begin = next.fetch_add(plan.grain)) < plan.items;) {
+      kernel.run(args, scratch, begin, std::min(begin + plan.grain, plan.items));
+    }
+  });
+}
+
+}  // namespace fasttx::bindings

@@ -1,0 +1,280 @@
+// Attention forward, tile by tile with a running maximum and sum: Milakov and Gimelshein (2018), https://arxiv.org/abs/1805.02867;
+// Dao et al. (2022), https://arxiv.org/abs/2205.14135.
+//
+// A query's result depends on its own scores alone, bit for bit: its keys are always taken in the same tiles, counted from
+// the sequence's first key, and tiles or lanes that it doesn't see add exact zeros.
+
+// Keys and values of one (sequence, kv head) as right operands: K as [panel of keys][width][kTileCols], V as [panel of
+// values][key][kTileCols], `pitch` keys a panel.
+template <class P>
+struct PackedKeys {
+  P *keys, *values;
+  int64_t pitch;
+};
+template <class P>
+static inline int64_t key_panel_size(const AttentionShape& g) {
+  return round_up(g.width, Packed<P>::kStep) * kTileCols<P>;
+}
+template <class P>
+static inline int64_t value_panels(const AttentionShape& g) {
+  return ceil_div(g.value_width, kTileCols<P>);
+}
+
+// Panels before sequence b's in the buffers of the whole batch; packed sequences each waste less than one.
+template <class P>
+static inline int64_t panels_before(const AttentionShape& g, int64_t b) {
+  if (g.cu_keys != nullptr) return g.cu_keys[b] / kTileCols<P> + b;
+  return b * ceil_div(g.keys, kTileCols<P>);
+}
+
+template <class T>
+static size_t attention_packed_bytes(const AttentionShape& g, int64_t width) {
+  using P = typename Packed<T>::type;
+  return sizeof(P) * g.kv_heads * panels_before<P>(g, g.batch) * kTileCols<P> * round_up(width, kTileCols<P>);
+}
+
+template <class P>
+static inline PackedKeys<P> packed_of(const AttentionShape& g, void* keys, void* values, int64_t b, int64_t kv_head) {
+  const int64_t before = kv_head * panels_before<P>(g, g.batch) + panels_before<P>(g, b);
+  const int64_t pitch = (panels_before<P>(g, b + 1) - panels_before<P>(g, b)) * kTileCols<P>;
+  return {static_cast<P*>(keys) + before * key_panel_size<P>(g),
+          static_cast<P*>(values) + before * value_panels<P>(g) * kTileCols<P> * kTileCols<P>, pitch};
+}
+
+// Packs keys [key, key + n) of the sequence to the rows from `to` on; `key` and `to` are multiples of kTileCols.
+template <class T, class P = typename Packed<T>::type>
+static void pack_keys(const AttentionShape& g, const T* keys, const T* values, const Strides& k_strides,
+                      const Strides& v_strides, int64_t key, int64_t n, const PackedKeys<P>& packed, int64_t to) {
+  for (int64_t i = 0; i < n; i += kTileCols<P>) {
+    pack_transposed(keys + (key + i) * k_strides.t, k_strides.t, min_of(kTileCols<P>, n - i), g.width,
+                    packed.keys + (to + i) / kTileCols<P> * key_panel_size<P>(g));
+  }
+  pack_rows(values + key * v_strides.t, v_strides.t, n, g.value_width, packed.values + to * kTileCols<P>,
+            packed.pitch * kTileCols<P>);
+}
+
+// Items are (sequence, kv head, panel of keys).
+template <class T>
+struct AttentionPackKernel {
+  using P = typename Packed<T>::type;
+  static int64_t panels(const AttentionPack& g) { return ceil_div(g.shape.keys, kTileCols<P>); }
+
+  static Plan plan(const AttentionPack& g) {
+    const int64_t work = kTileCols<P> * (g.shape.width + g.shape.value_width);
+    return {g.shape.batch * g.shape.kv_heads * panels(g), max_of(1, 32768 / max_of(1, work)), 0, false};
+  }
+
+  static void run(const AttentionPack& g, void*, int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t key = item % panels(g) * kTileCols<P>, kv_head = item / panels(g) % g.shape.kv_heads;
+      const Sequence sequence = sequence_of(g.shape, item / panels(g) / g.shape.kv_heads);
+      if (key >= sequence.keys) continue;
+      pack_keys<T>(g.shape, first_row<T>(g.k, g.k_strides, g.shape, sequence.batch, kv_head, sequence.first_key),
+                   first_row<T>(g.v, g.v_strides, g.shape, sequence.batch, kv_head, sequence.first_key), g.k_strides,
+                   g.v_strides, key, min_of(kTileCols<P>, sequence.keys - key),
+                   packed_of<P>(g.shape, g.k_packed, g.v_packed, sequence.batch, kv_head), key);
+    }
+  }
+};
+
+// A tile of queries on its way over the keys.
+template <class P>
+struct QueryTile {
+  using A = accum_t<P>;
+  using V = Vec<A>;
+  int64_t q_stride, out_stride;
+  P* q;        // (kQueryTile, q_stride)
+  A* scores;   // (kQueryTile, kKeyTile); then, as P in the same rows, the probabilities
+  A* out;      // (kQueryTile, out_stride)
+  A* largest;  // (kQueryTile): of the scores so far
+  A* shift;    // (kQueryTile): the same, 0 in place of -inf
+  A* decay;    // (kQueryTile): what the sums so far are worth under the new maximum
+  A* sums;     // (kQueryTile, kWidth)
+  A* bias;     // (kKeyTile)
+  A* keep;     // (kKeyTile)
+
+  QueryTile(const AttentionShape& g, ScratchPieces& pieces)
+      : q_stride(round_up(g.width, Packed<P>::kStep)), out_stride(value_panels<P>(g) * kTileCols<P>) {
+    q = pieces.take<P>(kQueryTile * q_stride);
+    scores = pieces.take<A>(kQueryTile * kKeyTile);
+    out = pieces.take<A>(kQueryTile * out_stride);
+    largest = pieces.take<A>(kQueryTile);
+    shift = pieces.take<A>(kQueryTile);
+    decay = pieces.take<A>(kQueryTile);
+    sums = pieces.take<A>(kQueryTile * V::kWidth);
+    bias = pieces.take<A>(kKeyTile);
+    keep = pieces.take<A>(kKeyTile);
+  }
+
+  void start() {
+    for (int64_t i = 0; i < kQueryTile; ++i) largest[i] = -kInfinity<A>;
+    memset(sums, 0, sizeof(A) * kQueryTile * V::kWidth);
+  }
+
+  void score(const AttentionShape& g, int64_t rows, const P* keys, int64_t n) {
+    multiply<P>({q, q_stride, Packed<P>::kStep, keys, key_panel_size<P>(g), q_stride, scores, kKeyTile, false, nullptr,
+                 static_cast<A>(g.scale)},
+                rows, n);
+  }
+
+  // Scores to probabilities, not yet divided by their sum.
+  __attribute__((noinline)) void softmax(const AttentionShape& g, int64_t batch, const TileRows& rows, int64_t key,
+                                         int64_t n) {
+    const V lowest = V::set1(-kInfinity<A>);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      V top = lowest;
+      for (int64_t i = 0; i < n; i += V::kWidth) top = max(top, V::load(scores + r * kKeyTile + i));
+      shift[r] = reduce_max(top);
+    }
+    for (int64_t r = 0; r < rows.count; r += V::kWidth) {
+      const V before = V::load(largest + r), now = max(before, V::load(shift + r));
+      const V base = select(eq(now, lowest), V::zero(), now);
+      now.store(largest + r);
+      base.store(shift + r);
+      exp(before - base).store(decay + r);
+    }
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const A* row = scores + r * kKeyTile;
+      P* probabilities = reinterpret_cast<P*>(scores + r * kKeyTile);
+      if (g.dropout.active)
+        dropout_keep(keep, n, g.dropout.seed, static_cast<uint32_t>(batch), static_cast<uint32_t>(rows.rows[r].head),
+                     rows.rows[r].query, key, g.dropout.threshold, static_cast<A>(g.dropout.scale));
+      const V base = V::set1(shift[r]);
+      V sum = V::zero();
+      for (int64_t i = 0; i < n; i += V::kWidth) {
+        const V p = exp(V::load(row + i) - base);
+        sum = sum + p;
+        store_operand(g.dropout.active ? p * V::load(keep + i) : p, probabilities + i);
+      }
+      fma(V::load(sums + r * V::kWidth), V::set1(decay[r]), sum).store(sums + r * V::kWidth);
+    }
+  }
+
+  void add_values(const AttentionShape& g, int64_t rows, const P* values, int64_t pitch, int64_t n, bool first) {
+    multiply<P>({reinterpret_cast<const P*>(scores), static_cast<int64_t>(kKeyTile * sizeof(A) / sizeof(P)),
+                 Packed<P>::kStep, values, pitch * kTileCols<P>, round_up(n, Packed<P>::kStep), out, out_stride, !first,
+                 decay, A(1)},
+                rows, g.value_width);
+  }
+};
+
+// Items are (sequence, kv head, tile of queries) where the keys come packed, else (sequence, kv head).
+template <class T>
+struct AttentionFwdKernel {
+  using A = accum_t<T>;
+  using V = Vec<A>;
+  using P = typename Packed<T>::type;
+
+  // Several heads of one kv head share a tile where they have few queries.
+  static int64_t heads_in_tile(const AttentionShape& g, int64_t queries) {
+    return max_of(1, min_of(g.heads / g.kv_heads, kQueryTile / max_of(1, queries)));
+  }
+  static int64_t query_tiles(const AttentionShape& g, int64_t queries) {
+    return ceil_div(g.heads / g.kv_heads, heads_in_tile(g, queries)) * ceil_div(queries, kQueryTile);
+  }
+
+  struct Scratch {
+    ScratchPieces pieces;
+    QueryTile<P> tile;
+    PackedKeys<P> packed;  // of one tile of keys, or of a whole sequence where several tiles of queries read it
+    Scratch(const AttentionFwd& g, void* base) : pieces{static_cast<char*>(base)}, tile(g.shape, pieces), packed{} {
+      if (g.k_packed != nullptr) return;
+      const bool whole = query_tiles(g.shape, g.shape.queries) > 1;
+      packed.pitch = max_of(kKeyTile, whole ? round_up(g.shape.keys, kTileCols<P>) : 0);
+      packed.keys = pieces.take<P>(packed.pitch / kTileCols<P> * key_panel_size<P>(g.shape));
+      packed.values = pieces.take<P>(packed.pitch * value_panels<P>(g.shape) * kTileCols<P>);
+    }
+  };
+
+  static Plan plan(const AttentionFwd& g) {
+    const AttentionShape& shape = g.shape;
+    if (shape.kv_heads == 0) return {0, 1, 0, false};
+    const int64_t tiles = query_tiles(shape, shape.queries), pairs = shape.batch * shape.kv_heads;
+    const int64_t rows = g.k_packed != nullptr ? kQueryTile : shape.queries * (shape.heads / shape.kv_heads);
+    const int64_t work = (rows + 1) * (shape.keys + 1) * (shape.width + shape.value_width + 1);
+    return {g.k_packed != nullptr ? pairs * tiles : pairs, max_of(1, (int64_t{1} << 18) / work),
+            Scratch(g, nullptr).pieces.used, true};
+  }
+
+  static void run(const AttentionFwd& g, void* base, int64_t begin, int64_t end) {
+    const AttentionShape& shape = g.shape;
+    Scratch scratch(g, base);
+    const int64_t most = g.k_packed != nullptr ? query_tiles(shape, shape.queries) : 1;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t kv_head = item / most % shape.kv_heads;
+      const Sequence sequence = sequence_of(shape, item / most / shape.kv_heads);
+      const int64_t tiles = query_tiles(shape, sequence.queries);
+      if (g.k_packed != nullptr) {
+        // The last tiles first: under a causal mask they take the longest.
+        const int64_t index = most - 1 - item % most;
+        if (index < tiles)
+          run_tile(g, sequence, kv_head, index, scratch.tile,
+                   packed_of<P>(shape, g.k_packed, g.v_packed, sequence.batch, kv_head), false);
+        continue;
+      }
+      if (tiles > 1) pack(g, sequence, kv_head, 0, sequence.keys, scratch.packed);
+      for (int64_t index = 0; index < tiles; ++index)
+        run_tile(g, sequence, kv_head, index, scratch.tile, scratch.packed, tiles == 1);
+    }
+  }
+
+  static void pack(const AttentionFwd& g, const Sequence& sequence, int64_t kv_head, int64_t key, int64_t n,
+                   const PackedKeys<P>& packed) {
+    pack_keys<T>(g.shape, first_row<T>(g.k, g.k_strides, g.shape, sequence.batch, kv_head, sequence.first_key),
+                 first_row<T>(g.v, g.v_strides, g.shape, sequence.batch, kv_head, sequence.first_key), g.k_strides,
+                 g.v_strides, key, n, packed, 0);
+  }
+
+  static void run_tile(const AttentionFwd& g, const Sequence& sequence, int64_t kv_head, int64_t index,
+                       QueryTile<P>& tile, const PackedKeys<P>& packed, bool pack_each) {
+    const AttentionShape& shape = g.shape;
+    TileRows rows;
+    load_queries(g, sequence, kv_head, index, tile, rows);
+    tile.start();
+    bool first = true;
+    for (int64_t key = rows.first / kKeyTile * kKeyTile; key < rows.last; key += kKeyTile) {
+      const int64_t n = min_of(kKeyTile, rows.last - key);
+      TileMask<T> mask(shape, rows, sequence.batch, key, n, tile.bias);
+      if (mask.empty()) continue;
+      if (pack_each) pack(g, sequence, kv_head, key, n, packed);
+      const int64_t at = pack_each ? 0 : key;
+      tile.score(shape, rows.count, packed.keys + at / kTileCols<P> * key_panel_size<P>(shape), n);
+      mask.apply(tile.scores, kKeyTile);
+      tile.softmax(shape, sequence.batch, rows, key, n);
+      tile.add_values(shape, rows.count, packed.values + at * kTileCols<P>, packed.pitch, n, first);
+      first = false;
+    }
+    store(g, sequence, tile, rows);
+  }
+
+  static void load_queries(const AttentionFwd& g, const Sequence& sequence, int64_t kv_head, int64_t index,
+                           QueryTile<P>& tile, TileRows& rows) {
+    const int64_t group = g.shape.heads / g.shape.kv_heads, together = heads_in_tile(g.shape, sequence.queries);
+    const int64_t slices = ceil_div(sequence.queries, kQueryTile);  // 1 where heads share a tile
+    const int64_t head0 = index / slices * together, query0 = index % slices * kQueryTile;
+    const int64_t queries = min_of(kQueryTile, sequence.queries - query0);
+    for (int64_t i = head0; i < min_of(group, head0 + together); ++i) {
+      const int64_t head = kv_head * group + i;
+      pack_left(first_row<T>(g.q, g.q_strides, g.shape, sequence.batch, head, sequence.first_query + query0),
+                g.q_strides.t, queries, g.shape.width, tile.q + rows.count * tile.q_stride, tile.q_stride);
+      for (int64_t query = query0; query < query0 + queries; ++query)
+        rows.add(tile_row(g.shape, head, query, sequence.keys));
+    }
+  }
+
+  static void store(const AttentionFwd& g, const Sequence& sequence, const QueryTile<P>& tile, const TileRows& rows) {
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const TileRow& row = rows.rows[r];
+      const A sum = reduce_add(V::load(tile.sums + r * V::kWidth));
+      const bool none = sum == 0;
+      static_cast<A*>(g.lse)[lse_index(g.shape, sequence, row.head, row.query)] =
+          none ? -kInfinity<A> : tile.largest[r] + log(sum);
+      const V factor = V::set1(A(1) / sum);
+      T* out = first_row<T>(g.out, g.out_strides, g.shape, sequence.batch, row.head, sequence.first_query + row.query);
+      const A* from = tile.out + r * tile.out_stride;
+      for_vectors<V>(g.shape.value_width, [&](int64_t i, int lanes) {
+        store_lanes(out + i, none ? V::zero() : V::load(from + i) * factor, lanes);
+      });
+    }
+  }
+};

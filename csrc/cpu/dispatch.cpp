@@ -1,0 +1,66 @@
+#include "dispatch.h"
+
+#include <string.h>
+
+#include <atomic>
+
+namespace fasttx {
+
+extern const KernelTable kScalarTable;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Table;
+extern const KernelTable kAvx512Table;
+extern const KernelTable kAvx512Bf16Table;
+#endif
+
+namespace {
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+// __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+std::atomic<const KernelTable*> current{nullptr};
+
+}  // namespace
+
+const Isa kIsas[] = {
+    {"scalar", &kScalarTable, always},
+#if defined(__x86_64__)
+    {"avx2", &kAvx2Table, has_avx2},
+    {"avx512", &kAvx512Table, has_avx512},
+    {"avx512_bf16", &kAvx512Bf16Table, has_avx512_bf16},
+#endif
+};
+const int kNumIsas = sizeof(kIsas) / sizeof(kIsas[0]);
+
+const Isa* find_isa(const char* name) {
+  for (int i = 0; i < kNumIsas; ++i) {
+    if (strcmp(name, kIsas[i].name) == 0) return &kIsas[i];
+  }
+  return nullptr;
+}
+
+void set_isa(const Isa& isa) { current = isa.table; }
+
+const KernelTable& table() {
+  const KernelTable* in_use = current.load(std::memory_order_relaxed);
+  if (in_use != nullptr) return *in_use;
+  int best = kNumIsas - 1;
+  while (!kIsas[best].supported()) --best;
+  const KernelTable* expected = nullptr;
+  current.compare_exchange_strong(expected, kIsas[best].table);
+  return *current.load();
+}
+
+}  // namespace fasttx

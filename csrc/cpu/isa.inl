@@ -1,0 +1,45 @@
+// Everything that one instruction set compiles; included by every isa_*.cpp inside its own namespace, after its vec_*.h.
+
+#include "math.h"
+#include "philox.h"
+#include "gemm.inl"
+#include "reduce.inl"
+#include "layer_norm.inl"
+#include "activation.inl"
+#include "softmax.inl"
+#include "transpose.inl"
+#include "attention_tile.inl"
+#include "attention.inl"
+#include "attention_bwd.inl"
+
+#define FASTTX_STRING_(name) #name
+#define FASTTX_STRING(name) FASTTX_STRING_(name)
+#define FASTTX_KERNEL(K)                                                      \
+  {                                                                           \
+    {&K<float>::plan, &K<float>::run}, {&K<bf16>::plan, &K<bf16>::run},       \
+        {&K<fp16>::plan, &K<fp16>::run}, {&K<double>::plan, &K<double>::run}, \
+  }
+#define FASTTX_FUNCTION(f) {&f<float>, &f<bf16>, &f<fp16>, &f<double>}
+
+inline constexpr KernelTable kTable = {
+    .isa = FASTTX_STRING(FASTTX_ISA),
+    .packed_k = FASTTX_FUNCTION(packed_k),
+    .packed_a_bytes = FASTTX_FUNCTION(packed_a_bytes),
+    .packed_b_bytes = FASTTX_FUNCTION(packed_b_bytes),
+    .a_is_packed = {a_is_packed<float>, a_is_packed<bf16>, a_is_packed<fp16>, a_is_packed<double>},
+    .attention_packed_bytes = FASTTX_FUNCTION(attention_packed_bytes),
+    .layer_norm_fwd = FASTTX_KERNEL(LayerNormFwdKernel),
+    .layer_norm_bwd = FASTTX_KERNEL(LayerNormBwdKernel),
+    .reduce_rows = FASTTX_KERNEL(ReduceRowsKernel),
+    .column_sum = FASTTX_KERNEL(ColumnSumKernel),
+    .activation_fwd = FASTTX_KERNEL(ActivationFwdKernel),
+    .activation_bwd = FASTTX_KERNEL(ActivationBwdKernel),
+    .softmax_fwd = FASTTX_KERNEL(SoftmaxFwdKernel),
+    .softmax_bwd = FASTTX_KERNEL(SoftmaxBwdKernel),
+    .pack_a = FASTTX_KERNEL(PackAKernel),
+    .pack_b = FASTTX_KERNEL(PackBKernel),
+    .gemm = FASTTX_KERNEL(GemmKernel),
+    .attention_pack = FASTTX_KERNEL(AttentionPackKernel),
+    .attention_fwd = FASTTX_KERNEL(AttentionFwdKernel),
+    .attention_bwd = FASTTX_KERNEL(AttentionBwdKernel),
+};

@@ -1,0 +1,251 @@
+// The table of kernels that every instruction set exports, and the arguments that each kernel takes.
+//
+// A kernel never sees a tensor, a thread or an allocator. It is given its arguments (raw pointers, sizes, strides counted
+// in elements), a private scratch block, and a range of work items; `plan` says how many items there are and how much
+// scratch one call needs. Items are independent and may run in any order on any thread: results never depend on how the
+// range was divided.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "types.h"
+
+namespace fasttx {
+
+struct Plan {
+  int64_t items;         // work items in the whole call
+  int64_t grain;         // items that are worth waking a thread for
+  size_t scratch_bytes;  // private to one thread, 64-byte aligned
+  bool uneven;           // items differ in cost: hand them out one grain at a time
+};
+
+template <class Args>
+struct Kernel {
+  Plan (*plan)(const Args&);
+  void (*run)(const Args&, void* scratch, int64_t begin, int64_t end);
+};
+
+// Philox dropout: an element is kept when its word is at least `threshold`, and then multiplied by `scale`.
+struct Dropout {
+  uint64_t seed;
+  uint32_t threshold;
+  double scale;
+  bool active;
+};
+
+enum class Activation : int32_t { none, relu, gelu, gelu_tanh };
+
+// Storage type T is the dtype of the call; accumulate type A is double for float64 and float for every other.
+
+// y = (x - mean) * rstd * weight + bias over rows of `width`. With `residual`, x is first replaced by residual + dropout(x),
+// and stored to `sum` unless that is null.
+struct LayerNormFwd {
+  const void* x;         // T (rows, width)
+  const void* residual;  // T (rows, width) or null
+  const void* weight;    // T (width) or null
+  const void* bias;      // T (width) or null
+  void* y;               // T (rows, width)
+  void* sum;             // T (rows, width) or null
+  void* mean;            // A (rows) or null
+  void* rstd;            // A (rows) or null
+  int64_t rows, width;
+  double eps;
+  Dropout dropout;
+};
+
+// Items are chunks of rows; each writes its own line of the partial sums, which layer_norm_reduce adds in order.
+struct LayerNormBwd {
+  const void* dy;      // T (rows, width)
+  const void* dsum;    // T (rows, width) or null: gradient that reaches the sum by another way
+  const void* x;       // T (rows, width): what was normalised
+  const void* mean;    // A (rows)
+  const void* rstd;    // A (rows)
+  const void* weight;  // T (width) or null
+  void* dx;            // T (rows, width) or null: gradient of what was normalised (with dsum)
+  void* dinput;        // T (rows, width) or null: dx through the dropout
+  void* dweight_partial;  // A (chunks, width) or null
+  void* dbias_partial;    // A (chunks, width) or null
+  int64_t rows, width;
+  Dropout dropout;
+};
+
+// out[j] = sum over i of partial[i][j], in the order of i.
+struct ReduceRows {
+  const void* partial;  // A (rows, width)
+  void* out;            // T (width)
+  int64_t rows, width;
+};
+
+// partial[c][j] = sum of x[i][j] over the rows of chunk c; items are chunks, as many as column_sum_chunks(rows).
+struct ColumnSum {
+  const void* x;  // T (rows, width), row stride x_stride
+  void* partial;  // A (chunks, width)
+  int64_t rows, width, x_stride;
+};
+
+// y = activation(x + bias); items are rows.
+struct ActivationFwd {
+  const void* x;     // T (rows, width)
+  const void* bias;  // T (width) or null
+  void* y;           // T (rows, width)
+  int64_t rows, width;
+  Activation activation;
+};
+
+struct ActivationBwd {
+  const void* dy;    // T (rows, width)
+  const void* x;     // T (rows, width)
+  const void* bias;  // T (width) or null
+  void* dx;          // T (rows, width)
+  int64_t rows, width;
+  Activation activation;
+};
+
+enum class MaskKind : int32_t { none, boolean, additive };
+
+// Attention mask or softmax mask, broadcast by strides (0 where it repeats).
+struct Mask {
+  const void* data;
+  MaskKind kind;
+  bool wide;  // additive: stored in the accumulate type rather than in T
+  int64_t stride_b, stride_h, stride_q, stride_k;
+};
+
+// y = softmax(x + mask) over rows of `width`; the row index is (b, h, q) with q the fastest. Fully masked rows give zeros.
+struct SoftmaxFwd {
+  const void* x;  // T (batch, heads, queries, width)
+  void* y;        // the same
+  int64_t batch, heads, queries, width;
+  Mask mask;
+  bool is_causal;
+};
+
+struct SoftmaxBwd {
+  const void* dy;  // T (rows, width)
+  const void* y;   // T (rows, width)
+  void* dx;        // T (rows, width)
+  int64_t rows, width;
+};
+
+// Where the matrices of attention lie: element (b, h, t, d) of a tensor is at b * stride_b + h * stride_h + t * stride_t + d.
+struct Strides {
+  int64_t b, h, t;
+};
+
+// Fused attention. Padded: sequence b holds `queries` rows and key_lengths[b] <= keys keys. Packed (varlen): sequence b
+// holds rows cu_queries[b] .. cu_queries[b + 1] of the token axis (stride b is not used), and likewise its keys; `queries` and
+// `keys` are those of the longest sequence.
+struct AttentionShape {
+  int64_t batch, heads, kv_heads, queries, keys, width, value_width;
+  const int64_t* key_lengths;  // (batch) or null
+  const int64_t* cu_queries;   // (batch + 1) or null: packed
+  const int64_t* cu_keys;      // (batch + 1) or null
+  int64_t query_offset;
+  int64_t window_left, window_right;  // negative: unlimited
+  bool is_causal;
+  double scale;
+  Mask mask;
+  const void* alibi_slopes;  // A (heads) or null
+  Dropout dropout;
+};
+
+struct AttentionFwd {
+  AttentionShape shape;
+  const void *q, *k, *v;  // T
+  Strides q_strides, k_strides, v_strides, out_strides;
+  void* out;                       // T
+  void* lse;                       // A: (batch, heads, queries), or packed (heads, total queries)
+  void *k_packed, *v_packed;       // from attention_pack, or null: items pack their own, and are fewer
+};
+
+// Packs keys and values of every (sequence, kv head) once, for all the query tiles that read them.
+struct AttentionPack {
+  AttentionShape shape;
+  const void *k, *v;  // T
+  Strides k_strides, v_strides;
+  void *k_packed, *v_packed;
+};
+
+struct AttentionBwd {
+  AttentionShape shape;
+  const void *dout, *q, *k, *v, *out;  // T
+  Strides dout_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, dk_strides, dv_strides;
+  const void* lse;     // A, as in the forward
+  const void* dlse;    // A or null: gradient that reaches lse itself
+  void *dq, *dk, *dv;  // T
+};
+
+// Copies a (m, k) matrix, given by its strides, to rows of the packed operand type with unit stride along k.
+struct PackA {
+  const void* a;  // T
+  int64_t row_stride, k_stride, m, k;
+  void* packed;  // P (m, k rounded up to the packing step)
+};
+
+// Copies a (k, n) matrix, given by its strides, to panels of the tile's width: [panel][k][column], zero-padded.
+struct PackB {
+  const void* b;  // T
+  int64_t k_stride, n_stride, k, n;
+  void* packed;  // P
+};
+
+// c = epilogue(a b): bias, stored pre-activation, activation, dropout; or, backward, times activation'(preact).
+struct Gemm {
+  const void* a;  // P (m, k), unit stride along k
+  const void* b;  // P, from PackB
+  int64_t m, n, k, a_stride;
+  const void* bias;  // T (n) or null
+  Activation activation;
+  void* preact;             // T (m, n) or null: a b + bias
+  const void* grad_preact;  // T (m, n) or null: c = dropout(a b) * activation'(grad_preact), and
+  void* recomputed;         // T (m, n) or null: dropout(activation(grad_preact))
+  void* c;                  // T (m, n)
+  int64_t c_stride;         // also of preact, grad_preact and recomputed
+  int64_t row_offset;       // index of row 0 in the whole matrix, for the dropout
+  Dropout dropout;
+};
+
+constexpr int kDTypes = 4;  // in the order of DType
+
+struct KernelTable {
+  const char* isa;
+  // k as a packed operand holds it: rounded up to the packing step; also the row stride of a packed A.
+  int64_t (*packed_k[kDTypes])(int64_t k);
+  // Bytes of the packed forms.
+  size_t (*packed_a_bytes[kDTypes])(int64_t m, int64_t k);
+  size_t (*packed_b_bytes[kDTypes])(int64_t k, int64_t n);
+  // Whether a row-major T matrix with unit stride along k is already a packed A.
+  bool a_is_packed[kDTypes];
+  size_t (*attention_packed_bytes[kDTypes])(const AttentionShape&, int64_t width);
+
+  Kernel<LayerNormFwd> layer_norm_fwd[kDTypes];
+  Kernel<LayerNormBwd> layer_norm_bwd[kDTypes];
+  Kernel<ReduceRows> reduce_rows[kDTypes];
+  Kernel<ColumnSum> column_sum[kDTypes];
+  Kernel<ActivationFwd> activation_fwd[kDTypes];
+  Kernel<ActivationBwd> activation_bwd[kDTypes];
+  Kernel<SoftmaxFwd> softmax_fwd[kDTypes];
+  Kernel<SoftmaxBwd> softmax_bwd[kDTypes];
+  Kernel<PackA> pack_a[kDTypes];
+  Kernel<PackB> pack_b[kDTypes];
+  Kernel<Gemm> gemm[kDTypes];
+  Kernel<AttentionPack> attention_pack[kDTypes];
+  Kernel<AttentionFwd> attention_fwd[kDTypes];
+  Kernel<AttentionBwd> attention_bwd[kDTypes];
+};
+
+// Rows are summed in chunks whose number depends on the rows alone, so that sums do not depend on the threads. Chunks are
+// short: the rounding error of a sum grows with the length of its chain.
+constexpr int64_t kSumChunkRows = 8;
+constexpr int64_t kSumMaxChunks = 256;
+static inline int64_t sum_chunk_rows(int64_t rows) {
+  const int64_t even = (rows + kSumMaxChunks - 1) / kSumMaxChunks;
+  return even > kSumChunkRows ? even : kSumChunkRows;
+}
+static inline int64_t sum_chunks(int64_t rows) {
+  const int64_t chunk = sum_chunk_rows(rows);
+  return (rows + chunk - 1) / chunk;
+}
+
+}  // namespace fasttx

@@ -1,0 +1,75 @@
+"""Argument checks of the public ops: each names the argument, what it was, and what was expected."""
+
+import torch
+from torch import Tensor
+
+
+def shape(tensor: Tensor) -> str:
+    """A shape as it reads in a message."""
+    return str(tuple(tensor.shape))
+
+
+def require_tensor(name: str, value: object) -> None:
+    """A tensor and nothing else."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def require_floating(name: str, tensor: Tensor) -> None:
+    """A real floating-point tensor."""
+    require_tensor(name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+
+
+def require_same_device(first_name: str, first: Tensor, **others: Tensor | None) -> None:
+    """Everything on one device."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but {first_name} is on {first.device}: "
+                "move them to one device"
+            )
+
+
+def require_probability(name: str, value: float) -> None:
+    """A dropout probability, in [0, 1)."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
+
+
+def require_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...], meaning: str) -> None:
+    """A tensor of exactly this shape, where one is given."""
+    if tensor is None:
+        return
+    require_floating(name, tensor)
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} must have the shape {expected} ({meaning}), got {shape(tensor)}")
+
+
+def require_approximation(value: str) -> None:
+    """GELU's variant, as torch.nn.functional.gelu names it."""
+    if value not in ("none", "tanh"):
+        raise ValueError(f"approximate must be 'none' or 'tanh', got {value!r}")
+
+
+def require_broadcast(name: str, tensor: Tensor, target: tuple[int, ...]) -> None:
+    """A tensor that broadcasts to `target` without changing it."""
+    sizes = tuple(tensor.shape)
+    fits = len(sizes) <= len(target) and all(
+        size in (1, wanted) for size, wanted in zip(reversed(sizes), reversed(target), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name} of shape {sizes} does not broadcast to {target}")
+
+
+def require_mask(name: str, mask: Tensor, input: Tensor, target: tuple[int, ...]) -> None:
+    """A bool mask, or a float one to add, of the input's dtype or float32, that broadcasts to `target`."""
+    require_tensor(name, mask)
+    allowed = (torch.bool, input.dtype, torch.float32)
+    if mask.dtype not in allowed:
+        kinds = " or ".join(sorted({str(dtype) for dtype in allowed}))
+        raise TypeError(f"{name} must be {kinds}, got {mask.dtype}")
+    require_broadcast(name, mask, target)

@@ -1,0 +1,25 @@
+"""The public operations. Each checks its arguments, chooses a backend, and calls it.
+
+Every function takes `backend`: None (the surrounding `fasttx.backend(...)`, else "auto"), or a name that is used or
+refused with the reason (`fasttx.UnsupportedError`). What each computes is written down, in plain PyTorch, in
+`fasttx.reference`. Bad arguments raise TypeError (a wrong type or dtype) or ValueError (a wrong value, shape or device)
+before anything is computed.
+"""
+
+from .attention import attention, attention_varlen
+from .feed_forward import feed_forward, linear
+from .gelu import bias_gelu, gelu
+from .layer_norm import add_layer_norm, layer_norm
+from .softmax import softmax
+
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "attention_varlen",
+    "bias_gelu",
+    "feed_forward",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "softmax",
+]

@@ -1,0 +1,35 @@
+"""GELU, and GELU of input + bias."""
+
+from torch import Tensor
+
+from fasttx import checks, reference
+from fasttx.dispatch import choose
+from fasttx.ops import gelu as ops
+
+
+def gelu(input: Tensor, approximate: str = "none", *, backend: str | None = None) -> Tensor:
+    """x * Phi(x), with Phi the normal distribution function; or its tanh approximation.
+
+    Any shape; the result has input's shape and dtype. As torch.nn.functional.gelu; Hendrycks and Gimpel 2016.
+    """
+    checks.require_floating("input", input)
+    checks.require_approximation(approximate)
+    if choose("gelu", (input,), backend) == "reference":
+        return reference.gelu(input, approximate)
+    return ops.gelu(input, approximate)
+
+
+def bias_gelu(
+    input: Tensor, bias: Tensor, approximate: str = "none", *, backend: str | None = None
+) -> Tensor:
+    """gelu(input + bias): input (..., width), bias (width,)."""
+    checks.require_floating("input", input)
+    checks.require_approximation(approximate)
+    if input.dim() == 0:
+        raise ValueError("input must have at least one dimension")
+    checks.require_tensor("bias", bias)
+    checks.require_shape("bias", bias, (input.shape[-1],), "input's width")
+    checks.require_same_device("input", input, bias=bias)
+    if choose("bias_gelu", (input, bias), backend) == "reference":
+        return reference.bias_gelu(input, bias, approximate)
+    return ops.bias_gelu(input, bias, approximate)

@@ -1,0 +1,100 @@
+"""Layer norm, alone and fused with the residual sum before it."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fasttx import checks, reference
+from fasttx.dispatch import choose
+from fasttx.ops import layer_norm as ops
+from fasttx.rng import draw_seed
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias, over the last dimensions.
+
+    input (..., *normalized_shape); weight and bias of normalized_shape, or None; the result has input's shape and dtype.
+    As torch.nn.functional.layer_norm; Ba, Kiros and Hinton 2016.
+    """
+    checks.require_floating("input", input)
+    dims = _check_parameters(input, normalized_shape, weight, bias)
+    tensors = (input, weight, bias)
+    if choose("layer_norm", tensors, backend, cpu_refusal=_refusal(dims)) == "reference":
+        return reference.layer_norm(input, dims, weight, bias, eps)
+    return ops.layer_norm(input, math.prod(dims), weight, bias, eps)
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    return_sum: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """layer_norm(residual + dropout(input)): what closes each half of a post-norm transformer layer.
+
+    input and residual (..., *normalized_shape), of one shape and dtype. Dropout acts when `training`, with probability
+    dropout_p in [0, 1). With return_sum, the result is (normed, residual + dropout(input)): what a pre-norm layer goes on
+    from.
+    """
+    checks.require_floating("input", input)
+    checks.require_tensor("residual", residual)
+    checks.require_shape("residual", residual, tuple(input.shape), "input's")
+    checks.require_probability("dropout_p", dropout_p)
+    dims = _check_parameters(input, normalized_shape, weight, bias)
+    checks.require_same_device("input", input, residual=residual)
+    p = dropout_p if training else 0.0
+    seed = draw_seed() if p > 0.0 else None
+    tensors = (input, residual, weight, bias)
+    if choose("add_layer_norm", tensors, backend, cpu_refusal=_refusal(dims)) == "reference":
+        return reference.add_layer_norm(
+            input, residual, dims, weight, bias, eps,
+            dropout_p=p, training=training, return_sum=return_sum, seed=seed,
+        )  # fmt: skip
+    return ops.add_layer_norm(
+        input, residual, math.prod(dims), weight, bias, eps, p, seed, return_sum
+    )
+
+
+def _refusal(dims: tuple[int, ...]) -> str | None:
+    """What the CPU kernels leave to the reference."""
+    return None if math.prod(dims) > 0 else f"normalized_shape {dims} holds nothing"
+
+
+def _check_parameters(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[int, ...]:
+    if not isinstance(normalized_shape, (int, Sequence)):
+        raise TypeError(
+            f"normalized_shape must be an int or a sequence of them, got {normalized_shape!r}"
+        )
+    single = isinstance(normalized_shape, int)
+    dims = (normalized_shape,) if single else tuple(normalized_shape)
+    if not dims or tuple(input.shape[-len(dims) :]) != dims:
+        raise ValueError(
+            f"input's last dimensions must be normalized_shape {dims}, got {checks.shape(input)}"
+        )
+    if weight is not None:
+        checks.require_shape("weight", weight, dims, "normalized_shape")
+    if bias is not None:
+        checks.require_shape("bias", bias, dims, "normalized_shape")
+    checks.require_same_device("input", input, weight=weight, bias=bias)
+    return dims

@@ -1,0 +1,42 @@
+"""Masked softmax."""
+
+import torch
+from torch import Tensor
+
+from fasttx import checks, reference
+from fasttx.dispatch import choose
+from fasttx.ops import softmax as ops
+
+
+def softmax(
+    input: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    dim: int = -1,
+    backend: str | None = None,
+) -> Tensor:
+    """softmax(input + mask) along `dim`; what is masked out gets probability zero.
+
+    input of any shape with at least one dimension. mask, broadcastable to input: bool (True = keep) or floating, of input's
+    dtype or float32 (added). is_causal: the last two dimensions are rows and columns, and row i keeps the columns j <= i;
+    `dim` must then be the last. A row that keeps nothing, or whose every value is -inf, gives zeros with zero gradients.
+    """
+    checks.require_floating("input", input)
+    if input.dim() == 0:
+        raise ValueError("input must have at least one dimension")
+    if not -input.dim() <= dim < input.dim():
+        raise ValueError(f"dim must be in [{-input.dim()}, {input.dim() - 1}], got {dim}")
+    last = dim % input.dim() == input.dim() - 1
+    if is_causal and (input.dim() < 2 or not last):
+        raise ValueError("is_causal needs an input of two or more dimensions and dim=-1")
+    if mask is not None:
+        checks.require_mask("mask", mask, input, tuple(input.shape))
+        checks.require_same_device("input", input, mask=mask)
+
+    refusal = None
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+        refusal = "mask wants a gradient"
+    if choose("softmax", (input,), backend, cpu_refusal=refusal) == "reference":
+        return reference.softmax(input, mask=mask, is_causal=is_causal, dim=dim)
+    return ops.softmax(input, mask, is_causal, dim)

@@ -1,0 +1,14 @@
+"""Modules that drop in for torch.nn's: the same constructor, parameters, state_dict and results, on fasttx's kernels."""
+
+from .attention import MultiheadAttention
+from .gelu import GELU
+from .layer_norm import LayerNorm
+from .transformer import TransformerEncoder, TransformerEncoderLayer
+
+__all__ = [
+    "GELU",
+    "LayerNorm",
+    "MultiheadAttention",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]

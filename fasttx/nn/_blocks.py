@@ -1,0 +1,116 @@
+"""The fused steps that transformer layers are made of, each with its way out for children that must be called."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn import functional as F
+
+from fasttx import functional
+
+from ._plain import is_plain, why_not_plain
+from .gelu import GELU
+from .layer_norm import LayerNorm
+
+LINEARS = (torch.nn.Linear,)
+NORMS = (torch.nn.LayerNorm, LayerNorm)
+DROPOUTS = (torch.nn.Dropout,)
+_GELUS = (torch.nn.GELU, GELU)
+_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}
+# Activations without a fused form, which see each value by itself: packed tokens are as good to them as a batch.
+_POINTWISE = dict.fromkeys([
+    torch.nn.ELU, torch.nn.Hardswish, torch.nn.LeakyReLU, torch.nn.Mish, torch.nn.SELU, torch.nn.SiLU,
+    torch.nn.Sigmoid, torch.nn.Softplus, torch.nn.Tanh, F.elu, F.hardswish, F.leaky_relu, F.mish,
+    F.selu, F.silu, F.softplus, torch.sigmoid, torch.tanh,
+], True)  # fmt: skip
+
+
+def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
+    """What fasttx.functional.feed_forward calls an activation, function or module; None where it has no name for it."""
+    if is_plain(activation, torch.nn.ReLU):
+        return "relu"
+    if is_plain(activation, *_GELUS):
+        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+    # Among functions only those known by identity: an unhashable callable is none of them.
+    return None if isinstance(activation, Module) else _look_up(_FUNCTIONS, activation)
+
+
+def is_pointwise(activation: Callable[[Tensor], Tensor]) -> bool:
+    """Whether an activation without a name there is known to treat each value by itself."""
+    if isinstance(activation, Module):
+        return is_plain(activation, *_POINTWISE)
+    return _look_up(_POINTWISE, activation) or False
+
+
+def _look_up(table: dict, function: Callable):
+    try:
+        return table.get(function)
+    except TypeError:
+        return None
+
+
+def is_plain_dropout(dropout: object) -> bool:
+    """Plain, and with a probability that the kernels take: torch also allows 1."""
+    return is_plain(dropout, *DROPOUTS) and not (dropout.training and dropout.p >= 1.0)
+
+
+def why_no_dropout(dropout: object) -> str | None:
+    """Why a dropout cannot be part of a fusion."""
+    if is_plain(dropout, *DROPOUTS):
+        return None if is_plain_dropout(dropout) else "its probability is 1"
+    return why_not_plain(dropout, *DROPOUTS)
+
+
+def linear(module: Module, x: Tensor) -> Tensor:
+    """A linear layer, called where it is not plain."""
+    if is_plain(module, *LINEARS):
+        return functional.linear(x, module.weight, module.bias)
+    return module(x)
+
+
+def add_norm(norm: Module, dropout: Module, x: Tensor, residual: Tensor) -> Tensor:
+    """norm(residual + dropout(x)): the end of each half of a post-norm layer."""
+    if is_plain(norm, *NORMS) and is_plain_dropout(dropout):
+        return functional.add_layer_norm(
+            x, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
+            dropout_p=dropout.p, training=dropout.training,
+        )  # fmt: skip
+    return norm(residual + dropout(x))
+
+
+def add_norm_and_sum(
+    norm: Module, dropout: Module, x: Tensor, residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As add_norm, and the sum that was normalised: what joins the halves of a pre-norm layer."""
+    if is_plain(norm, *NORMS) and is_plain_dropout(dropout):
+        return functional.add_layer_norm(
+            x, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
+            dropout_p=dropout.p, training=dropout.training, return_sum=True,
+        )  # fmt: skip
+    sum = residual + dropout(x)
+    return norm(sum), sum
+
+
+def feed_forward(
+    linear1: Module,
+    activation: Callable[[Tensor], Tensor],
+    dropout: Module | None,
+    linear2: Module,
+    x: Tensor,
+    name: str | None,
+) -> Tensor:
+    """linear2(dropout(activation(linear1(x)))); `name` is activation_name's, or the caller's for what that does not know."""
+    if (
+        name is not None
+        and is_plain(linear1, *LINEARS)
+        and is_plain(linear2, *LINEARS)
+        and (dropout is None or is_plain_dropout(dropout))
+    ):
+        return functional.feed_forward(
+            x, linear1.weight, linear1.bias, linear2.weight, linear2.bias, activation=name,
+            dropout_p=0.0 if dropout is None else dropout.p,
+            training=dropout is not None and dropout.training,
+        )  # fmt: skip
+    hidden = activation(linear(linear1, x))
+    return linear(linear2, hidden if dropout is None else dropout(hidden))

@@ -1,0 +1,209 @@
+"""Multi-head attention as a module."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fasttx import functional
+
+from ._plain import step_aside
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention by fasttx.functional.attention; every constructor argument and mask of torch's.
+
+    As in torch.nn, True in a bool mask means "ignore". It differs from torch in two things. A query with nothing
+    to attend to gives zeros, before out_proj, and zero weights, where torch gives NaN. Weights asked for while dropout acts are
+    the dropped ones, as in torch, but for what they multiply they are computed outside the fused kernel.
+
+    Arguments that torch refuses raise torch's errors; nested tensors and tensor subclasses run torch's forward.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        refusal = self._refusal(query, key, value, key_padding_mask, attn_mask, is_causal)
+        if refusal is not None:
+            step_aside("multihead_attention", refusal)
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask,
+                average_attn_weights, is_causal,
+            )  # fmt: skip
+        # The hint stands for the mask where torch lets it: without weights and without padding.
+        is_causal = is_causal and key_padding_mask is None and not need_weights
+        mask = self._mask(None if is_causal else attn_mask, key_padding_mask, query.dtype)
+        q, k, v = map(self._split_heads, self._project(query, key, value))
+        k, v, mask = self._extend(k, v, mask)
+        dropout_p = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+            weights = F.dropout(functional.softmax(scores, mask=mask), dropout_p)
+        if need_weights and (weights.requires_grad or dropout_p > 0.0):
+            # The weights that are returned are the ones applied: one dropout, and one way for gradients.
+            output = weights @ v
+        else:
+            output = functional.attention(
+                q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p
+            )
+        if weights is not None:
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+            weights = weights if query.dim() == 3 else weights.squeeze(0)
+        return self._join_heads(output, query.dim()), weights
+
+    def can_pack(self) -> bool:
+        """Whether self-attention over packed sequences is this module's: one width, and no keys of its own."""
+        return (
+            self._qkv_same_embed_dim
+            and self.bias_k is None
+            and not self.add_zero_attn
+            and not (self.training and self.dropout >= 1.0)
+        )
+
+    def attend_packed(self, x: Tensor, cu_seqlens: Tensor, is_causal: bool) -> Tensor:
+        """Self-attention within each of the packed sequences: x (tokens, embed_dim) -> the same."""
+        qkv = functional.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.view(-1, 3, self.num_heads, self.head_dim).unbind(1)
+        output = functional.attention_varlen(
+            q, k, v, cu_seqlens, cu_seqlens, is_causal=is_causal,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+        return functional.linear(output.flatten(1), self.out_proj.weight, self.out_proj.bias)
+
+    def _refusal(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> str | None:
+        """Why torch's forward takes the call: it raises the error, or knows these tensors."""
+        if query.is_nested or key.is_nested or value.is_nested:
+            return "a tensor is nested"
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
+        if torch.overrides.has_torch_function((query, key, value, weight)):
+            return "a tensor is of a subclass"
+        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
+            return "query, key and value must all have three dimensions, or two"
+        if (query.shape[-1], key.shape[-1], value.shape[-1]) != (
+            self.embed_dim, self.kdim, self.vdim
+        ):  # fmt: skip
+            return "a width is not the module's"
+        if query is not key or key is not value:
+            if key.shape[:-1] != value.shape[:-1]:
+                return "key and value differ in shape"
+            if self._batch(query) != self._batch(key):
+                return "query and key differ in batch"
+        if not query.dtype == key.dtype == value.dtype == weight.dtype:
+            if not torch.is_autocast_enabled(query.device.type):
+                return "the inputs' dtypes are not the module's"
+        if is_causal and attn_mask is None:
+            return "is_causal is a hint about attn_mask, which is missing"
+        if self.training and self.dropout >= 1.0:
+            return "dropout is 1"
+        return self._mask_refusal(query, key, key_padding_mask, attn_mask)
+
+    def _mask_refusal(
+        self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
+    ) -> str | None:
+        batch, queries, keys = self._batch(query), self._length(query), self._length(key)
+        if key_padding_mask is not None:
+            if tuple(key_padding_mask.shape) != ((batch, keys) if query.dim() == 3 else (keys,)):
+                return "key_padding_mask has the wrong shape"
+            if key_padding_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+                return f"key_padding_mask is {key_padding_mask.dtype}"
+        if attn_mask is not None:
+            shapes = ((queries, keys), (batch * self.num_heads, queries, keys))
+            if tuple(attn_mask.shape) not in shapes:
+                return "attn_mask has the wrong shape"
+            if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+                return f"attn_mask is {attn_mask.dtype}"
+        return None
+
+    def _batch(self, x: Tensor) -> int:
+        return 1 if x.dim() == 2 else x.shape[0 if self.batch_first else 1]
+
+    def _length(self, x: Tensor) -> int:
+        return x.shape[1 if self.batch_first and x.dim() == 3 else 0]
+
+    def _mask(
+        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, dtype: torch.dtype
+    ) -> Tensor | None:
+        """torch.nn's two masks as the one of fasttx.functional, broadcastable to (B, H, Tq, Tk)."""
+        masks = []
+        if attn_mask is not None:
+            per_head = attn_mask.dim() == 3
+            sizes = (attn_mask.shape[0] // self.num_heads, self.num_heads) if per_head else (1, 1)
+            masks.append(attn_mask.reshape(*sizes, *attn_mask.shape[-2:]))
+        if key_padding_mask is not None:
+            batched = key_padding_mask.dim() == 2
+            masks.append((key_padding_mask if batched else key_padding_mask[None])[:, None, None])
+        if not masks:
+            return None
+        if all(mask.dtype == torch.bool for mask in masks):
+            return ~(masks[0] if len(masks) == 1 else masks[0] | masks[1])
+        for i, mask in enumerate(masks):
+            if mask.dtype == torch.bool:
+                zeros = torch.zeros_like(mask, dtype=dtype)
+                masks[i] = zeros.masked_fill_(mask, -torch.inf)
+        return masks[0] if len(masks) == 1 else masks[0] + masks[1]
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """The three projections, fused as far as their inputs are one tensor."""
+        weight, bias, width = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        if weight is not None and query is key and key is value:
+            return functional.linear(query, weight, bias).chunk(3, -1)
+        if weight is None:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        elif key is value:
+            query_bias, bias = (None, None) if bias is None else bias.split((width, 2 * width))
+            query_weight, weight = weight.split((width, 2 * width))
+            keys_values = functional.linear(key, weight, bias).chunk(2, -1)
+            return functional.linear(query, query_weight, query_bias), *keys_values
+        else:
+            weights = weight.chunk(3)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        inputs = (query, key, value)
+        return tuple(map(functional.linear, inputs, weights, biases))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(B, T, E), (T, B, E) or (T, E) -> (B, H, T, D), a view."""
+        x = x.view(*x.shape[:-1], self.num_heads, self.head_dim)
+        if x.dim() == 3:
+            return x.transpose(0, 1).unsqueeze(0)
+        return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
+
+    def _join_heads(self, x: Tensor, dims: int) -> Tensor:
+        """(B, H, T, D) -> the input's layout, through out_proj."""
+        if dims == 2:
+            x = x.squeeze(0).transpose(0, 1)
+        else:
+            x = x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)
+        return functional.linear(x.flatten(-2), self.out_proj.weight, self.out_proj.bias)
+
+    def _extend(
+        self, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Appends the learned key and value, and the zero ones, which no mask hides."""
+        keys = k.shape[2]
+        if self.bias_k is not None:
+            per_head = (1, self.num_heads, 1, self.head_dim)
+            sizes = (k.shape[0], -1, -1, -1)
+            k = torch.cat((k, self.bias_k.view(per_head).expand(sizes)), dim=2)
+            v = torch.cat((v, self.bias_v.view(per_head).expand(sizes)), dim=2)
+        if self.add_zero_attn:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+        added = k.shape[2] - keys
+        if mask is not None and added:
+            mask = F.pad(mask, (0, added), value=mask.dtype == torch.bool)
+        return k, v, mask

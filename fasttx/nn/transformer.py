@@ -1,0 +1,251 @@
+"""The transformer encoder and its layer as modules."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ._blocks import (
+    LINEARS,
+    NORMS,
+    activation_name,
+    add_norm,
+    add_norm_and_sum,
+    feed_forward,
+    is_plain_dropout,
+    is_pointwise,
+    why_no_dropout,
+)
+from ._padding import Packing, valid_tokens
+from ._plain import adopt, is_plain, step_aside, why_not_plain
+from .attention import MultiheadAttention
+from .layer_norm import LayerNorm
+
+
+class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
+    """torch.nn.TransformerEncoderLayer with fused attention, feed-forward, and residual + dropout + layer norm.
+
+    Every constructor argument, mask and layout of torch's. A child that was replaced, subclassed, hooked or parametrized is
+    called, outside the fusion that it would have been part of. Queries with nothing to attend to get zeros
+    from the attention, where torch gives NaN.
+    """
+
+    @functools.wraps(torch.nn.TransformerEncoderLayer.__init__)
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        adopt(self.self_attn, MultiheadAttention)
+        adopt(self.norm1, LayerNorm)
+        adopt(self.norm2, LayerNorm)
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        if src.is_nested:
+            step_aside("transformer_encoder_layer", "src is nested")
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        if type(self.self_attn) is not MultiheadAttention:
+            # Another module gets what torch's layer hands over: masks to be added.
+            src_mask = _additive(src_mask, src)
+            src_key_padding_mask = _additive(src_key_padding_mask, src)
+
+        def attend(x: Tensor) -> Tensor:
+            return self.self_attn(
+                x, x, x, attn_mask=src_mask, key_padding_mask=src_key_padding_mask,
+                need_weights=False, is_causal=is_causal,
+            )[0]  # fmt: skip
+
+        return self.run(src, attend)
+
+    def run(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """The layer on tokens in any layout (..., width), given the self-attention over them."""
+        if self.norm_first:
+            attended = attend(self.norm1(x))
+            normed, x = add_norm_and_sum(self.norm2, self.dropout1, attended, x)
+            return x + self.dropout2(self._feed_forward(normed))
+        x = add_norm(self.norm1, self.dropout1, attend(x), x)
+        return add_norm(self.norm2, self.dropout2, self._feed_forward(x), x)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        name = activation_name(self.activation)
+        return feed_forward(self.linear1, self.activation, self.dropout, self.linear2, x, name)
+
+    def can_pack(self) -> bool:
+        """Whether the layer may see packed tokens: nobody who expects a batch looks on."""
+        return (
+            is_plain(self.self_attn, MultiheadAttention)
+            and self.self_attn.can_pack()
+            and is_plain(self.linear1, *LINEARS)
+            and is_plain(self.linear2, *LINEARS)
+            and is_plain(self.norm1, *NORMS)
+            and is_plain(self.norm2, *NORMS)
+            and all(map(is_plain_dropout, (self.dropout, self.dropout1, self.dropout2)))
+            and (activation_name(self.activation) is not None or is_pointwise(self.activation))
+        )
+
+    def parts(self) -> Iterator[tuple[str, str | None]]:
+        """Each child's name, and why it is not fused, or None where it is."""
+        yield "self_attn", why_not_plain(self.self_attn, MultiheadAttention)
+        for name in ("linear1", "linear2"):
+            yield name, why_not_plain(getattr(self, name), *LINEARS)
+        for name in ("norm1", "norm2"):
+            yield name, why_not_plain(getattr(self, name), *NORMS)
+        for name in ("dropout", "dropout1", "dropout2"):
+            yield name, why_no_dropout(getattr(self, name))
+        known = activation_name(self.activation) is not None
+        yield "activation", None if known else "it is neither a plain relu nor a plain gelu"
+
+
+class TransformerEncoder(torch.nn.TransformerEncoder):
+    """torch.nn.TransformerEncoder, which runs on packed tokens where torch uses nested tensors.
+
+    That is in inference, with a key padding mask and no other, under the conditions of torch's nested-tensor path: the valid
+    tokens are packed once, every layer runs on them alone, and padded positions hold zeros before the final norm, as
+    there. Otherwise, and while torch.compile traces, the layers run on the padded batch.
+    """
+
+    # None: packs where torch does. True: wherever a key padding mask allows it, in training too.
+    remove_padding: bool | None = None
+
+    @functools.wraps(torch.nn.TransformerEncoder.__init__)
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        for layer in self.layers:
+            if type(layer) is torch.nn.TransformerEncoderLayer:
+                adopt(layer.self_attn, MultiheadAttention)
+                adopt(layer.norm1, LayerNorm)
+                adopt(layer.norm2, LayerNorm)
+                adopt(layer, TransformerEncoderLayer)
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        if src.is_nested:
+            step_aside("transformer_encoder", "src is nested")
+            return super().forward(src, mask, src_key_padding_mask, is_causal)
+        batch_first = self.layers[0].self_attn.batch_first
+        length = src.shape[1 if batch_first and src.dim() == 3 else 0]
+        causal = _is_causal(mask, is_causal, length)
+        as_torch = _torch_would_nest(self, src, mask, src_key_padding_mask)
+        packing = None
+        if src_key_padding_mask is not None and (as_torch or self.remove_padding):
+            if mask is None or causal:
+                packing = self._packing(src, src_key_padding_mask, batch_first)
+        if packing is None:
+            for layer in self.layers:
+                src = self._padded(layer, src, mask, src_key_padding_mask, causal)
+            return src if self.norm is None else self.norm(src)
+
+        x, packed = packing.pack(src), True
+        within = causal and mask is not None
+        for layer in self.layers:
+            if _can_pack(layer):
+                x, packed = x if packed else packing.pack(x), True
+                attend = functools.partial(
+                    layer.self_attn.attend_packed, cu_seqlens=packing.cu_seqlens, is_causal=within
+                )
+                x = layer.run(x, attend)
+            else:
+                x, packed = packing.unpack(x) if packed else x, False
+                x = self._padded(layer, x, mask, src_key_padding_mask, causal)
+        x = x if packed else packing.pack(x)
+        if self.norm is None:
+            return packing.unpack(x)
+        # torch's nested path normalises the zeros too.
+        if as_torch or not is_plain(self.norm, *NORMS):
+            return self.norm(packing.unpack(x))
+        return packing.unpack(self.norm(x))
+
+    def _packing(self, src: Tensor, key_padding_mask: Tensor, batch_first: bool) -> Packing | None:
+        """How to pack the batch; None where there is nothing to gain, or the mask is none that torch takes."""
+        if torch.compiler.is_compiling() or src.dim() != 3:
+            return None
+        batch, length = src.shape[:2] if batch_first else src.shape[1::-1]
+        if tuple(key_padding_mask.shape) != (batch, length):
+            return None
+        if key_padding_mask.dtype != torch.bool and not key_padding_mask.is_floating_point():
+            return None
+        if key_padding_mask.requires_grad:
+            return None
+        valid = valid_tokens(key_padding_mask)
+        if valid is None or bool(valid.all()):
+            return None
+        return Packing.of(valid, batch_first)
+
+    @staticmethod
+    def _padded(
+        layer: torch.nn.Module,
+        x: Tensor,
+        mask: Tensor | None,
+        key_padding_mask: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor:
+        if type(layer) is not TransformerEncoderLayer:
+            # Another layer gets what torch's encoder hands over: masks to be added.
+            mask, key_padding_mask = _additive(mask, x), _additive(key_padding_mask, x)
+        return layer(
+            x, src_mask=mask, is_causal=is_causal, src_key_padding_mask=key_padding_mask
+        )
+
+
+class PackingTransformerEncoder(TransformerEncoder):
+    """TransformerEncoder that removes padding wherever a key padding mask is given; what optimize() makes.
+
+    Any padding pattern, in inference and training: valid positions get the padded batch's values, padded ones zeros (the
+    final norm of zeros, where torch's nested path gives that).
+    """
+
+    remove_padding = True
+
+
+def _can_pack(layer: torch.nn.Module) -> bool:
+    return is_plain(layer, TransformerEncoderLayer) and layer.can_pack()
+
+
+def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """A bool mask (True = ignore) as one to add; any other as it is."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -torch.inf)
+
+
+def _is_causal(mask: Tensor | None, hint: bool | None, length: int) -> bool:
+    """The hint; without one, whether the mask is exactly the causal mask of this length."""
+    if hint is not None:
+        return hint
+    if mask is None or tuple(mask.shape) != (length, length) or torch.compiler.is_compiling():
+        return False
+    later = torch.ones_like(mask, dtype=torch.bool).triu(1)
+    if mask.dtype == torch.bool:
+        return torch.equal(mask, later)
+    return bool((mask == _additive(later, mask)).all())
+
+
+def _torch_would_nest(
+    encoder: TransformerEncoder, src: Tensor, mask: Tensor | None, key_padding_mask: Tensor | None
+) -> bool:
+    """Whether torch's encoder would run this call on nested tensors, and so leave zeros at padded positions."""
+    if key_padding_mask is None or mask is not None or src.dim() != 3:
+        return False
+    if not encoder.use_nested_tensor or encoder.layers[0].training:
+        return False
+    if torch.compiler.is_compiling() or not torch.backends.mha.get_fastpath_enabled():
+        return False
+    if torch.is_autocast_enabled():
+        return False
+    if torch.is_grad_enabled():
+        if src.requires_grad or any(p.requires_grad for p in encoder.layers[0].parameters()):
+            return False
+    if not encoder.mask_check:
+        return True
+    # Left aligned: no valid token follows a padded one.
+    padded = key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask != 0
+    return not bool((padded[:, :-1] & ~padded[:, 1:]).any())

@@ -1,0 +1,1 @@
+"""Operators: schema, shape function and gradient of each, in a file of the op's name."""

@@ -1,0 +1,110 @@
+"""Attention: padded, (batch, heads, tokens, width), or packed by cu_seqlens, (total tokens, heads, width)."""
+
+import torch
+from torch import Tensor
+
+from ._library import (
+    accumulate_dtype,
+    define,
+    differentiate,
+    forbid_double_backward,
+    given,
+    run,
+    wants_grad,
+)
+
+
+def _unit_rows(tensor: Tensor) -> Tensor:
+    unit = tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
+    return tensor if unit else tensor.contiguous()
+
+
+def _tokens_first(like: Tensor, width: int) -> Tensor:
+    if like.dim() == 3:
+        return like.new_empty((*like.shape[:2], width))
+    batch, heads, tokens, _ = like.shape
+    return like.new_empty((batch, tokens, heads, width)).transpose(1, 2)
+
+
+def _gradient(like: Tensor) -> Tensor:
+    like = _unit_rows(like)
+    gradient = torch.empty_like(like)
+    unit = gradient.shape[-1] <= 1 or gradient.stride(-1) == 1
+    return gradient if unit else _tokens_first(like, like.shape[-1])
+
+
+def _attention_fwd(
+    query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes,
+    is_causal, query_offset, window_left, window_right, dropout_p, seed, scale,
+):  # fmt: skip
+    shape = query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0])
+    lse = query.new_empty(shape, dtype=accumulate_dtype(query.dtype))
+    return _tokens_first(query, value.shape[-1]), lse
+
+
+def _attention_bwd(grad, grad_lse, query, key, value, *rest):
+    return _gradient(query), _gradient(key), _gradient(value)
+
+
+_OPTIONS = (
+    " Tensor? attn_mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
+    " Tensor? alibi_slopes, bool is_causal, int query_offset, int window_left, int window_right,"
+    " float dropout_p, Tensor? seed, float scale)"
+)
+attention_fwd = define(
+    f"attention_fwd(Tensor query, Tensor key, Tensor value,{_OPTIONS} -> (Tensor output, Tensor lse)",
+    _attention_fwd,
+)
+attention_bwd = define(
+    "attention_bwd(Tensor grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value,"
+    f" Tensor output, Tensor lse,{_OPTIONS} -> (Tensor dquery, Tensor dkey, Tensor dvalue)",
+    _attention_bwd,
+)
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.is_causal, ctx.offset, ctx.left, ctx.right, ctx.dropout_p, seed, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, seed, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, grad_lse):
+    query, key, value, *options, seed, output, lse = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(output)
+    gradients = attention_bwd(
+        grad, grad_lse, query, key, value, output, lse, *options, ctx.is_causal, ctx.offset,
+        ctx.left, ctx.right, ctx.dropout_p, seed, ctx.scale,
+    )  # fmt: skip
+    return (*map(given, gradients, ctx.needs_input_grad[:3]), *[None] * 12)
+
+
+differentiate(attention_fwd, _backward, _save)
+forbid_double_backward(attention_bwd)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    alibi_slopes: Tensor | None,
+    is_causal: bool,
+    query_offset: int,
+    window_left: int,
+    window_right: int,
+    dropout_p: float,
+    seed: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output and lse; attn_mask has 4 dims that broadcast, and it and alibi_slopes get no gradient."""
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.to(accumulate_dtype(query.dtype))
+    return run(
+        attention_fwd, wants_grad(query, key, value),
+        query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes,
+        is_causal, query_offset, window_left, window_right, dropout_p, seed, scale,
+    )  # fmt: skip

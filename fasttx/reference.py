@@ -1,0 +1,405 @@
+"""The specification: every operation as plain PyTorch, written from its mathematics.
+
+Any floating dtype, any device, differentiable. bfloat16 and float16 are computed in float32 and
+rounded once, when an output is stored; float32 and float64 are computed as they are, so
+`op(x.double())` is the truth that kernels are measured against. Arguments are taken to be valid:
+`fasttx.functional` checks them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fasttx import philox
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    is_causal: bool = False,
+    query_offset: int = 0,
+    window: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    seed: int | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * query key^T + bias) value, over the keys that each query may attend to.
+
+    query (B, H, Tq, D), key (B, Hkv, Tk, D), value (B, Hkv, Tk, Dv) -> (B, H, Tq, Dv) in query's
+    dtype. Query i sits at position i + query_offset, key j at position j.
+
+    A key is attended to where all of these allow it:
+      attn_mask, bool, broadcastable to (B, H, Tq, Tk): True where the query may attend.
+      key_lengths (B,), integer: j < key_lengths[b].
+      is_causal: keys at or before the query's position.
+      window (left, right): keys at most `left` positions before the query and `right` after it; a
+        negative side is unlimited.
+    Added to the scores: attn_mask, floating; alibi_slopes (H,) as -slope * |distance|.
+
+    scale: 1 / sqrt(D) by default. enable_gqa: query head h reads key head h // (H / Hkv).
+    dropout_p > 0: normalised probabilities are dropped by the Philox mask of (seed, batch, head,
+    query i, key j). return_lse: also the natural log of the sum of exponentials of the masked
+    scores, before dropout: (B, H, Tq) in float32, or float64 for float64 inputs. A query with
+    nothing to attend to gives zeros, lse = -inf, and zero gradients.
+
+    Raises ValueError when dropout is active without a seed.
+    Sources: Vaswani et al. 2017 (attention), Beltagy et al. 2020 (window), Press et al. 2022
+    (ALiBi), Ainslie et al. 2023 (grouped heads).
+    """
+    output, lse = _attention(
+        query,
+        key,
+        value,
+        torch.arange(query.shape[0], device=query.device),
+        attn_mask=attn_mask,
+        key_lengths=key_lengths,
+        is_causal=is_causal,
+        query_offset=query_offset,
+        window=window,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        seed=seed,
+    )
+    return (output, lse) if return_lse else output
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    is_causal: bool = False,
+    window: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    seed: int | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` within each of N packed sequences: equal to it on the padded batch.
+
+    query (total_q, H, D), key (total_k, Hkv, D), value (total_k, Hkv, Dv) -> (total_q, H, Dv), and
+    with return_lse (H, total_q). cu_seqlens_q, cu_seqlens_k (N + 1,) integer: sequence n owns the
+    rows cu_seqlens[n] up to cu_seqlens[n + 1]. Positions, and dropout's rows and columns, count
+    from each sequence's start; dropout's batch is n. Reads the bounds on the host, so torch.compile
+    cannot trace it in one graph.
+
+    Raises ValueError when dropout is active without a seed.
+    """
+    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    # An empty sequence at the end, so that N = 0 still gives outputs with the right shape and a
+    # gradient.
+    bounds_q.append(bounds_q[-1])
+    bounds_k.append(bounds_k[-1])
+    outputs, lses = [], []
+    for index in range(len(bounds_q) - 1):
+        rows_q = slice(bounds_q[index], bounds_q[index + 1])
+        rows_k = slice(bounds_k[index], bounds_k[index + 1])
+        output, lse = _attention(
+            query[rows_q].transpose(0, 1)[None],
+            key[rows_k].transpose(0, 1)[None],
+            value[rows_k].transpose(0, 1)[None],
+            torch.full((1,), index, device=query.device),
+            is_causal=is_causal,
+            window=window,
+            alibi_slopes=alibi_slopes,
+            dropout_p=dropout_p,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            seed=seed,
+        )
+        outputs.append(output[0].transpose(0, 1))
+        lses.append(lse[0])
+    return (torch.cat(outputs), torch.cat(lses, dim=1)) if return_lse else torch.cat(outputs)
+
+
+def softmax(
+    input: Tensor, *, mask: Tensor | None = None, is_causal: bool = False, dim: int = -1
+) -> Tensor:
+    """exp(x) / sum(exp(x)) along dim, over the elements that the mask keeps; the others give 0.
+
+    mask, broadcastable to input: bool, True = keep, or floating, added to input. is_causal, with
+    dim the last: in the last two dims (rows, columns), columns at or before the row are kept. A
+    fully masked row gives zeros and zero gradients. Returns input's shape and dtype.
+    """
+    scores = _widen(input)
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask.to(scores.dtype)
+    elif mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    if is_causal:
+        relative = _relative_positions(*input.shape[-2:], 0, input.device)
+        scores = scores.masked_fill(relative > 0, -math.inf)
+    return _softmax(scores, dim)[0].to(input.dtype)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the trailing dims `normalized_shape`.
+
+    weight, bias: normalized_shape or None. The variance is the biased one. Returns input's shape
+    and dtype. Source: Ba, Kiros and Hinton 2016.
+    """
+    return _layer_norm(_widen(input), normalized_shape, weight, bias, eps).to(input.dtype)
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    return_sum: bool = False,
+    seed: int | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """layer_norm(residual + dropout(input)), and with return_sum the sum itself.
+
+    input, residual: one shape. Both outputs have it, in input's dtype; the sum is normalised before
+    it is rounded. Dropout's columns run over the elements of one normalised row, its rows over
+    those rows.
+
+    Raises ValueError when dropout is active (training and dropout_p > 0) without a seed.
+    """
+    added = _widen(input)
+    if training and dropout_p > 0:
+        added = _dropout(added, dropout_p, seed, len(_as_shape(normalized_shape)))
+    total = _widen(residual) + added
+    normed = _layer_norm(total, normalized_shape, weight, bias, eps).to(input.dtype)
+    return (normed, total.to(input.dtype)) if return_sum else normed
+
+
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """x Phi(x), Phi the standard normal distribution function.
+
+    approximate: "none", or "tanh" for 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). Any shape;
+    returns input's shape and dtype. Source: Hendrycks and Gimpel 2016.
+    """
+    return _GELUS[approximate](_widen(input)).to(input.dtype)
+
+
+def bias_gelu(input: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
+    """gelu(input + bias): input (..., width), bias (width,); returns input's shape and dtype."""
+    wide = _widen(input)
+    return _GELUS[approximate](wide + bias.to(wide.dtype)).to(input.dtype)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """input weight^T + bias.
+
+    input (..., in), weight (out, in), bias (out,) or None -> (..., out) in input's dtype.
+    """
+    return _linear(_widen(input), weight, bias).to(input.dtype)
+
+
+def feed_forward(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    activation: str = "gelu",
+    dropout_p: float = 0.0,
+    training: bool = False,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """linear(dropout(activation(linear(input, weight1, bias1))), weight2, bias2).
+
+    input (..., in), weight1 (hidden, in), bias1 (hidden,), weight2 (out, hidden), bias2 (out,) ->
+    (..., out) in input's dtype; the hidden values are not rounded. activation: "gelu", "gelu_tanh"
+    or "relu". Dropout's columns run over the hidden dim, its rows over all the dims before it.
+
+    Raises ValueError when dropout is active (training and dropout_p > 0) without a seed.
+    """
+    hidden = _ACTIVATIONS[activation](_linear(_widen(input), weight1, bias1))
+    if training and dropout_p > 0:
+        hidden = _dropout(hidden, dropout_p, seed, 1)
+    return _linear(hidden, weight2, bias2).to(input.dtype)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    batch: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    is_causal: bool,
+    query_offset: int = 0,
+    window: tuple[int, int] | None,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    enable_gqa: bool,
+    seed: int | Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output and lse; batch (B,) holds each sequence's index in the dropout counter."""
+    q, k, v = _widen(query), _widen(key), _widen(value)
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if enable_gqa and heads != kv_heads:
+        k = k.repeat_interleave(heads // kv_heads, dim=1)
+        v = v.repeat_interleave(heads // kv_heads, dim=1)
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1])
+
+    relative = _relative_positions(q.shape[2], k.shape[2], query_offset, q.device)
+    allowed = _attention_allowed(relative, attn_mask, key_lengths, is_causal, window)
+    bias = _attention_bias(relative, attn_mask, alibi_slopes, q.dtype)
+    scores = (q @ k.transpose(-2, -1)) * scale + bias
+    probabilities, lse = _softmax(scores.masked_fill(~allowed, -math.inf), -1)
+
+    if dropout_p > 0:
+        head = torch.arange(heads, device=q.device)
+        keep = philox.keep_mask(_need(seed), batch, head, *scores.shape[2:], dropout_p)
+        probabilities = _drop(probabilities, keep, dropout_p)
+    return (probabilities @ v).to(query.dtype), lse.squeeze(-1)
+
+
+def _relative_positions(queries: int, keys: int, query_offset: int, device: torch.device) -> Tensor:
+    """(Tq, Tk) int64: the key's position minus the query's."""
+    positions = torch.arange(queries, device=device) + query_offset
+    return torch.arange(keys, device=device) - positions[:, None]
+
+
+def _attention_allowed(
+    relative: Tensor,
+    attn_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    is_causal: bool,
+    window: tuple[int, int] | None,
+) -> Tensor:
+    """Bool, broadcastable to (B, H, Tq, Tk); a float mask's -inf is left to the scores."""
+    allowed = torch.ones_like(relative, dtype=torch.bool)
+    if is_causal:
+        allowed = allowed & (relative <= 0)
+    if window is not None:
+        left, right = window
+        if left >= 0:
+            allowed = allowed & (relative >= -left)
+        if right >= 0:
+            allowed = allowed & (relative <= right)
+    if key_lengths is not None:
+        columns = torch.arange(relative.shape[1], device=relative.device)
+        allowed = allowed & (columns < key_lengths[:, None, None, None])
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        allowed = allowed & attn_mask
+    return allowed
+
+
+def _attention_bias(
+    relative: Tensor, attn_mask: Tensor | None, alibi_slopes: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Broadcastable to (B, H, Tq, Tk): what is added to the scaled scores."""
+    bias = torch.zeros((), dtype=dtype, device=relative.device)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        bias = bias + attn_mask.to(dtype)
+    if alibi_slopes is not None:
+        bias = bias - alibi_slopes.to(dtype)[:, None, None] * relative.abs().to(dtype)
+    return bias
+
+
+def _softmax(scores: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Softmax and its lse, dim kept; a row that is empty, or all -inf, gives 0 and -inf."""
+    # amax refuses an empty dim; sum gives the right shape. The maximum cancels, so it needs no
+    # gradient, and a finite one in place of -inf keeps -inf - -inf out of both passes.
+    largest = (scores.amax if scores.numel() else scores.sum)(dim, keepdim=True).detach()
+    largest = largest.masked_fill(largest == -math.inf, 0.0)
+    exponentials = (scores - largest).exp()
+    total = exponentials.sum(dim, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    return exponentials / total, (largest + total.log()).masked_fill(empty, -math.inf)
+
+
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    dims = tuple(range(-len(_as_shape(normalized_shape)), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    # Two passes: the mean of squares minus the squared mean would cancel.
+    normed = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    if weight is not None:
+        normed = normed * weight.to(x.dtype)
+    if bias is not None:
+        normed = normed + bias.to(x.dtype)
+    return normed
+
+
+def _gelu(x: Tensor) -> Tensor:
+    # Phi(x) = (1 + erf(x / sqrt 2)) / 2 = erfc(-x / sqrt 2) / 2; erfc keeps the digits of the
+    # negative tail.
+    return 0.5 * x * torch.erfc(-x * math.sqrt(0.5))
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    # (1 + tanh u) / 2 = sigmoid(2u), which keeps the digits of the negative tail; as the
+    # exponential of its log, whose derivative does not cancel in the positive one.
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+    return x * torch.nn.functional.logsigmoid(2 * inner).exp()
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product = x @ weight.to(x.dtype).t()
+    return product if bias is None else product + bias.to(x.dtype)
+
+
+def _dropout(x: Tensor, p: float, seed: int | Tensor | None, column_dims: int) -> Tensor:
+    """Dropout of x seen as a matrix, whose columns are the last `column_dims` dims."""
+    rows, columns = math.prod(x.shape[:-column_dims]), math.prod(x.shape[-column_dims:])
+    keep = philox.matrix_keep_mask(_need(seed), rows, columns, p, x.device)
+    return _drop(x, keep.reshape(x.shape), p)
+
+
+def _drop(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    return (x * (1 / (1 - p))).masked_fill(~keep, 0.0)
+
+
+def _need(seed: int | Tensor | None) -> int | Tensor:
+    if seed is None:
+        raise ValueError("dropout is active and needs a seed: an int or a 0-dim int64 tensor")
+    return seed
+
+
+def _as_shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
+    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+
+
+def _widen(x: Tensor) -> Tensor:
+    """x in the dtype that it is computed in: float32, or float64 for float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+_GELUS: dict[str, Callable[[Tensor], Tensor]] = {"none": _gelu, "tanh": _gelu_tanh}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": torch.relu,
+}

@@ -1,0 +1,233 @@
+"""The packed copies of weights: kept while the weight is what it was, and never longer."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from properties import draw, every_isa
+
+import fasttx
+from fasttx import functional, packing
+from fasttx.dispatch import extension
+from fasttx.packing import packed
+
+pytestmark = pytest.mark.usefixtures("needs_extension", "_empty_cache")
+
+
+@pytest.fixture
+def _empty_cache():
+    packing.invalidate()
+    yield
+    packing.invalidate()
+
+
+def parameter(*shape, dtype=torch.float32):
+    """A weight that an optimizer can step."""
+    return torch.nn.Parameter(draw(*shape, dtype=dtype))
+
+
+def assert_current(weight):
+    """A linear layer without gradients gives what the weight gives now, cached and not."""
+    x = draw(3, weight.shape[1], dtype=weight.dtype)
+    with torch.no_grad():
+        found = [functional.linear(x, weight, backend="cpu") for _ in range(2)]
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if weight.dtype == torch.float32 else {}
+    for result in found:
+        torch.testing.assert_close(result, F.linear(x, weight.detach()), **tolerance)
+
+
+@torch.no_grad()
+def test_one_copy_serves_every_call():
+    weight = parameter(70, 33)
+    first = packed(weight)
+    assert first.dtype == torch.uint8 and packing.packed_bytes() == first.nbytes > 0
+    assert_current(weight)
+    assert packed(weight) is first
+    with torch.inference_mode():
+        assert packed(weight) is first
+
+
+@torch.no_grad()
+def test_feed_forward_uses_the_copies(monkeypatch):
+    """After the first call nothing is packed any more."""
+    x, weight1, weight2 = draw(3, 5).float(), parameter(7, 5), parameter(4, 7)
+    first = functional.feed_forward(x, weight1, None, weight2, None, backend="cpu")
+    assert len(packing._packed) == 2
+    monkeypatch.setattr(packing, "pack_weight", None)
+    assert torch.equal(
+        functional.feed_forward(x, weight1, None, weight2, None, backend="cpu"), first
+    )
+
+
+def replace(weight, values):
+    weight.data = values
+
+
+EDITS = {
+    "in place": lambda w: w.mul_(2),
+    "in place, one value": lambda w: w[1, 2].fill_(7),
+    "in place through a view": lambda w: w.view(-1)[3:].zero_(),
+    "in place through detach": lambda w: w.detach().add_(1),
+    "data in place": lambda w: w.data.mul_(2),
+    "data copied": lambda w: w.data.copy_(draw(*w.shape)),
+    "data replaced": lambda w: replace(w, draw(*w.shape, dtype=w.dtype)),
+    "data replaced by another shape": lambda w: replace(w, draw(9, w.shape[1], dtype=w.dtype)),
+    "data of another dtype": lambda w: replace(w, w.data.to(torch.float64)),
+    "numpy": lambda w: w.detach().numpy().__imul__(3),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+@torch.no_grad()
+def test_an_edit_is_seen(isa, edit):
+    weight = parameter(70, 33)
+    for _ in range(2):
+        before = packed(weight)
+        edit(weight)
+        assert packed(weight) is not before
+        assert_current(weight)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1), (1, 65), (9, 57)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_an_edit_of_the_data_is_seen_at_any_size(shape, dtype):
+    """Also where the weight takes less than one sampled word."""
+    weight = parameter(*shape, dtype=dtype)
+    before = packed(weight)
+    weight.data.neg_()
+    assert packed(weight) is not before
+    assert_current(weight)
+
+
+@torch.no_grad()
+def test_a_partial_edit_of_the_data_needs_invalidate():
+    """What the docstring says; the way out is public."""
+    weight = parameter(70, 33)
+    before = packed(weight)
+    weight.data[35, 16] += 1
+    fasttx.invalidate_packed_weights()
+    assert packing.packed_bytes() == 0
+    assert packed(weight) is not before
+    assert_current(weight)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW], ids=lambda k: k.__name__)
+@pytest.mark.parametrize("foreach", [False, True])
+def test_an_optimizer_step_is_seen(kind, foreach):
+    weight = parameter(70, 33)
+    optimizer = kind([weight], lr=0.1, foreach=foreach)
+    for _ in range(2):
+        assert_current(weight)
+        functional.linear(draw(2, 33).float(), weight, backend="cpu").sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_current(weight)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_load_state_dict_is_seen(assign):
+    layer = torch.nn.Linear(33, 70)
+    assert_current(layer.weight)
+    layer.load_state_dict(torch.nn.Linear(33, 70).state_dict(), assign=assign)
+    assert_current(layer.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_change_of_dtype_is_seen(dtype):
+    layer = torch.nn.Linear(33, 70)
+    assert_current(layer.weight)
+    layer.to(dtype)
+    assert_current(layer.weight)
+    layer.to(torch.float32)
+    assert_current(layer.weight)
+
+
+@torch.no_grad()
+def test_a_change_of_instruction_set_is_seen():
+    weight = parameter(70, 33)
+    for _ in range(2):
+        for name in every_isa():
+            before = packed(weight)
+            assert_current(weight)
+            extension.set_isa(name)
+            assert packed(weight) is before
+    copies = [packed(weight) for _ in every_isa()]
+    assert len({id(x) for x in copies}) == len(copies)
+
+
+@torch.no_grad()
+def test_freed_with_the_weight():
+    weight = parameter(70, 33)
+    gone = weakref.ref(packed(weight))
+    assert gone() is not None
+    del weight
+    gc.collect()
+    assert gone() is None and packing.packed_bytes() == 0
+
+
+@torch.no_grad()
+def test_a_stale_copy_is_freed_at_once():
+    weight = parameter(70, 33)
+    gone = weakref.ref(packed(weight))
+    weight.mul_(2)
+    packed(weight)
+    gc.collect()
+    assert gone() is None
+
+
+@torch.no_grad()
+def test_many_weights_each_have_their_own():
+    weights = [parameter(9, 5) for _ in range(20)]
+    copies = [packed(weight) for weight in weights]
+    assert all(packed(w) is c for w, c in zip(weights, copies, strict=True))
+    for weight in weights:
+        assert_current(weight)
+
+
+@torch.no_grad()
+def test_deepcopy_does_not_share():
+    layer = torch.nn.Linear(33, 70)
+    original = packed(layer.weight)
+    twin = copy.deepcopy(layer)
+    assert packed(twin.weight) is not original
+    twin.weight.data.mul_(-1)
+    assert_current(twin.weight)
+    assert_current(layer.weight)
+    assert packed(layer.weight) is original
+
+
+def test_what_is_not_kept():
+    """A weight in training, and what may change unseen."""
+    weight = parameter(70, 33)
+    assert packed(weight) is None
+    with torch.no_grad():
+        assert packed(weight) is not None
+        assert packed(weight.t()) is None
+        assert packed(torch.nn.Buffer(weight.data)) is None
+    with torch.inference_mode():
+        inference = draw(70, 33, dtype=torch.float32)
+        assert packed(inference) is None
+        assert_current(inference)
+    assert packed(weight.detach()) is not None
+
+
+@torch.no_grad()
+def test_a_view_follows_its_base():
+    """Rows of a fused weight, as attention has them."""
+    base = parameter(30, 7)
+    rows = base[10:20]
+    assert_current(rows)
+    base.mul_(3)
+    assert_current(rows)
+    base[15].zero_()
+    assert_current(rows)
+
+
+@torch.no_grad()
+def test_empty_weights():
+    for shape in ((0, 5), (5, 0), (0, 0)):
+        assert_current(parameter(*shape))
