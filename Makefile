@@ -19,7 +19,7 @@ lint: install
 	$(PY) -m ruff check .
 
 bench: install
-	$(PY) -m fasttx compare
+	$(PY) -m benchmarks
 
 clean:
 	rm -rf $(VENV) build *.egg-info fasttx/*.so

@@ -106,9 +106,7 @@ def interleave(
         for name, call in variants.items():
             fastest[name] = min(fastest[name], sample(call, 1))
         passes += 1
-    repeats = {
-        name: max(1, math.ceil(shortest_sample / max(once, 1e-7))) for name, once in fastest.items()
-    }
+    repeats = {name: max(1, math.ceil(shortest_sample / max(once, 1e-7))) for name, once in fastest.items()}
 
     samples: dict[str, list[float]] = {name: [] for name in variants}
     order, shuffle = list(variants), random.Random(0).shuffle
@@ -201,24 +199,29 @@ class Verdict:
 
 
 def judge(
-    actual: Tensor, eager: Tensor, truth: Tensor, *, eager_truth: Tensor | None = None
+    actual: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    *,
+    eager_truth: Tensor | None = None,
+    truth_error: float = 0.0,
 ) -> Verdict:
     """Judges `actual` by the error budget of its dtype.
 
     actual, eager and truth have one shape. truth is float64, of the same inputs. eager is PyTorch's
     own result in actual's dtype; in float32 where actual is float64, with `eager_truth` the truth
-    of the inputs rounded to float32 (where absent: truth). What is not finite in truth, rounded to
-    actual's dtype, must be the same in actual.
+    of the inputs rounded to float32 (where absent: truth). truth_error, an estimate of truth's own,
+    widens the budget. What is not finite in truth, rounded to actual's dtype, must be the same in
+    actual.
     """
     wanted = torch.float32 if actual.dtype == torch.float64 else actual.dtype
     if eager.dtype != wanted or truth.dtype != torch.float64:
         raise TypeError(
-            f"to judge {actual.dtype}, eager must be {wanted} and truth float64, "
-            f"got {eager.dtype} and {truth.dtype}"
+            f"to judge {actual.dtype}, eager must be {wanted} and truth float64, got {eager.dtype} and {truth.dtype}"
         )
     error = largest_error(actual, truth)
     eager_error = largest_error(eager, truth if eager_truth is None else eager_truth)
-    budget = error_budget(eager_error, truth, actual.dtype)
+    budget = error_budget(eager_error, truth, actual.dtype) + truth_error
     return Verdict(error, eager_error, budget, _misplaced(actual, truth.to(actual.dtype)))
 
 
@@ -259,11 +262,16 @@ class Standard:
         self.dtype, self.frozen, self.gradients = dtype, tuple(frozen), gradients
         self.truth = self._results(reference, cast(self.inputs, torch.float64), dtype)
         self.eager_truth = self.truth
+        self.truth_error = dict.fromkeys(self.truth, 0.0)
         eager_inputs, eager_dtype = self.inputs, dtype
         if dtype == torch.float64:
             eager_inputs, eager_dtype = cast(self.inputs, torch.float32), torch.float32
             wide = cast(eager_inputs, torch.float64)
             self.eager_truth = self._results(reference, wide, eager_dtype)
+            # The truth is rounded to float64 as well: by the error of the reference in float32.
+            narrow = self._results(reference, eager_inputs, eager_dtype)
+            ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+            self.truth_error = {name: ratio * largest_error(x, self.eager_truth[name]) for name, x in narrow.items()}
         self.eager = self._results(eager, eager_inputs, eager_dtype)
 
     def run(self, op: Callable[..., object]) -> dict[str, Tensor]:
@@ -274,7 +282,11 @@ class Standard:
         """A verdict for each of the op's outputs and gradients."""
         return {
             name: judge(
-                actual, self.eager[name], self.truth[name], eager_truth=self.eager_truth[name]
+                actual,
+                self.eager[name],
+                self.truth[name],
+                eager_truth=self.eager_truth[name],
+                truth_error=self.truth_error[name],
             )
             for name, actual in self.run(op).items()
         }
@@ -285,9 +297,7 @@ class Standard:
         wanted = [n for n, x in inputs.items() if x.is_floating_point() and n not in self.frozen]
         if not self.gradients:
             wanted = []
-        leaves = {
-            name: x.detach().requires_grad_() if name in wanted else x for name, x in inputs.items()
-        }
+        leaves = {name: x.detach().requires_grad_() if name in wanted else x for name, x in inputs.items()}
         with torch.set_grad_enabled(bool(wanted)):
             outputs = function(**leaves)
         outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
@@ -308,7 +318,4 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 def _slopes(outputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Repeatable gradients of the outputs, of values that `dtype` holds."""
     generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype).to(x)
-        for x in outputs
-    ]
+    return [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype).to(x) for x in outputs]

@@ -228,7 +228,7 @@ OPS = {
     "relu": (ff(CPU_FF, activation="relu"), ff_inputs),
     "gelu_tanh": (ff(CPU_FF, activation="gelu_tanh"), ff_inputs),
     "no biases": (ff(CPU_FF), partial(ff_inputs, biases=())),
-    "dropout": (seeded(ff(CPU_FF, **DROPOUT)), ff_inputs),
+    "dropout": (ff(CPU_FF, **DROPOUT), ff_inputs),
 }
 every_op = pytest.mark.parametrize("op, make", OPS.values(), ids=OPS.keys())
 
@@ -238,13 +238,13 @@ def test_gradcheck(op, make):
     inputs = make(3, width=5, hidden=6, out=4)
     names = list(inputs)
     given = tuple(x.requires_grad_() for x in inputs.values())
-    assert torch.autograd.gradcheck(lambda *g: op(**dict(zip(names, g, strict=True))), given)
+    assert torch.autograd.gradcheck(lambda *g: seeded(op)(**dict(zip(names, g, strict=True))), given)
 
 
 @every_op
 def test_threads_do_not_matter(isa, threads, op, make):
     inputs = {n: x.float() for n, x in make(CHUNK_ROWS + 88, hidden=70).items()}
-    assert_threads_do_not_matter(op, inputs, threads)
+    assert_threads_do_not_matter(seeded(op), inputs, threads)
 
 
 @every_op
@@ -260,7 +260,7 @@ def test_second_derivatives_are_refused(op, make):
 
 @every_op
 def test_gradients_only_where_asked(op, make):
-    assert_gradients_only_where_asked(op, make(5), "feed_forward_bwd")
+    assert_gradients_only_where_asked(seeded(op), make(5), "feed_forward_bwd")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import DTYPES
+from budget import DTYPES, poisoned
 from properties import (
     LAYOUTS,
     assert_compiles,
@@ -18,6 +18,7 @@ from properties import (
     assert_threads_do_not_matter,
     assert_within_budget_on_every_isa,
     draw,
+    every_isa,
     results,
     same_bits,
 )
@@ -47,15 +48,44 @@ def check(inputs, dtype):
     )
 
 
+def integers(*shape):
+    """Small enough that every sum of their products is exact."""
+    return torch.randint(-2, 3, shape).double()
+
+
+def differentiated(op, inputs, slope):
+    """The output, and the gradients, given the output's."""
+    given = [x.detach().requires_grad_() for x in inputs.values()]
+    output = op(*given)
+    return [output.detach(), *torch.autograd.grad(output, given, slope)]
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear(dtype, depth, bias):
-    """Every depth with every number of rows and of columns; with and without bias, other pairs."""
+def test_edges_of_tiles(dtype, depth, bias):
+    """Exact products, rounded once: every depth with every number of rows and of columns."""
+    torch.set_num_threads(1)
     turn = DEPTHS.index(depth) + 3 * bias
     for i, rows in enumerate(SIZES):
         out = SIZES[(i + turn) % len(SIZES)]
-        check(linear_inputs(rows, depth=depth, out=out, bias=bias), dtype)
+        shapes = [(rows, depth), (out, depth), (out,)][: 2 + bias]
+        inputs = {str(j): integers(*shape) for j, shape in enumerate(shapes)}
+        slope = integers(rows, out)
+        expected = differentiated(reference.linear, inputs, slope)
+        rounded = {name: x.to(dtype) for name, x in inputs.items()}
+        for isa in every_isa():
+            with poisoned():
+                found = differentiated(CPU_LINEAR, rounded, slope.to(dtype))
+            for ours, truth in zip(found, expected, strict=True):
+                assert torch.equal(ours, truth.to(dtype)), (isa, rows, out)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear(dtype, depth):
+    check(linear_inputs(65, depth=depth, out=64), dtype)
+    check(linear_inputs(1, depth=depth, out=300, bias=False), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -88,26 +118,25 @@ def test_packed_weights_give_the_same_bits(isa, dtype, depth):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layouts(isa, dtype, layout):
+def test_layouts(isa, layout):
     make = LAYOUTS[layout]
     dense = {"input": draw(3, 9, 70), "weight": draw(67, 70), "bias": draw(67)}
+    dense = {name: x.float() for name, x in dense.items()}
     laid_out = {"input": make(3, 9, 70), "weight": make(67, 70), "bias": draw(134).float()[::2]}
     for names in (["input"], ["weight"], ["bias"], list(dense)):
         inputs = dense | {name: laid_out[name] for name in names}
-        # A conversion would make most layouts dense: the half types get theirs from a copy.
-        inputs = {
-            n: torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x)
-            if n in names and 0 not in x.stride()
-            else x.to(dtype)
-            for n, x in inputs.items()
-        }
-        if all(x.is_contiguous() for x in inputs.values()):
-            inputs = {n: x.float() for n, x in (dense | laid_out).items()}
         assert_layouts_do_not_matter(CPU_LINEAR, inputs)
         with torch.no_grad():
             contiguous = {n: x.contiguous() for n, x in inputs.items()}
             assert same_bits(CPU_LINEAR(**inputs), CPU_LINEAR(**contiguous))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_transposed_weights(isa, dtype):
+    """The weight of a Conv1D, (in, out), seen as (out, in), in every dtype."""
+    inputs = {n: x.to(dtype) for n, x in linear_inputs(9, depth=71, out=67).items()}
+    inputs["weight"] = inputs["weight"].t().contiguous().t()
+    assert_layouts_do_not_matter(CPU_LINEAR, inputs)
 
 
 def test_layouts_of_incoming_gradients(isa):

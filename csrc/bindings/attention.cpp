@@ -143,6 +143,11 @@ Sizes lse_sizes(const Problem& problem) {
   if (problem.packed) return {problem.shape.heads, problem.total_queries};
   return {problem.shape.batch, problem.shape.heads, problem.shape.queries};
 }
+Sizes stats_sizes(const Problem& problem) {
+  Sizes sizes = lse_sizes(problem);
+  sizes.push_back(2);
+  return sizes;
+}
 
 // As (tokens, heads, width) in memory, which the next linear reads without a copy.
 Tensor allocate_tokens_first(const Tensor& like, int64_t width) {
@@ -155,7 +160,7 @@ Tensor allocate_gradient(const Tensor& like) {
   return has_unit_rows(gradient) ? gradient : allocate_tokens_first(like, like.size(like.dim() - 1));
 }
 
-std::tuple<Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
+std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
                                          const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
                                          const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                          const OptionalTensor& alibi_slopes, bool is_causal, int64_t query_offset,
@@ -169,10 +174,11 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key,
   const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
   Tensor output = allocate_tokens_first(query, shape.value_width);
   Tensor lse = allocate(lse_sizes(problem), accumulate_type(query));
-  if (lse.numel() == 0) return {output, lse};
+  Tensor stats = allocate(stats_sizes(problem), accumulate_type(query));
+  if (lse.numel() == 0) return {output, lse, stats};
 
   AttentionFwd args = {shape, data(q), data(k), data(v), strides_of(q), strides_of(k), strides_of(v),
-                       strides_of(output), out(output), out(lse), nullptr, nullptr};
+                       strides_of(output), out(output), out(lse), out(stats), nullptr, nullptr};
   // Where there are few (sequence, kv head) pairs, threads share one and its packed keys; else each packs its own, in
   // memory that it uses again.
   const KernelTable& kernels = table();
@@ -190,12 +196,12 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key,
            AttentionPack{shape, args.k, args.v, args.k_strides, args.v_strides, args.k_packed, args.v_packed});
   }
   launch(kernels.attention_fwd[dtype], args);
-  return {output, lse};
+  return {output, lse, stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& output, const Tensor& lse, const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+    const Tensor& output, const Tensor& stats, const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, const OptionalTensor& alibi_slopes,
     bool is_causal, int64_t query_offset, int64_t window_left, int64_t window_right, double dropout_p,
     const OptionalTensor& seed, double scale) {
@@ -208,21 +214,20 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
   output_sizes.back() = shape.value_width;
   check_like(output, query, "output", output_sizes);
   check_like(grad, query, "grad", output_sizes);
-  const auto check_lse = [&](const Tensor& tensor, const char* name) {
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == accumulate_type(query) &&
-                        sizes_of(tensor) == lse_sizes(problem),
-                    name, " must be that of the forward");
+  const auto check_rows = [&](const Tensor& tensor, const Sizes& sizes, const char* name) {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == accumulate_type(query) && sizes_of(tensor) == sizes,
+                    name, " does not fit the forward");
   };
-  check_lse(lse, "lse");
-  if (grad_lse.has_value()) check_lse(*grad_lse, "grad_lse");
+  check_rows(stats, stats_sizes(problem), "stats");
+  if (grad_lse.has_value()) check_rows(*grad_lse, lse_sizes(problem), "grad_lse");
 
   const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
-  const Tensor o = with_unit_rows(output), g = with_unit_rows(grad), l = dense(lse);
+  const Tensor o = with_unit_rows(output), g = with_unit_rows(grad), s = dense(stats);
   const OptionalTensor dl = dense(grad_lse);
   Tensor dq = allocate_gradient(q), dk = allocate_gradient(k), dv = allocate_gradient(v);
   launch(table().attention_bwd[dtype],
          AttentionBwd{shape, data(g), data(q), data(k), data(v), data(o), strides_of(g), strides_of(q), strides_of(k),
-                      strides_of(v), strides_of(o), strides_of(dq), strides_of(dk), strides_of(dv), data(l), data(dl),
+                      strides_of(v), strides_of(o), strides_of(dq), strides_of(dk), strides_of(dv), data(s), data(dl),
                       out(dq), out(dk), out(dv)});
   return {dq, dk, dv};
 }

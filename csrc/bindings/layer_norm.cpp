@@ -50,6 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Op
   check_like(grad, input, "grad", sizes_of(input));
   check_like(grad_sum, input, "grad_sum", sizes_of(input));
   check_like(weight, input, "weight");
+  STD_TORCH_CHECK(!weight.has_value() || weight->numel() == width, "weight must hold ", width, " values");
   STD_TORCH_CHECK(mean.numel() == rows && rstd.numel() == rows && mean.scalar_type() == accumulate &&
                       rstd.scalar_type() == accumulate,
                   "mean and rstd must be those of the forward");

@@ -233,9 +233,9 @@ struct AttentionFwdKernel {
     tile.start();
     bool first = true;
     for (int64_t key = rows.first / kKeyTile * kKeyTile; key < rows.last; key += kKeyTile) {
-      const int64_t n = min_of(kKeyTile, rows.last - key);
-      TileMask<T> mask(shape, rows, sequence.batch, key, n, tile.bias);
-      if (mask.empty()) continue;
+      TileMask<T> mask(shape, rows, sequence.batch, key, min_of(kKeyTile, rows.last - key), tile.bias);
+      const int64_t n = mask.n;
+      if (n == 0) continue;
       if (pack_each) pack(g, sequence, kv_head, key, n, packed);
       const int64_t at = pack_each ? 0 : key;
       tile.score(shape, rows.count, packed.keys + at / kTileCols<P> * key_panel_size<P>(shape), n);
@@ -267,13 +267,15 @@ struct AttentionFwdKernel {
       const TileRow& row = rows.rows[r];
       const A sum = reduce_add(V::load(tile.sums + r * V::kWidth));
       const bool none = sum == 0;
-      static_cast<A*>(g.lse)[lse_index(g.shape, sequence, row.head, row.query)] =
-          none ? -kInfinity<A> : tile.largest[r] + log(sum);
-      const V factor = V::set1(A(1) / sum);
+      const A factor = none ? A(0) : A(1) / sum;
+      const int64_t at = lse_index(g.shape, sequence, row.head, row.query);
+      static_cast<A*>(g.lse)[at] = none ? -kInfinity<A> : tile.largest[r] + log(sum);
+      static_cast<A*>(g.stats)[2 * at] = none ? A(0) : tile.largest[r];
+      static_cast<A*>(g.stats)[2 * at + 1] = factor;
       T* out = first_row<T>(g.out, g.out_strides, g.shape, sequence.batch, row.head, sequence.first_query + row.query);
       const A* from = tile.out + r * tile.out_stride;
       for_vectors<V>(g.shape.value_width, [&](int64_t i, int lanes) {
-        store_lanes(out + i, none ? V::zero() : V::load(from + i) * factor, lanes);
+        store_lanes(out + i, none ? V::zero() : V::load(from + i) * V::set1(factor), lanes);
       });
     }
   }

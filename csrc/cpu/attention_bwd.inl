@@ -1,7 +1,7 @@
-// Attention backward: the probabilities are computed again from the scores and lse, tile by tile.
+// Attention backward: the probabilities are computed again from the scores and the forward's two numbers a row, tile by tile.
 //
-// With P = exp(S - lse), S = scale Q K^T + bias, and delta = rowsum(dO O):
-//   dV = P^T dO    dP = dO V^T    dS = scale P (dP - delta)    dQ = dS K    dK = dS^T Q
+// With P = exp(S - largest) / sum, S = scale Q K^T + bias, and delta = rowsum(dO O):
+//   dV = P^T dO    dP = dO V^T    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q
 // and dropout multiplies P in dV, and dP, by its factors. Every sum runs over the queries or keys in order.
 
 // A tile of keys on its way over the queries, and the sequence's queries as operands.
@@ -38,7 +38,7 @@ struct KeyTile {
   A* dq;              // (heads of the group * head_rows, dq_stride)
   A *dk, *dv;         // (kKeyTile, dq_stride), (kKeyTile, dv_stride)
   int64_t dq_stride, dv_stride;
-  A *lse, *delta;     // (heads of the group * head_rows); lse is +inf where a row sees nothing
+  A *stats, *delta;   // (heads of the group * head_rows, 2) and (the same rows)
   A *p, *ds;          // (kQueryTile, kKeyTile): scores, then probabilities; dP, then dS
   P *p_left, *ds_left, *ds_right;  // what the products read of them: P^T, dS^T, dS
   A *bias, *keep;     // (kKeyTile)
@@ -56,7 +56,7 @@ struct KeyTile {
     dq = pieces.take<A>(rows * dq_stride);
     dk = pieces.take<A>(kKeyTile * dq_stride);
     dv = pieces.take<A>(kKeyTile * dv_stride);
-    lse = pieces.take<A>(rows);
+    stats = pieces.take<A>(2 * rows);
     delta = pieces.take<A>(rows);
     p = pieces.take<A>(kQueryTile * kKeyTile);
     ds = pieces.take<A>(kQueryTile * kKeyTile);
@@ -86,17 +86,17 @@ struct KeyTile {
   // Scores and dP become the (dropped) probabilities and dS.
   __attribute__((noinline)) void differentiate(const AttentionShape& g, int64_t batch, const TileRows& rows, int64_t row0,
                                                int64_t key, int64_t n) {
-    const V scale = V::set1(static_cast<A>(g.scale));
     for (int64_t r = 0; r < rows.count; ++r) {
       A* p_row = p + r * kKeyTile;
       A* ds_row = ds + r * kKeyTile;
-      const V row_lse = V::set1(lse[row0 + r]), row_delta = V::set1(delta[row0 + r]);
+      const A* row_stats = stats + 2 * (row0 + r);
+      const V largest = V::set1(row_stats[0]), factor = V::set1(row_stats[1]), row_delta = V::set1(delta[row0 + r]);
       if (g.dropout.active)
         dropout_keep(keep, n, g.dropout.seed, static_cast<uint32_t>(batch), static_cast<uint32_t>(rows.rows[r].head),
                      rows.rows[r].query, key, g.dropout.threshold, static_cast<A>(g.dropout.scale));
       for (int64_t i = 0; i < n; i += V::kWidth) {
-        V probability = exp(V::load(p_row + i) - row_lse), dp = V::load(ds_row + i);
-        const V weight = probability * scale;
+        V probability = exp(V::load(p_row + i) - largest) * factor, dp = V::load(ds_row + i);
+        const V weight = probability;
         if (g.dropout.active) {
           const V kept = V::load(keep + i);
           probability = probability * kept;
@@ -169,6 +169,7 @@ struct AttentionBwdKernel {
   static void run_item(const AttentionBwd& g, const Sequence& sequence, int64_t kv_head, KeyTile<P>& tile) {
     const AttentionShape& shape = g.shape;
     const int64_t group = shape.heads / shape.kv_heads;
+    const A scale = static_cast<A>(shape.scale);
     for (int64_t i = 0; i < group; ++i) load_queries(g, sequence, kv_head * group + i, i * tile.head_rows, tile);
     for (int64_t key = 0; key < sequence.keys; key += kKeyTile) {
       const int64_t n = min_of(kKeyTile, sequence.keys - key);
@@ -177,13 +178,14 @@ struct AttentionBwdKernel {
         for (int64_t query = 0; query < sequence.queries; query += kQueryTile)
           run_tile(shape, sequence, kv_head * group + i, query, i * tile.head_rows + query, key, tile);
       store(first_row<T>(g.dk, g.dk_strides, shape, sequence.batch, kv_head, sequence.first_key + key), g.dk_strides.t,
-            tile.dk, tile.dq_stride, n, shape.width);
+            tile.dk, tile.dq_stride, n, shape.width, scale);
       store(first_row<T>(g.dv, g.dv_strides, shape, sequence.batch, kv_head, sequence.first_key + key), g.dv_strides.t,
-            tile.dv, tile.dv_stride, n, shape.value_width);
+            tile.dv, tile.dv_stride, n, shape.value_width, A(1));
     }
     for (int64_t i = 0; i < group; ++i)
       store(first_row<T>(g.dq, g.dq_strides, shape, sequence.batch, kv_head * group + i, sequence.first_query),
-            g.dq_strides.t, tile.dq + i * tile.head_rows * tile.dq_stride, tile.dq_stride, sequence.queries, shape.width);
+            g.dq_strides.t, tile.dq + i * tile.head_rows * tile.dq_stride, tile.dq_stride, sequence.queries, shape.width,
+            scale);
     if (shape.cu_keys == nullptr) clear_padding(g, sequence, kv_head);
   }
 
@@ -197,8 +199,7 @@ struct AttentionBwdKernel {
     memset(tile.dq + to * tile.dq_stride, 0, sizeof(A) * sequence.queries * tile.dq_stride);
     for (int64_t query = 0; query < sequence.queries; ++query) {
       const int64_t at = lse_index(shape, sequence, head, query);
-      const A lse = static_cast<const A*>(g.lse)[at];
-      tile.lse[to + query] = lse == -kInfinity<A> ? kInfinity<A> : lse;
+      memcpy(tile.stats + 2 * (to + query), static_cast<const A*>(g.stats) + 2 * at, 2 * sizeof(A));
       const T* dout_row = dout + query * g.dout_strides.t;
       const T* out_row = out + query * g.out_strides.t;
       A delta = sum_vectors<V>(shape.value_width, [&](int64_t i, int lanes) {
@@ -234,20 +235,21 @@ struct AttentionBwdKernel {
     TileRows rows;
     for (int64_t i = query; i < min_of(sequence.queries, query + kQueryTile); ++i)
       rows.add(tile_row(shape, head, i, sequence.keys));
-    const int64_t n = min_of(kKeyTile, rows.last - key);
-    if (n <= 0 || rows.first >= key + kKeyTile) return;
-    TileMask<T> mask(shape, rows, sequence.batch, key, n, tile.bias);
-    if (mask.empty()) return;
+    if (rows.last <= key || rows.first >= key + kKeyTile) return;
+    TileMask<T> mask(shape, rows, sequence.batch, key, min_of(kKeyTile, rows.last - key), tile.bias);
+    const int64_t n = mask.n;
+    if (n == 0) return;
     tile.multiply_inputs(shape, row, rows.count, n);
     mask.apply(tile.p, kKeyTile);
     tile.differentiate(shape, sequence.batch, rows, row, key, n);
     tile.multiply_outputs(shape, row, rows.count, n);
   }
 
-  static void store(T* to, int64_t stride, const A* from, int64_t from_stride, int64_t rows, int64_t width) {
+  static void store(T* to, int64_t stride, const A* from, int64_t from_stride, int64_t rows, int64_t width,
+                    A scale) {
     for (int64_t row = 0; row < rows; ++row) {
       for_vectors<V>(width, [&](int64_t i, int lanes) {
-        store_lanes(to + row * stride + i, load_lanes<V>(from + row * from_stride + i, lanes), lanes);
+        store_lanes(to + row * stride + i, V::load(from + row * from_stride + i) * V::set1(scale), lanes);
       });
     }
   }

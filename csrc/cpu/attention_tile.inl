@@ -7,8 +7,8 @@ constexpr int64_t kKeyTile = 128;
 template <class A>
 constexpr A kInfinity = __builtin_inf();
 
-// out = scale * a panel; or, where `add`, out = scale * (decay * out + a panel). Row i of `a` starts at a + i * a_stride, and its steps
-// lie a_step apart: swapping the two multiplies by the transpose.
+// out = scale * a panel; or, where `add`, out = decay * out + a panel, the product being summed up first: long sums are made of
+// short ones. Row i of `a` starts at a + i * a_stride, and its steps lie a_step apart: swapping the two multiplies by the transpose.
 template <class P>
 struct Product {
   using A = accum_t<P>;
@@ -31,26 +31,30 @@ static void multiply_rows(const Product<P>& g, const P* panel, int64_t row, int6
   const int64_t stride = g.out_stride;
   A* out = g.out + row * stride + column;
   const A* decay = g.decay;
-  // Unrolled, the sums are registers from the first line to the last.
   V sum[kRows][kVecs];
+  // Unrolled, the sums are registers from the first line to the last.
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < kVecs; ++j) sum[i][j] = V::zero();
+  multiply_tile<P, kRows>(g.a + row * g.a_stride, g.a_stride, panel, g.k, sum, g.a_step);
   if (g.add) {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const V factor = V::set1(decay == nullptr ? A(1) : decay[row + i]);
 #pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) sum[i][j] = V::load(out + i * stride + j * V::kWidth) * factor;
+      for (int j = 0; j < kVecs; ++j) {
+        A* to = out + i * stride + j * V::kWidth;
+        fma(V::load(to), factor, sum[i][j]).store(to);
+      }
     }
+  } else {
+    const V scale = V::set1(g.scale);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) (sum[i][j] * scale).store(out + i * stride + j * V::kWidth);
   }
-  multiply_tile<P, kRows>(g.a + row * g.a_stride, g.a_stride, panel, g.k, sum, g.a_step);
-  const V scale = V::set1(g.scale);
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) (sum[i][j] * scale).store(out + i * stride + j * V::kWidth);
 }
 
 template <class P, int kVecs>
@@ -178,30 +182,26 @@ struct TileMask {
   using V = Vec<A>;
   const AttentionShape& g;
   const TileRows& rows;
-  int64_t batch, key, n;
-  A* bias;            // of one row
-  bool shared;        // one row of bias serves every row
-  bool has_bias, full;
+  int64_t batch, key;
+  int64_t n;      // keys up to the last that a shared row of the mask allows
+  A* bias;        // of one row
+  bool has_bias;  // there is something to add
+  bool shared;    // one row of bias serves every row
+  bool full;      // every row sees all n keys, as far as positions go
 
   TileMask(const AttentionShape& shape, const TileRows& tile, int64_t b, int64_t first_key, int64_t keys, A* buffer)
       : g(shape), rows(tile), batch(b), key(first_key), n(keys), bias(buffer) {
+    const bool one_head = rows.rows[0].head == rows.rows[rows.count - 1].head;
     has_bias = g.mask.kind != MaskKind::none;
+    shared = has_bias && g.mask.stride_q == 0 && (g.mask.stride_h == 0 || one_head);
+    if (shared) {
+      fill(rows.rows[0]);
+      bool adds = false;
+      while (n > 0 && bias[n - 1] == -kInfinity<A>) --n;
+      for (int64_t i = 0; i < n; ++i) adds |= bias[i] != 0;
+      has_bias = adds;
+    }
     full = rows.template all_see<A>(key, n);
-    shared = has_bias && g.mask.stride_q == 0 && (g.mask.stride_h == 0 || rows.rows[0].head == rows.rows[rows.count - 1].head);
-    if (!shared) return;
-    fill(rows.rows[0]);
-    bool adds = false;
-    for (int64_t i = 0; i < n; ++i) adds |= bias[i] != 0;
-    has_bias = adds;
-  }
-
-  // Whether no row sees any of the tile's keys, as far as one shared row of the mask tells.
-  bool empty() const {
-    if (!shared || !has_bias) return false;
-    const A lowest = -kInfinity<A>;
-    bool none = true;
-    for (int64_t i = 0; i < n; ++i) none &= bias[i] == lowest;
-    return none;
   }
 
   void fill(const TileRow& row) {

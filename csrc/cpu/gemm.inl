@@ -29,9 +29,11 @@ constexpr int kTileVecs = 2;  // 12 sums, 2 columns of B and one broadcast: 15 o
 template <class T>
 constexpr int kTileCols = kTileVecs * Vec<accum_t<T>>::kWidth;
 
-// k is summed in blocks of this many values, and the blocks' sums are added up: shorter chains of additions round less, and
-// the block of B (64 KiB in float32) stays in L2.
+// Values of k that all the rows pass through before the next: that block of B (64 KiB in float32) stays in L2.
 constexpr int64_t kBlockK = 256;
+// Values of k that are summed in registers, before that sum is added to those before it: the rounding error of a sum grows
+// with the length of its chain, and PyTorch's products have short ones.
+constexpr int64_t kChainK = 64;
 // Rows of A that share one block of B.
 constexpr int64_t kBlockRows = 192;
 
@@ -313,21 +315,26 @@ struct GemmKernel {
       const int64_t k1 = min_of(g.k, k0 + kBlockK);
       for (int64_t r = 0; r < rows; r += kTileRows) {
         with_rows(min_of(rows - r, kTileRows), [&]<int kRows>() {
-          V sum[kRows][kTileVecs];
-          for (int i = 0; i < kRows; ++i)
-            for (int j = 0; j < kTileVecs; ++j) sum[i][j] = V::zero();
-          multiply_tile<T, kRows>(static_cast<const P*>(g.a) + (row0 + r) * g.a_stride + k0, g.a_stride,
-                                  panel + k0 * kTileCols<T>, k1 - k0, sum);
           A* saved = partial + r * kTileCols<T>;
-          for (int i = 0; i < kRows; ++i) {
-            for (int j = 0; j < kTileVecs && k0 > 0; ++j)
-              sum[i][j] = V::load(saved + i * kTileCols<T> + j * V::kWidth) + sum[i][j];
-            if (k1 == g.k) {
-              gemm_epilogue<T>(g, row0 + r + i, column, sum[i]);
-            } else {
-              for (int j = 0; j < kTileVecs; ++j) sum[i][j].store(saved + i * kTileCols<T> + j * V::kWidth);
+          int64_t k = k0;
+          do {
+            const int64_t end = min_of(k1, k + kChainK);
+            V sum[kRows][kTileVecs];
+            for (int i = 0; i < kRows; ++i)
+              for (int j = 0; j < kTileVecs; ++j) sum[i][j] = V::zero();
+            multiply_tile<T, kRows>(static_cast<const P*>(g.a) + (row0 + r) * g.a_stride + k, g.a_stride,
+                                    panel + k * kTileCols<T>, end - k, sum);
+            for (int i = 0; i < kRows; ++i) {
+              for (int j = 0; j < kTileVecs && k > 0; ++j)
+                sum[i][j] = V::load(saved + i * kTileCols<T> + j * V::kWidth) + sum[i][j];
+              if (end == g.k) {
+                gemm_epilogue<T>(g, row0 + r + i, column, sum[i]);
+              } else {
+                for (int j = 0; j < kTileVecs; ++j) sum[i][j].store(saved + i * kTileCols<T> + j * V::kWidth);
+              }
             }
-          }
+            k = end;
+          } while (k < k1);
         });
       }
       k0 = k1;

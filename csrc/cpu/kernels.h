@@ -47,7 +47,7 @@ struct LayerNormFwd {
   const void* bias;      // T (width) or null
   void* y;               // T (rows, width)
   void* sum;             // T (rows, width) or null
-  void* mean;            // A (rows) or null
+  void* mean;            // A (rows) or null: of what the backward will read, so of `sum` as it was stored
   void* rstd;            // A (rows) or null
   int64_t rows, width;
   double eps;
@@ -156,6 +156,7 @@ struct AttentionFwd {
   Strides q_strides, k_strides, v_strides, out_strides;
   void* out;                       // T
   void* lse;                       // A: (batch, heads, queries), or packed (heads, total queries)
+  void* stats;                     // A, two for each lse: the largest score, and 1 / the sum of exponentials above it
   void *k_packed, *v_packed;       // from attention_pack, or null: items pack their own, and are fewer
 };
 
@@ -171,7 +172,7 @@ struct AttentionBwd {
   AttentionShape shape;
   const void *dout, *q, *k, *v, *out;  // T
   Strides dout_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, dk_strides, dv_strides;
-  const void* lse;     // A, as in the forward
+  const void* stats;   // A, from the forward: the sum of lse's two parts would round off what they hold
   const void* dlse;    // A or null: gradient that reaches lse itself
   void *dq, *dk, *dv;  // T
 };

@@ -42,8 +42,12 @@ struct LayerNormFwdKernel {
     });
   }
 
+  struct Statistics {
+    A mean, rstd;
+  };
+
   template <class S>
-  static void normalize(const LayerNormFwd& g, int64_t row, const S* x) {
+  static Statistics statistics(const LayerNormFwd& g, const S* x) {
     const A width = static_cast<A>(g.width);
     const A mean = sum_vectors<V>(g.width, [&](int64_t i, int lanes) { return load_lanes<V>(x + i, lanes); }) / width;
     const V center = V::set1(mean);
@@ -53,14 +57,22 @@ struct LayerNormFwdKernel {
                          const V square = d * d;
                          return lanes == V::kWidth ? square : select(first_lanes<V>(lanes), square, V::zero());
                        }) / width;
-    const A rstd = A(1) / square_root(variance + static_cast<A>(g.eps));
-    if (g.mean != nullptr) static_cast<A*>(g.mean)[row] = mean;
-    if (g.rstd != nullptr) static_cast<A*>(g.rstd)[row] = rstd;
+    return {mean, A(1) / square_root(variance + static_cast<A>(g.eps))};
+  }
+
+  template <class S>
+  static void normalize(const LayerNormFwd& g, int64_t row, const S* x) {
+    const Statistics s = statistics(g, x);
+    // The backward reads the sum as it was rounded, and needs that row's own statistics.
+    const bool rounded = g.sum != nullptr && sizeof(T) != sizeof(A);
+    const Statistics kept = rounded ? statistics(g, static_cast<const T*>(g.sum) + row * g.width) : s;
+    if (g.mean != nullptr) static_cast<A*>(g.mean)[row] = kept.mean;
+    if (g.rstd != nullptr) static_cast<A*>(g.rstd)[row] = kept.rstd;
 
     const T* weight = static_cast<const T*>(g.weight);
     const T* bias = static_cast<const T*>(g.bias);
     T* y = static_cast<T*>(g.y) + row * g.width;
-    const V factor = V::set1(rstd);
+    const V center = V::set1(s.mean), factor = V::set1(s.rstd);
     for_vectors<V>(g.width, [&](int64_t i, int lanes) {
       V value = (load_lanes<V>(x + i, lanes) - center) * factor;
       if (weight != nullptr) value = value * load_lanes<V>(weight + i, lanes);

@@ -1,8 +1,7 @@
 // Elementary functions and activations, once, over Vec; included after a vec_*.h in its namespace.
 //
-// In float everything is polynomials, accurate to a few ulp for |x| <= 5, to 1e-6 of the value in
-// gelu's negative tail and to 2e-5 in gelu_tanh's. In double exp is a polynomial too; erf, erfc and
-// tanh are the C library's, lane by lane.
+// In float everything is polynomials, accurate to a few ulp near zero; in gelu's negative tail to 1e-7, in gelu_tanh's
+// to 2e-5 of the value. In double exp is a polynomial too; erfc is the C library's, lane by lane.
 
 // Coefficients from the highest power down.
 template <class A, int n>
@@ -85,125 +84,121 @@ FASTTX_INLINE Vec<A> exp_product(Vec<A> a, Vec<A> b) {
   return scalef(polynomial(r, ExpConstants<A>::kPolynomial), n);
 }
 
-// Both GELUs are x F(x) with F(-a) = 1 - F(a). With a = |x|, gelu(x) = max(x, 0) - a F(-a), which
-// keeps the relative accuracy of the negative tail, and gelu'(-a) = 1 - gelu'(a). F(-kGeluEnd)
-// rounds to zero.
+// Both GELUs are x F(x) with F(-a) = 1 - F(a). With a = |x|, gelu(x) = max(x, 0) - a F(-a), which does not cancel in
+// the negative tail, and gelu'(-a) = 1 - gelu'(a). From kEnd on F(-a) is taken as zero, from kGradientEnd on gelu'(-a):
+// nothing becomes subnormal, which would cost the processor some hundred cycles each time.
 template <class A>
 struct GeluTail {
   Vec<A> value;     // F(-a)
   Vec<A> gradient;  // gelu'(-a)
 };
-template <class A>
-inline constexpr A kGeluEnd = 40;
-template <>
-inline constexpr float kGeluEnd<float> = 15;
 
-// F = Phi, the normal distribution: Phi(-a) = erfc(a / sqrt 2) / 2 = e^(-a^2/2) (1 - w) R(w) with
-// w = pa / (1 + pa), p = 11/32. R is the minimax fit (Remez exchange, relative error 2.9e-8, R(0)
-// held at 1/2) on 0 <= a <= 15; among 128ths p = 11/32 has the smallest error. With w instead of
-// 1 - w = 1 / (1 + pa) hardly anything is rounded where a is small and the value close to 1/2.
-FASTTX_INLINE GeluTail<float> normal_tail(Vec<float> a) {
-  constexpr float kTail[] = {-0.0273955613f, 0.0772361755f, -0.0415259302f,
-                             -0.0255152378f, -0.0717977807f, 0.0921245739f,
-                             0.294554144f,   -0.660559058f,  0.5f};
-  using V = Vec<float>;
-  const V e = exp_product(V::set1(-0.5f) * a, a);
-  const V pa = V::set1(0.34375f) * a;
-  const V w = pa * reciprocal(V::set1(1.0f) + pa);
-  const V r = polynomial(w, kTail);
-  const V p = fnma(w, r, r);
-  return {e * p, e * fnma(a, V::set1(0.398942280f), p)};
-}
-FASTTX_INLINE GeluTail<double> normal_tail(Vec<double> a) {
-  using V = Vec<double>;
-  const V e = exp_product(V::set1(-0.5) * a, a);
-  // a / sqrt 2 = z + low, and -e / sqrt pi is the slope of erfc(z) / 2.
-  const V root = V::set1(0x1.6a09e667f3bcdp-1);
-  const V z = a * root;
-  const V low = fma(a, V::set1(-0x1.bdd3413b26456p-55), -product_error(a, root, z));
-  const V erfc = each_lane(z, [](double x) { return __builtin_erfc(x); });
-  const V value = fnma(low * V::set1(0.56418958354775629), e, V::set1(0.5) * erfc);
-  return {value, fnma(a * V::set1(0.39894228040143268), e, value)};
-}
+// F = Phi, the normal distribution.
+template <class A>
+struct NormalTail;
+
+// kRoot is sqrt(2 Phi(-a)): no exponential and no division, in return for a tail that is accurate absolutely and not
+// relatively, as float32 eager's is. It is a weighted minimax fit (Lawson's iteration, the coefficients rounded one by
+// one) on 0 <= a <= kEnd with the value at 0 held at 1; a Phi(-a) comes out within 1e-7.
+template <>
+struct NormalTail<float> {
+  static constexpr float kEnd = 5.6f;  // a Phi(-a) = 6e-8
+  static FASTTX_INLINE Vec<float> value(Vec<float> a) {
+    constexpr float kRoot[] = {3.2843964e-08f,   -1.00381794e-06f, 1.26024388e-05f, -8.01348069e-05f, 0.000239626388f,
+                               -0.000107168853f, -0.000572837482f, -0.0031794596f,  0.0107787531f,    0.0347339734f,
+                               -0.0795792863f,   -0.398941934f,    1.0f};
+    const Vec<float> root = polynomial(a, kRoot);
+    return Vec<float>::set1(0.5f) * root * root;
+  }
+
+  static constexpr float kGradientEnd = 13;  // a phi(a) = 1e-36
+  static FASTTX_INLINE Vec<float> gradient(Vec<float> a) {
+    using V = Vec<float>;
+    const V phi = V::set1(0.398942280f) * exp(V::set1(-0.5f) * a * a);
+    return fnma(a, phi, select(lt(a, V::set1(kEnd)), value(a), V::zero()));
+  }
+};
+
+template <>
+struct NormalTail<double> {
+  static constexpr double kEnd = 37.5, kGradientEnd = kEnd;
+  static FASTTX_INLINE Vec<double> value(Vec<double> a) { return both(a).value; }
+  static FASTTX_INLINE Vec<double> gradient(Vec<double> a) { return both(a).gradient; }
+
+  // Phi(-a) = erfc(a / sqrt 2) / 2.
+  static FASTTX_INLINE GeluTail<double> both(Vec<double> a) {
+    using V = Vec<double>;
+    const V e = exp_product(V::set1(-0.5) * a, a);
+    // a / sqrt 2 = z + low, and -e / sqrt pi is the slope of erfc(z) / 2.
+    const V root = V::set1(0x1.6a09e667f3bcdp-1);
+    const V z = a * root;
+    const V low = fma(a, V::set1(-0x1.bdd3413b26456p-55), -product_error(a, root, z));
+    const V erfc = each_lane(z, [](double x) { return __builtin_erfc(x); });
+    const V value = fnma(low * V::set1(0.56418958354775629), e, V::set1(0.5) * erfc);
+    return {value, fnma(a * V::set1(0.39894228040143268), e, value)};
+  }
+};
 
 // F(x) = (1 + tanh u) / 2 = 1 / (1 + e^-z) with z = 2u = 2 sqrt(2/pi) (x + 0.044715 x^3).
 template <class A>
-FASTTX_INLINE GeluTail<A> logistic_tail(Vec<A> a) {
-  using V = Vec<A>;
-  const V one = V::set1(1), linear = V::set1(A(1.5957691216057307));
-  const V cubic = V::set1(A(0.071354816272600249)), square = a * a;
-  const V w = exp_product(-a, fma(square, cubic, linear));
-  const V s = reciprocal(one + w);
-  const V slope = a * fma(square, V::set1(3) * cubic, linear);  // a dz/da
-  const V value = w * s;
-  return {value, value * fnma(s, slope, one)};
-}
+struct LogisticTail {
+  static constexpr A kEnd = sizeof(A) == 4 ? A(9.95) : A(21.1), kGradientEnd = kEnd;  // e^-z is about to be subnormal
+  static FASTTX_INLINE Vec<A> value(Vec<A> a) { return both(a).value; }
+  static FASTTX_INLINE Vec<A> gradient(Vec<A> a) { return both(a).gradient; }
+
+  static FASTTX_INLINE GeluTail<A> both(Vec<A> a) {
+    using V = Vec<A>;
+    const V one = V::set1(1), linear = V::set1(A(1.5957691216057307));
+    const V cubic = V::set1(A(0.071354816272600249)), square = a * a;
+    const V w = exp_product(-a, fma(square, cubic, linear));
+    const V s = reciprocal(one + w);
+    const V slope = a * fma(square, V::set1(3) * cubic, linear);  // a dz/da
+    const V value = w * s;
+    return {value, value * fnma(s, slope, one)};
+  }
+};
 
 template <Activation act, class A>
-FASTTX_INLINE GeluTail<A> gelu_tail(Vec<A> a) {
-  if constexpr (act == Activation::gelu_tanh) {
-    return logistic_tail(a);
-  } else {
-    return normal_tail(a);
-  }
-}
+struct GeluTailOf {
+  using type = NormalTail<A>;
+};
+template <class A>
+struct GeluTailOf<Activation::gelu_tanh, A> {
+  using type = LogisticTail<A>;
+};
 
 // The activation `act` of x. NaN stays NaN, and -infinity gives 0.
 template <Activation act, class A>
 FASTTX_INLINE Vec<A> gelu(Vec<A> x) {
+  using V = Vec<A>;
   if constexpr (act == Activation::none) {
     return x;
   } else if constexpr (act == Activation::relu) {
-    return max(Vec<A>::zero(), x);
+    return max(V::zero(), x);
   } else {
-    const Vec<A> a = min(Vec<A>::set1(kGeluEnd<A>), abs(x));
-    return fnma(a, gelu_tail<act>(a).value, max(Vec<A>::zero(), x));
+    using Tail = typename GeluTailOf<act, A>::type;
+    const V size = abs(x);
+    const V a = select(lt(size, V::set1(Tail::kEnd)), size, V::zero());
+    return fnma(a, Tail::value(a), max(V::zero(), x));  // max keeps a NaN x
   }
 }
 
 // Its derivative; relu's is 0 at 0.
 template <Activation act, class A>
 FASTTX_INLINE Vec<A> gelu_grad(Vec<A> x) {
-  const Vec<A> one = Vec<A>::set1(1);
+  using V = Vec<A>;
+  const V one = V::set1(1);
   if constexpr (act == Activation::none) {
     return one;
   } else if constexpr (act == Activation::relu) {
-    return select(le(x, Vec<A>::zero()), Vec<A>::zero(), one);
+    return select(le(x, V::zero()), V::zero(), one);
   } else {
-    const Vec<A> a = min(Vec<A>::set1(kGeluEnd<A>), abs(x));
-    const Vec<A> tail = gelu_tail<act>(a).gradient;
-    return select(lt(x, Vec<A>::zero()), tail, one - tail);
+    using Tail = typename GeluTailOf<act, A>::type;
+    const V end = V::set1(Tail::kGradientEnd), size = abs(x);
+    // A NaN is not ge, and min keeps it.
+    const V tail = select(ge(size, end), V::zero(), Tail::gradient(min(end, size)));
+    return select(lt(x, V::zero()), tail, one - tail);
   }
-}
-
-// Minimax fits near zero: erf(x) / x - 1 on |x| <= 7/8 (relative error of erf 2.0e-10), and
-// (tanh(x) / x - 1) / x^2 on |x| <= 5/8 (relative error of tanh 4.4e-9).
-FASTTX_INLINE Vec<float> erf(Vec<float> x) {
-  constexpr float kSmall[] = {8.67538838e-05f, -0.000821110327f, 0.00520674745f, -0.0268615838f,
-                              0.11283733f,     -0.376126349f,    0.128379167f};
-  using V = Vec<float>;
-  const V a = abs(x), square = x * x;
-  const V small = fma(x, polynomial(square, kSmall), x);
-  const V scaled = min(V::set1(kGeluEnd<float>), a * V::set1(1.41421356f));
-  const V large = fnma(V::set1(2), normal_tail(scaled).value, V::set1(1));
-  return select(lt(a, V::set1(0.875f)), small, select(lt(x, V::zero()), -large, large));
-}
-FASTTX_INLINE Vec<double> erf(Vec<double> x) {
-  return each_lane(x, [](double lane) { return __builtin_erf(lane); });
-}
-
-FASTTX_INLINE Vec<float> tanh(Vec<float> x) {
-  constexpr float kSmall[] = {-0.00570543297f, 0.0206395406f, -0.0537398793f, 0.133314446f,
-                              -0.333332807f};
-  using V = Vec<float>;
-  const V a = abs(x), square = x * x;
-  const V small = fma(x * square, polynomial(square, kSmall), x);
-  const V e = exp(V::set1(2) * min(V::set1(10), a));
-  const V large = fnma(V::set1(2), reciprocal(e + V::set1(1)), V::set1(1));
-  return select(lt(a, V::set1(0.625f)), small, select(lt(x, V::zero()), -large, large));
-}
-FASTTX_INLINE Vec<double> tanh(Vec<double> x) {
-  return each_lane(x, [](double lane) { return __builtin_tanh(lane); });
 }
 
 // Calls f.template operator()<kActivation>(): one copy of the code inside for each activation.

@@ -17,26 +17,41 @@ static inline void store_lanes(T* p, V value, int lanes) {
   lanes == V::kWidth ? value.store(p) : value.store(p, lanes);
 }
 
-// Sum of f(offset, lanes) over a row, in four chains so that additions do not wait for each other. f gives zero in the
-// lanes past the end.
+// Vectors or rows whose sum is taken by itself, before it is added to the rest: shorter chains round less.
+constexpr int64_t kSumBlock = 16;
+
+// Sum of f(offset, lanes) over a row, by blocks, in chains so that additions do not wait for each other. f gives zero
+// in the lanes past the end. Zeros that follow a row do not change a bit of its sum: blocks end at fixed places.
 template <class V, class F>
 static inline auto sum_vectors(int64_t width, const F& f) {
-  V sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  constexpr int kChains = V::kWidth < 4 ? 16 : 4;  // 16 partial sums at least
+  constexpr int64_t kStep = kChains * V::kWidth;
+  V total[kChains], sum[kChains];
+  for (int j = 0; j < kChains; ++j) total[j] = sum[j] = V::zero();
   int64_t i = 0;
-  for (; i + 4 * V::kWidth <= width; i += 4 * V::kWidth)
-    for (int j = 0; j < 4; ++j) sum[j] = sum[j] + f(i + j * V::kWidth, V::kWidth);
-  for (int j = 0; i < width; i += V::kWidth, ++j)
+  while (i + kStep <= width) {
+    for (int j = 0; j < kChains; ++j) sum[j] = sum[j] + f(i + j * V::kWidth, V::kWidth);
+    i += kStep;
+    if (i % (kSumBlock * kStep) != 0) continue;
+    for (int j = 0; j < kChains; ++j) {
+      total[j] = total[j] + sum[j];
+      sum[j] = V::zero();
+    }
+  }
+  for (int j = 0; j < kChains && i < width; ++j, i += V::kWidth)
     sum[j] = sum[j] + f(i, static_cast<int>(min_of(V::kWidth, width - i)));
-  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (int j = 0; j < kChains; ++j) total[j] = total[j] + sum[j];
+  for (int half = kChains / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) total[j] = total[j] + total[j + half];
+  return reduce_add(total[0]);
 }
 
-// f(0) + ... + f(rows - 1) in order, by blocks whose sums are added up: shorter chains round less.
+// f(0) + ... + f(rows - 1) in order, by blocks.
 template <class V, class F>
 static inline V sum_rows(int64_t rows, const F& f) {
-  constexpr int64_t kBlock = 16;
   V sum = V::zero();
   for (int64_t row = 0; row < rows;) {
-    const int64_t end = min_of(rows, row + kBlock);
+    const int64_t end = min_of(rows, row + kSumBlock);
     V block = f(row++);
     for (; row < end; ++row) block = block + f(row);
     sum = sum + block;

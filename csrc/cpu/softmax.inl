@@ -80,9 +80,9 @@ struct SoftmaxFwdKernel {
       value.store(exponentials + i);  // whole vectors: the scratch is padded
       return value;
     });
-    const V divisor = V::set1(sum == 0 ? A(1) : sum);  // an empty row's exponentials are zeros
+    const V factor = V::set1(sum == 0 ? A(0) : A(1) / sum);
     for_vectors<V>(width, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-      store_lanes(y + i, V::load(exponentials + i) / divisor, lanes);
+      store_lanes(y + i, V::load(exponentials + i) * factor, lanes);
     });
   }
 

@@ -137,7 +137,9 @@ ATTENTION = (
     ),
     Case("attention", "grouped heads", _qkv(2, 6, 40, 40, 32, kv_heads=2), {"enable_gqa": True}),
     Case("attention", "widths 33 and 17", _qkv(2, 3, 19, 23, 33, 17)),
-    Case("attention", "one key", _qkv(2, 3, 19, 1, 16)),
+    # With one key, query and key have no influence: gradients of exactly zero give the budget's ulp
+    # nothing to be measured by.
+    Case("attention", "one key", _qkv(2, 3, 19, 1, 16), gradients=False),
     Case("attention", "long keys", _qkv(1, 2, 20, 1500, 64)),
     Case("attention", "decode", _qkv(4, 4, 1, 333, 64)),
     Case(

@@ -1,8 +1,9 @@
 """`python -m fasttx compare`: every kernel's error against float64, beside eager PyTorch's own."""
 
 import argparse
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,25 +63,43 @@ def run(args: argparse.Namespace) -> int:
         "PyTorch's error in the same dtype and one ulp of the largest value."
     )
     start, rows = time.perf_counter(), []
-    for op in dict.fromkeys(args.op):
-        rows_of_op = []
-        cases = [case for case in CASES if case.op == op]
-        with screen.status(op) as status:
-            for case in cases:
-                status.update(f"{op}: {case.name}")
-                for dtype in args.dtype:
-                    rows_of_op += _rows(case, dtype, isas)
-        screen.print(_table(op, rows_of_op))
-        rows += rows_of_op
+    with _as_before():
+        # Waking threads takes longer than these small inputs do, and changes no bit.
+        torch.set_num_threads(1)
+        for op in dict.fromkeys(args.op):
+            with screen.status(op):
+                of_op = [
+                    row
+                    for case in CASES
+                    if case.op == op
+                    for dtype in dict.fromkeys(args.dtype)
+                    for row in _rows(case, dtype, isas)
+                ]
+            screen.print(_table(op, of_op))
+            rows += of_op
     failed = [row for row in rows if not row.passed]
     for row in failed:
         screen.print(_explanation(row), markup=False)
     verdict = "all pass" if not failed else f"{len(failed)} FAIL"
     screen.print(
-        f"{len(rows)} comparisons ({len(dict.fromkeys(args.op))} ops, {len(args.dtype)} dtypes, "
+        f"{len(rows)} comparisons ({len(set(args.op))} ops; {', '.join(dict.fromkeys(args.dtype))}; "
         f"{', '.join(isas)}) in {time.perf_counter() - start:.0f} s: {verdict}"
     )
     return 1 if failed else 0
+
+
+@contextlib.contextmanager
+def _as_before() -> Iterator[None]:
+    """Puts threads, instruction set and random state back as they were."""
+    threads = torch.get_num_threads()
+    in_use = extension.isa() if extension else None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        if extension:
+            extension.set_isa(in_use)
 
 
 def _instruction_sets(wanted: list[str] | None) -> list[str]:
@@ -98,12 +117,7 @@ def _instruction_sets(wanted: list[str] | None) -> list[str]:
 
 def _rows(case: Case, dtype: str, isas: list[str]) -> list[Row]:
     standard = case.standard(DTYPES[dtype])
-    in_use = extension.isa() if extension else None
-    try:
-        return [_row(case, dtype, isa, standard) for isa in isas]
-    finally:
-        if extension:
-            extension.set_isa(in_use)
+    return [_row(case, dtype, isa, standard) for isa in isas]
 
 
 def _row(case: Case, dtype: str, isa: str, standard: Standard) -> Row:

@@ -41,9 +41,7 @@ class Result:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The batches, how long and how to measure, and where to put the plot."""
-    parser.add_argument(
-        "--batches", type=_positive, nargs="+", default=[1, 8, 32], help="sentences at a time"
-    )
+    parser.add_argument("--batches", type=_positive, nargs="+", default=[1, 8, 32], help="sentences at a time")
     parser.add_argument("--seconds", type=float, default=12.0, help="measured, per batch size")
     parser.add_argument("--threads", type=_positive, help="PyTorch's own choice unless given")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights")
@@ -132,9 +130,7 @@ def embed(model: torch.nn.Module, tokens: dict[str, Tensor]) -> Tensor:
 def _measure(batch: int, tokenizer, models, truth, seconds: float) -> Result:
     sentences = [SENTENCES[i % len(SENTENCES)] for i in range(batch)]
     tokens = _tokens(tokenizer, sentences)
-    verdict = measure.judge(
-        embed(models[FAST], tokens), embed(models[EAGER], tokens), embed(truth, tokens)
-    )
+    verdict = measure.judge(embed(models[FAST], tokens), embed(models[EAGER], tokens), embed(truth, tokens))
     times = measure.interleave(
         {name: lambda model=model: embed(model, tokens) for name, model in models.items()},
         seconds=seconds,
@@ -218,11 +214,10 @@ def _plot(pyplot, results: list[Result], dtype: str, folder: Path) -> Path:
         x = (places + (index - 1) * 0.27).tolist()
         speed.bar(x, values, 0.26, yerr=(below, above), color=colours[name], label=name, capsize=2)
         if name == FAST:
-            for place, value, result in zip(x, values, results, strict=True):
-                ratio = result.times.ratio(EAGER, FAST).value
-                speed.annotate(
-                    f"{ratio:.2f}x", (place, value), (0, 4), textcoords="offset points", ha="center"
-                )
+            for place, rate, result in zip(x, rates, results, strict=True):
+                text = f"{result.times.ratio(EAGER, FAST).value:.2f}x"
+                above = (place, rate.high)
+                speed.annotate(text, above, (0, 4), textcoords="offset points", ha="center")
     speed.set(ylabel="valid tokens per second", title=f"MiniLM, {dtype}")
     speed.legend(frameon=False)
 

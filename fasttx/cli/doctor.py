@@ -51,7 +51,7 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def _machine() -> list[tuple[str, str]]:
-    threads = f"{torch.get_num_threads()} on {machine.cores()} processors"
+    threads = machine.threads()
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         if variable in os.environ:
             threads += f", {variable}={os.environ[variable]}"
@@ -74,7 +74,8 @@ def _extension() -> list[tuple[str, str]]:
         ]
     rows = [
         ("fasttx._C", extension.__file__),
-        ("compiler", extension.compiler),
+        # GCC's __VERSION__ is its number alone; Clang's names it.
+        ("compiler", f"GCC {extension.compiler}" if extension.compiler[0].isdigit() else extension.compiler),
         ("built for", f"torch {extension.torch_target_version} or later"),
     ]
     chosen = " (FASTTX_ISA)" if os.environ.get("FASTTX_ISA") else ""

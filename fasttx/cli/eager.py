@@ -35,9 +35,7 @@ def attention(
     """scaled_dot_product_attention, with every other option turned into its mask."""
     others = (attn_mask, key_lengths, window, alibi_slopes)
     if query_offset or any(option is not None for option in others):
-        attn_mask = _mask(
-            query, key, attn_mask, key_lengths, is_causal, query_offset, window, alibi_slopes
-        )
+        attn_mask = _mask(query, key, attn_mask, key_lengths, is_causal, query_offset, window, alibi_slopes)
         is_causal = False
     if dropout_p == 0.0 and not return_lse:
         return F.scaled_dot_product_attention(
@@ -90,9 +88,7 @@ def attention_varlen(
     return torch.cat(outputs)
 
 
-def softmax(
-    input: Tensor, *, mask: Tensor | None = None, is_causal: bool = False, dim: int = -1
-) -> Tensor:
+def softmax(input: Tensor, *, mask: Tensor | None = None, is_causal: bool = False, dim: int = -1) -> Tensor:
     """torch.softmax of the masked input."""
     if is_causal:
         rows = torch.ones(input.shape[-2:], dtype=torch.bool).tril()

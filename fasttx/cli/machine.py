@@ -29,6 +29,12 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def threads() -> str:
+    """How many threads PyTorch and fasttx's kernels run on, and of how many processors."""
+    count = torch.get_num_threads()
+    return f"{count} thread{'' if count == 1 else 's'} on {cores()} processors"
+
+
 def allocator() -> str:
     """The memory allocator in use: one that was preloaded, or the system's."""
     system = " ".join(filter(None, platform.libc_ver())) or platform.system()
@@ -46,6 +52,6 @@ def summary() -> tuple[str, str]:
     """Two lines: the machine and how it is used, and the software."""
     isa = f"kernels for {extension.isa()}" if extension else "no C++ kernels"
     return (
-        f"{cpu_model()}, {isa}, {torch.get_num_threads()} threads on {cores()} processors",
+        f"{cpu_model()}, {isa}, {threads()}",
         f"torch {torch.__version__}, Python {platform.python_version()}, {allocator()}",
     )

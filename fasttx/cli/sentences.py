@@ -33,8 +33,7 @@ SENTENCES = (
     "The violinist tuned twice, nodded to the pianist, and began so quietly that people in the "
     "last row leaned forward.",
     "Battery drains fast after the update.",
-    "Two thirds of the seats in the upper chamber are filled by election and the rest are "
-    "appointed by the regions.",
+    "Two thirds of the seats in the upper chamber are filled by election and the rest are appointed by the regions.",
     "In 1869 a chemist in Saint Petersburg wrote the known elements on cards, arranged them by "
     "weight, and noticed that their properties returned at regular intervals. He left gaps where "
     "the pattern asked for something that nobody had found, and said what the missing elements "
@@ -42,8 +41,7 @@ SENTENCES = (
     "nearly as he had described them.",
     "Does the museum open on Mondays?",
     "A loose wire behind the dashboard turned out to be the whole problem.",
-    "Please find attached the signed contract together with both annexes; the originals follow by "
-    "post.",
+    "Please find attached the signed contract together with both annexes; the originals follow by post.",
     "Thanks!",
     "The patient reports mild headaches in the morning for about two weeks, no fever, no change "
     "in vision, and little sleep. Blood pressure is slightly raised. Advised to keep a diary, to "

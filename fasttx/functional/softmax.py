@@ -1,6 +1,5 @@
 """Masked softmax."""
 
-import torch
 from torch import Tensor
 
 from fasttx import checks, reference
@@ -18,9 +17,10 @@ def softmax(
 ) -> Tensor:
     """softmax(input + mask) along `dim`; what is masked out gets probability zero.
 
-    input of any shape with at least one dimension. mask, broadcastable to input: bool (True = keep) or floating, of input's
-    dtype or float32 (added). is_causal: the last two dimensions are rows and columns, and row i keeps the columns j <= i;
-    `dim` must then be the last. A row that keeps nothing, or whose every value is -inf, gives zeros with zero gradients.
+    input of any shape with at least one dimension. mask, broadcastable to input: bool (True = keep) or floating, of
+    input's dtype or float32 (added, and differentiable). is_causal: the last two dimensions are rows and columns, and row
+    i keeps the columns j <= i; `dim` must then be the last. A row that keeps nothing, or whose every value is -inf, gives
+    zeros with zero gradients.
     """
     checks.require_floating("input", input)
     if input.dim() == 0:
@@ -34,9 +34,6 @@ def softmax(
         checks.require_mask("mask", mask, input, tuple(input.shape))
         checks.require_same_device("input", input, mask=mask)
 
-    refusal = None
-    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
-        refusal = "mask wants a gradient"
-    if choose("softmax", (input,), backend, cpu_refusal=refusal) == "reference":
+    if choose("softmax", (input,), backend) == "reference":
         return reference.softmax(input, mask=mask, is_causal=is_causal, dim=dim)
     return ops.softmax(input, mask, is_causal, dim)

@@ -1,4 +1,4 @@
-"""Modules that drop in for torch.nn's: the same constructor, parameters, state_dict and results, on fasttx's kernels."""
+"""Drop-ins for torch.nn's modules: the same constructor, state_dict and results, on fasttx's kernels."""
 
 from .attention import MultiheadAttention
 from .gelu import GELU

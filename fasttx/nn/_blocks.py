@@ -18,7 +18,8 @@ NORMS = (torch.nn.LayerNorm, LayerNorm)
 DROPOUTS = (torch.nn.Dropout,)
 _GELUS = (torch.nn.GELU, GELU)
 _FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}
-# Activations without a fused form, which see each value by itself: packed tokens are as good to them as a batch.
+# Activations without a fused form, which see each value by itself: packed tokens are as good to
+# them as a batch.
 _POINTWISE = dict.fromkeys([
     torch.nn.ELU, torch.nn.Hardswish, torch.nn.LeakyReLU, torch.nn.Mish, torch.nn.SELU, torch.nn.SiLU,
     torch.nn.Sigmoid, torch.nn.Softplus, torch.nn.Tanh, F.elu, F.hardswish, F.leaky_relu, F.mish,
@@ -27,7 +28,7 @@ _POINTWISE = dict.fromkeys([
 
 
 def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """What fasttx.functional.feed_forward calls an activation, function or module; None where it has no name for it."""
+    """The activation's name in fasttx.functional.feed_forward, function or module; None without one."""
     if is_plain(activation, torch.nn.ReLU):
         return "relu"
     if is_plain(activation, *_GELUS):
@@ -100,7 +101,7 @@ def feed_forward(
     x: Tensor,
     name: str | None,
 ) -> Tensor:
-    """linear2(dropout(activation(linear1(x)))); `name` is activation_name's, or the caller's for what that does not know."""
+    """linear2(dropout(activation(linear1(x)))); `name`: activation_name's, or the caller's own."""
     if (
         name is not None
         and is_plain(linear1, *LINEARS)

@@ -10,9 +10,9 @@ from torch import Tensor
 class Packing:
     """Where the valid tokens of a padded batch stand.
 
-    index (tokens,): their positions among all positions in memory order, sequence after sequence. cu_seqlens (B + 1,): where
-    each sequence begins among them. shape: the batch's two leading dimensions, (B, T), or (T, B) where it is
-    sequence first.
+    index (tokens,): their positions among all positions in memory order, sequence after sequence.
+    cu_seqlens (B + 1,): where each sequence begins among them. shape: the batch's two leading
+    dimensions, (B, T), or (T, B) where it is sequence first.
     """
 
     index: Tensor

@@ -1,7 +1,8 @@
 """What may be fused: modules that do nothing but what their class says.
 
-A fused operation reads a child's parameters and never calls it. So a child that was replaced, subclassed, hooked,
-parametrized or given a forward of its own has to be called, and the fusion steps aside.
+A fused operation reads a child's parameters and never calls it. So a child that was replaced,
+subclassed, hooked, parametrized or given a forward of its own has to be called, and the fusion
+steps aside.
 """
 
 from torch.nn import Module
@@ -9,17 +10,25 @@ from torch.nn.modules import module as torch_module
 
 from fasttx import dispatch
 
+# The dictionaries themselves: torch fills and empties them, and never puts others in their place.
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+
 
 def is_plain(module: object, *classes: type) -> bool:
     """Whether the module's class is exactly one of these and nothing observes or replaces its forward."""
-    return (
-        type(module) in classes
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and "forward" not in module.__dict__
-        and not _globally_hooked()
+    return not (
+        type(module) not in classes
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or any(_GLOBAL_HOOKS)
     )
 
 
@@ -31,16 +40,7 @@ def why_not_plain(module: object, *classes: type) -> str | None:
         return f"it is a {type(module).__name__}, not a {classes[0].__name__}"
     if "forward" in module.__dict__:
         return "its forward was replaced"
-    return "a global module hook is set" if _globally_hooked() else "it has hooks"
-
-
-def _globally_hooked() -> bool:
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
+    return "a global module hook is set" if any(_GLOBAL_HOOKS) else "it has hooks"
 
 
 def adopt(module: Module | None, fast: type[Module]) -> None:

@@ -1,5 +1,7 @@
 """Multi-head attention as a module."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,13 +12,15 @@ from ._plain import step_aside
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
-    """torch.nn.MultiheadAttention by fasttx.functional.attention; every constructor argument and mask of torch's.
+    """torch.nn.MultiheadAttention by fasttx.functional.attention, with all its arguments and masks.
 
-    As in torch.nn, True in a bool mask means "ignore". It differs from torch in two things. A query with nothing
-    to attend to gives zeros, before out_proj, and zero weights, where torch gives NaN. Weights asked for while dropout acts are
-    the dropped ones, as in torch, but for what they multiply they are computed outside the fused kernel.
+    As in torch.nn, True in a bool mask means "ignore". It differs from torch in two things. A query
+    with nothing to attend to gives zeros, before out_proj, and zero weights, where torch gives NaN.
+    And where weights are asked for while dropout or gradients act, they are computed, returned and applied as one
+    matrix, dropped as in torch, outside the fused kernel.
 
-    Arguments that torch refuses raise torch's errors; nested tensors and tensor subclasses run torch's forward.
+    Arguments that torch refuses raise torch's errors; nested tensors and tensor subclasses run
+    torch's forward.
     """
 
     def forward(
@@ -48,7 +52,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
             weights = F.dropout(functional.softmax(scores, mask=mask), dropout_p)
         if need_weights and (weights.requires_grad or dropout_p > 0.0):
-            # The weights that are returned are the ones applied: one dropout, and one way for gradients.
+            # The weights that are returned are the ones applied: one dropout, and one way for
+            # gradients.
             output = weights @ v
         else:
             output = functional.attention(
@@ -77,6 +82,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
         return functional.linear(output.flatten(1), self.out_proj.weight, self.out_proj.bias)
+
+    def parts(self) -> Iterator[tuple[str, str | None]]:
+        """Each child's name, and why it is not fused: torch, too, reads out_proj's weight without calling it."""
+        yield "out_proj", None
 
     def _refusal(
         self,

@@ -5,15 +5,20 @@ from torch import Tensor
 
 from fasttx import functional
 
+from ._plain import step_aside
+
 
 class LayerNorm(torch.nn.LayerNorm):
     """torch.nn.LayerNorm by fasttx.functional.layer_norm.
 
-    input (..., *normalized_shape) -> the same shape and dtype. Raises ValueError where the last dimensions are not
-    normalized_shape, TypeError where the input is not floating.
+    input (..., *normalized_shape) -> the same shape and dtype. Raises ValueError where the last
+    dimensions are not normalized_shape, TypeError where the input is not floating.
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            step_aside("layer_norm", "input is nested")
+            return super().forward(input)
         return functional.layer_norm(
             input, self.normalized_shape, self.weight, self.bias, self.eps
         )

@@ -24,11 +24,12 @@ from .layer_norm import LayerNorm
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
-    """torch.nn.TransformerEncoderLayer with fused attention, feed-forward, and residual + dropout + layer norm.
+    """torch.nn.TransformerEncoderLayer with fused attention, feed-forward, and add + dropout + layer norm.
 
-    Every constructor argument, mask and layout of torch's. A child that was replaced, subclassed, hooked or parametrized is
-    called, outside the fusion that it would have been part of. Queries with nothing to attend to get zeros
-    from the attention, where torch gives NaN.
+    Every constructor argument, mask and layout of torch's. A child that was replaced, subclassed,
+    hooked or parametrized is called, outside the fusion that it would have been part of. Queries
+    with nothing to attend to get zeros from the attention, where torch gives NaN. GELU("tanh") is
+    the approximation in inference too, where torch's fast path computes the exact function.
     """
 
     @functools.wraps(torch.nn.TransformerEncoderLayer.__init__)
@@ -103,9 +104,10 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 class TransformerEncoder(torch.nn.TransformerEncoder):
     """torch.nn.TransformerEncoder, which runs on packed tokens where torch uses nested tensors.
 
-    That is in inference, with a key padding mask and no other, under the conditions of torch's nested-tensor path: the valid
-    tokens are packed once, every layer runs on them alone, and padded positions hold zeros before the final norm, as
-    there. Otherwise, and while torch.compile traces, the layers run on the padded batch.
+    That is in inference, with a key padding mask and no other, under the conditions of torch's
+    nested-tensor path: the valid tokens are packed once, every layer runs on them alone, and padded
+    positions hold zeros before the final norm, as there. Otherwise, and while torch.compile traces,
+    the layers run on the padded batch.
     """
 
     # None: packs where torch does. True: wherever a key padding mask allows it, in training too.
@@ -136,8 +138,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         causal = _is_causal(mask, is_causal, length)
         as_torch = _torch_would_nest(self, src, mask, src_key_padding_mask)
         packing = None
-        if src_key_padding_mask is not None and (as_torch or self.remove_padding):
-            if mask is None or causal:
+        if as_torch or (self.remove_padding and src_key_padding_mask is not None):
+            # Of masks beside the padding only a causal one survives packing; the hint alone is torch's error.
+            if as_torch or causal == (mask is not None):
                 packing = self._packing(src, src_key_padding_mask, batch_first)
         if packing is None:
             for layer in self.layers:
@@ -197,10 +200,10 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
 
 class PackingTransformerEncoder(TransformerEncoder):
-    """TransformerEncoder that removes padding wherever a key padding mask is given; what optimize() makes.
+    """TransformerEncoder that removes padding wherever a key padding mask is given; optimize() makes it.
 
-    Any padding pattern, in inference and training: valid positions get the padded batch's values, padded ones zeros (the
-    final norm of zeros, where torch's nested path gives that).
+    Any padding pattern, in inference and training: valid positions get the padded batch's values,
+    padded ones zeros (the final norm of zeros, where torch's nested path gives that).
     """
 
     remove_padding = True
@@ -235,7 +238,7 @@ def _torch_would_nest(
     """Whether torch's encoder would run this call on nested tensors, and so leave zeros at padded positions."""
     if key_padding_mask is None or mask is not None or src.dim() != 3:
         return False
-    if not encoder.use_nested_tensor or encoder.layers[0].training:
+    if not getattr(encoder, "use_nested_tensor", False) or encoder.layers[0].training:
         return False
     if torch.compiler.is_compiling() or not torch.backends.mha.get_fastpath_enabled():
         return False
@@ -244,7 +247,7 @@ def _torch_would_nest(
     if torch.is_grad_enabled():
         if src.requires_grad or any(p.requires_grad for p in encoder.layers[0].parameters()):
             return False
-    if not encoder.mask_check:
+    if not getattr(encoder, "mask_check", True) or key_padding_mask.dim() != 2:
         return True
     # Left aligned: no valid token follows a padded one.
     padded = key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask != 0

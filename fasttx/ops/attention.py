@@ -39,7 +39,7 @@ def _attention_fwd(
 ):  # fmt: skip
     shape = query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0])
     lse = query.new_empty(shape, dtype=accumulate_dtype(query.dtype))
-    return _tokens_first(query, value.shape[-1]), lse
+    return _tokens_first(query, value.shape[-1]), lse, lse.new_empty((*shape, 2))
 
 
 def _attention_bwd(grad, grad_lse, query, key, value, *rest):
@@ -52,28 +52,31 @@ _OPTIONS = (
     " float dropout_p, Tensor? seed, float scale)"
 )
 attention_fwd = define(
-    f"attention_fwd(Tensor query, Tensor key, Tensor value,{_OPTIONS} -> (Tensor output, Tensor lse)",
+    f"attention_fwd(Tensor query, Tensor key, Tensor value,{_OPTIONS}"
+    " -> (Tensor output, Tensor lse, Tensor stats)",
     _attention_fwd,
 )
 attention_bwd = define(
     "attention_bwd(Tensor grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value,"
-    f" Tensor output, Tensor lse,{_OPTIONS} -> (Tensor dquery, Tensor dkey, Tensor dvalue)",
+    f" Tensor output, Tensor stats,{_OPTIONS} -> (Tensor dquery, Tensor dkey, Tensor dvalue)",
     _attention_bwd,
 )
 
 
 def _save(ctx, inputs, output):
     *tensors, ctx.is_causal, ctx.offset, ctx.left, ctx.right, ctx.dropout_p, seed, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, seed, *output)
+    result, _, stats = output
+    ctx.save_for_backward(*tensors, seed, result, stats)
+    ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, grad_lse):
-    query, key, value, *options, seed, output, lse = ctx.saved_tensors
+def _backward(ctx, grad, grad_lse, _grad_stats):
+    query, key, value, *options, seed, output, stats = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(output)
     gradients = attention_bwd(
-        grad, grad_lse, query, key, value, output, lse, *options, ctx.is_causal, ctx.offset,
+        grad, grad_lse, query, key, value, output, stats, *options, ctx.is_causal, ctx.offset,
         ctx.left, ctx.right, ctx.dropout_p, seed, ctx.scale,
     )  # fmt: skip
     return (*map(given, gradients, ctx.needs_input_grad[:3]), *[None] * 12)
@@ -103,8 +106,9 @@ def attention(
     """Output and lse; attn_mask has 4 dims that broadcast, and it and alibi_slopes get no gradient."""
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.to(accumulate_dtype(query.dtype))
-    return run(
+    output, lse, _ = run(
         attention_fwd, wants_grad(query, key, value),
         query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes,
         is_causal, query_offset, window_left, window_right, dropout_p, seed, scale,
     )  # fmt: skip
+    return output, lse

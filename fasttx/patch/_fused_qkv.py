@@ -14,10 +14,10 @@ _joined: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def project(attention: Module, x: Tensor) -> tuple[Tensor, ...]:
-    """query(x), key(x), value(x) of a self-attention: x (..., in) -> three of (..., out), views of one product if joined.
+    """query(x), key(x) and value(x) of a self-attention: x (..., in) -> three of (..., out).
 
-    Joined when all three are plain and no gradient is needed of them: the concatenation is kept, and made anew
-    when a weight changes.
+    One product when all three are plain and no gradient is needed of them: the concatenation is kept,
+    and made anew when a weight changes.
     """
     linears = (attention.query, attention.key, attention.value)
     joined = _join(attention, linears)
@@ -26,34 +26,41 @@ def project(attention: Module, x: Tensor) -> tuple[Tensor, ...]:
     return functional.linear(x, *joined).chunk(3, -1)
 
 
-def _join(attention: Module, linears: tuple[Module, ...]) -> tuple[Tensor, Tensor | None] | None:
+def _join(attention: Module, linears: tuple[Module, ...]) -> tuple[Tensor, Tensor] | None:
     if dispatch.extension is None or torch.compiler.is_compiling():
         return None
-    if not all(is_plain(linear, *_blocks.LINEARS) for linear in linears):
-        return None
-    tensors = [t for linear in linears for t in (linear.weight, linear.bias) if t is not None]
-    state = tuple(map(_state, tensors))
-    if None in state or len({weight.shape for weight in tensors[::2]}) != 1:
-        return None
+    state = []
+    for linear in linears:
+        if not is_plain(linear, *_blocks.LINEARS):
+            return None
+        weight, bias = linear.weight, linear.bias
+        if not (_is_settled(weight) and _is_settled(bias)):
+            return None
+        # Samples, as in fasttx.packing, for edits through `.data`: whoever makes those changes the
+        # weights too.
+        address = weight.data_ptr()
+        sample = dispatch.extension.fingerprint(address, weight.nbytes)
+        state += (weight._version, address, weight.shape, weight.dtype, sample)
+        state += (bias._version, bias.data_ptr())
     known = _joined.get(attention)
     if known is not None and known[0] == state:
         return known[1]
-    if len(tensors) != 6:
+    if not linears[0].weight.shape == linears[1].weight.shape == linears[2].weight.shape:
         return None
-    with torch.no_grad():
-        joined = torch.cat(tensors[::2]), torch.cat(tensors[1::2])
-    _joined[attention] = (state, joined)
-    return joined
+    # An inference tensor has no version to see changes by, and would be packed for every call.
+    with torch.inference_mode(False), torch.no_grad():
+        weight = torch.cat([linear.weight for linear in linears])
+        bias = torch.cat([linear.bias for linear in linears])
+    _joined[attention] = (state, (weight, bias))
+    return weight, bias
 
 
-def _state(tensor: Tensor) -> tuple | None:
-    """What changes when the tensor does, as fasttx.packing sees it; None where that cannot be told."""
-    if tensor.requires_grad and torch.is_grad_enabled():
-        return None
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_inference():
-        return None
-    if not tensor.is_cpu or not tensor.is_contiguous():
-        return None
-    address = tensor.data_ptr()
-    sample = dispatch.extension.fingerprint(address, tensor.nbytes)
-    return tensor._version, address, tensor.shape, tensor.dtype, sample
+def _is_settled(tensor: Tensor | None) -> bool:
+    """Whether no gradient is needed of it now, and its changes can be seen."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+        and not tensor.is_inference()
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+    )

@@ -33,8 +33,9 @@ _HARMLESS = {"position_ids", "output_hidden_states", "use_cache", "return_dict"}
 class FastBertLayer(BertLayer):
     """BertLayer with fused QKV, attention, feed-forward, and residual + dropout + layer norm.
 
-    Runs BertLayer's own forward for what has no fused form: cross-attention, a decoder, a cache, attentions asked for, other
-    attention implementations than eager and sdpa, replaced or hooked submodules.
+    Runs BertLayer's own forward for what has no fused form: cross-attention, a decoder, a cache,
+    attentions asked for, other attention implementations than eager and sdpa, replaced or hooked
+    submodules.
     """
 
     def forward(
@@ -58,15 +59,12 @@ class FastBertLayer(BertLayer):
 
     def run(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """The layer on tokens in any layout (..., width), given the self-attention over them."""
-        attended = self.attention.output
-        output = self.output
-        x = _blocks.add_norm(
-            attended.LayerNorm, attended.dropout, _blocks.linear(attended.dense, attend(x)), x
-        )
-        activation = self.intermediate.intermediate_act_fn
-        hidden = _blocks.feed_forward(
-            self.intermediate.dense, activation, None, output.dense, x, _activation_name(activation)
-        )
+        attended, intermediate, output = self.attention.output, self.intermediate, self.output
+        projected = _blocks.linear(attended.dense, attend(x))
+        x = _blocks.add_norm(attended.LayerNorm, attended.dropout, projected, x)
+        activation = intermediate.intermediate_act_fn
+        name = _activation_name(activation)
+        hidden = _blocks.feed_forward(intermediate.dense, activation, None, output.dense, x, name)
         return _blocks.add_norm(output.LayerNorm, output.dropout, hidden, x)
 
     def _attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -75,8 +73,9 @@ class FastBertLayer(BertLayer):
         sizes = (*x.shape[:-1], attention.num_attention_heads, attention.attention_head_size)
         q, k, v = (t.view(sizes).transpose(1, 2) for t in project(attention, x))
         output = functional.attention(
-            q, k, v, attn_mask=mask, scale=attention.scaling, dropout_p=_attention_dropout(attention)
-        )
+            q, k, v, attn_mask=mask, scale=attention.scaling,
+            dropout_p=_attention_dropout(attention),
+        )  # fmt: skip
         return output.transpose(1, 2).flatten(2)
 
     def attend_packed(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -92,16 +91,16 @@ class FastBertLayer(BertLayer):
 
     def refusal(self) -> str | None:
         """Why the layer as it stands has no fused form."""
-        if self.is_decoder or self.attention.is_cross_attention or self.attention.self.is_causal:
+        attention = self.attention.self
+        if self.is_decoder or self.attention.is_cross_attention or attention.is_causal:
             return "it is a decoder's layer"
         if self.chunk_size_feed_forward:
             return "the feed-forward half is computed in chunks"
-        attention = self.attention.self
         implementation = attention.config._attn_implementation
         if implementation not in ("eager", "sdpa"):
             return f"the attention implementation is {implementation!r}"
         for module, known in self._containers():
-            if not _is_plain_but_for_capture(module, known):
+            if not (is_plain(module, known) or _is_only_captured(module, known)):
                 return f"{known.__name__}: {why_not_plain(module, known)}"
         if attention.training and attention.dropout.p >= 1.0:
             return "attention dropout is 1"
@@ -116,7 +115,7 @@ class FastBertLayer(BertLayer):
             attended.dense, intermediate.dense, output.dense,
         )  # fmt: skip
         return (
-            _is_plain_but_for_capture(self, FastBertLayer)
+            (is_plain(self, FastBertLayer) or _is_only_captured(self, FastBertLayer))
             and not (self.gradient_checkpointing and self.training)
             and self.refusal() is None
             and all(is_plain(module, *_blocks.LINEARS) for module in linears)
@@ -153,10 +152,11 @@ class FastBertLayer(BertLayer):
 
 
 class FastBertEncoder(BertEncoder):
-    """BertEncoder that packs a padded batch's valid tokens once, and runs every layer on them alone.
+    """BertEncoder that packs a padded batch's valid tokens once and runs every layer on them alone.
 
-    Valid positions get the padded batch's values, padded ones zeros. Layers that cannot take packed tokens run on the padded
-    batch in between; without padding, or with a mask that is more than padding, all of them do.
+    Valid positions get the padded batch's values, padded ones zeros. Layers that cannot take packed
+    tokens run on the padded batch in between; without padding, or with a mask that is more than
+    padding, all of them do.
     """
 
     def forward(
@@ -265,10 +265,8 @@ def _activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     return _blocks.activation_name(activation)
 
 
-def _is_plain_but_for_capture(module: Module, known: type) -> bool:
-    """Plain, or hooked by nothing but transformers' collectors of outputs, which fused layers serve themselves."""
-    if is_plain(module, known):
-        return True
+def _is_only_captured(module: Module, known: type) -> bool:
+    """Hooked by nothing but transformers' collectors of outputs, which fused layers serve themselves."""
     if type(module) is not known or module._forward_pre_hooks or "forward" in module.__dict__:
         return False
     if module._backward_hooks or module._backward_pre_hooks:

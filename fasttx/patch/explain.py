@@ -43,10 +43,11 @@ class Explanation:
 def explain(model: Module, *inputs: Any, **kwargs: Any) -> Explanation:
     """What fasttx does in this model.
 
-    Without inputs: a row for each module, with what it was swapped to, the fusion that it is part of, or the reason why it is
-    neither. With inputs: the model runs once on them, without gradients and in the mode that it is in, and there is
-    a row for each op in the order they ran, with the module that called it, the backend and the instruction set, and the
-    reasons why earlier backends, or a module's fused forward, did not take it. Equal rows appear once.
+    Without inputs: a row for each module, with what it was swapped to, the fusion that it is part
+    of, or the reason why it is neither. With inputs: the model runs once on them, without gradients
+    and in the mode that it is in, and there is a row for each op in the order they ran, with the
+    module that called it, the backend and the instruction set, and the reasons why earlier
+    backends, or a module's fused forward, did not take it. Equal rows appear once.
     """
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -110,7 +111,7 @@ def _describe(model: Module) -> list[Row]:
         kind = type(module)
         name = kind.__name__
         if kind in originals:
-            name = f"{originals[kind].__name__} -> {name}"
+            name = f"{originals[kind].__name__} -> fasttx's {name}"
         reason = fused.get(id(module)) or _reason(kind, originals, swaps)
         rows.append(Row(path or "(model)", name, reason=reason))
     return rows

@@ -1,7 +1,8 @@
 """optimize() and restore(): a module changes its class and nothing else.
 
-Parameters, buffers, hooks, names and children stay the objects that they were, so state_dict, optimizers, deepcopy and pickle
-go on as before. Only modules of exactly a known class are swapped: a subclass may do something else.
+Parameters, buffers, hooks, names and children stay the objects that they were, so state_dict,
+optimizers, deepcopy and pickle go on as before. Only modules of exactly a known class are swapped:
+a subclass may do something else.
 """
 
 import sys
@@ -18,13 +19,14 @@ _PADDING = ("remove", "keep")
 def optimize(model: Module, *, padding: str = "remove") -> Module:
     """Swaps the model's modules for fasttx's, in place, and returns the model; `restore` undoes it.
 
-    Known are torch.nn's LayerNorm, GELU, MultiheadAttention, TransformerEncoderLayer and TransformerEncoder, anywhere in the
-    model, and Hugging Face's BERT. Unknown modules are left alone; `explain(model)` lists them all. To do it
-    twice is harmless.
+    Known are torch.nn's LayerNorm, GELU, MultiheadAttention, TransformerEncoderLayer and
+    TransformerEncoder, anywhere in the model, and Hugging Face's BERT. Unknown modules are left
+    alone; `explain(model)` lists them all. To do it twice is harmless.
 
-    padding="remove": given a padding mask, encoders run on the valid tokens alone, in inference and in training; results at
-    valid positions are those of the padded batch, padded positions hold zeros. padding="keep": only where torch
-    itself does so. Raises TypeError for what is no module, ValueError for another `padding`.
+    padding="remove": given a padding mask, encoders run on the valid tokens alone, in inference and
+    in training; results at valid positions are those of the padded batch, padded positions hold
+    zeros. padding="keep": only where torch itself does so. Raises TypeError for what is no module,
+    ValueError for another `padding`.
     """
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -42,7 +44,8 @@ def optimize(model: Module, *, padding: str = "remove") -> Module:
 def restore(model: Module) -> Module:
     """Gives every swapped module its original class back, in place, and returns the model.
 
-    Modules that were made as fasttx.nn's become torch.nn's too. Raises TypeError for what is no module.
+    Modules that were made as fasttx.nn's become torch.nn's too. Raises TypeError for what is no
+    module.
     """
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -1,0 +1,456 @@
+"""Bad input: every public function refuses it in words, and no raw op reads past its tensors."""
+
+import math
+import re
+
+import pytest
+import torch
+from properties import draw
+
+import fasttx
+from fasttx import UnsupportedError, functional
+
+B, H, T, S, D, DV, W = 2, 4, 3, 5, 8, 6, 7
+
+
+def f32(*shape):
+    return draw(*shape, dtype=torch.float32)
+
+
+# Valid arguments of every function: its tensors by name, with everything optional that is checked.
+VALID = {
+    "attention": lambda: {
+        "query": f32(B, H, T, D),
+        "key": f32(B, H, S, D),
+        "value": f32(B, H, S, DV),
+        "attn_mask": torch.ones(T, S, dtype=torch.bool),
+        "key_lengths": torch.tensor([5, 2]),
+        "alibi_slopes": f32(H),
+    },
+    "attention_varlen": lambda: {
+        "query": f32(T, H, D),
+        "key": f32(S, H, D),
+        "value": f32(S, H, DV),
+        "cu_seqlens_q": torch.tensor([0, 1, T]),
+        "cu_seqlens_k": torch.tensor([0, 3, S]),
+        "alibi_slopes": f32(H),
+    },
+    "softmax": lambda: {"input": f32(T, S), "mask": torch.ones(T, S, dtype=torch.bool)},
+    "layer_norm": lambda: {
+        "input": f32(T, W),
+        "normalized_shape": (W,),
+        "weight": f32(W),
+        "bias": f32(W),
+    },
+    "add_layer_norm": lambda: {
+        "input": f32(T, W),
+        "residual": f32(T, W),
+        "normalized_shape": (W,),
+        "weight": f32(W),
+        "bias": f32(W),
+        "training": True,
+    },
+    "gelu": lambda: {"input": f32(T, W)},
+    "bias_gelu": lambda: {"input": f32(T, W), "bias": f32(W)},
+    "linear": lambda: {"input": f32(T, W), "weight": f32(S, W), "bias": f32(S)},
+    "feed_forward": lambda: {
+        "input": f32(T, W),
+        "weight1": f32(S, W),
+        "bias1": f32(S),
+        "weight2": f32(D, S),
+        "bias2": f32(D),
+        "training": True,
+    },
+}
+OPTIONAL = {
+    "attention": {"attn_mask", "key_lengths", "alibi_slopes"},
+    "attention_varlen": {"alibi_slopes"},
+    "softmax": {"mask"},
+    "layer_norm": {"weight", "bias"},
+    "add_layer_norm": {"weight", "bias"},
+    "linear": {"bias"},
+    "feed_forward": {"bias1", "bias2"},
+}
+TENSORS = [
+    (function, name)
+    for function, make in VALID.items()
+    for name, value in make().items()
+    if isinstance(value, torch.Tensor)
+]
+FLOATING = [
+    (f, n) for f, n in TENSORS if n not in ("mask", "attn_mask") and "len" not in n
+]  # of these, every one must be floating
+every_function = pytest.mark.parametrize("function", VALID)
+
+
+def call(function, **changes):
+    """The function on valid arguments, less these changes."""
+    return getattr(functional, function)(**VALID[function]() | changes)
+
+
+def assert_raises(kind, name, function, **changes):
+    """The error is of that kind, and names the argument."""
+    with pytest.raises(kind, match=rf"\b{re.escape(name)}\b"):
+        call(function, **changes)
+
+
+@every_function
+def test_valid_arguments_are_valid(function):
+    """What the other tests here change one thing of; without the options, too."""
+    for changes in ({}, dict.fromkeys(OPTIONAL.get(function, ()))):
+        call(function, **changes, backend="reference")
+        if "attention" not in function:
+            call(function, **changes)
+
+
+def test_every_function_is_here():
+    assert set(VALID) == set(functional.__all__)
+
+
+@pytest.mark.parametrize("value", [1.5, [1.0, 2.0], "x"], ids=repr)
+@pytest.mark.parametrize("function, name", TENSORS)
+def test_what_is_no_tensor(function, name, value):
+    assert_raises(TypeError, name, function, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "function, name", [(f, n) for f, n in TENSORS if n not in OPTIONAL.get(f, ())]
+)
+def test_a_tensor_that_is_missing(function, name):
+    assert_raises(TypeError, name, function, **{name: None})
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("function, name", FLOATING)
+def test_a_dtype_that_is_not_floating(function, name, dtype):
+    assert_raises(TypeError, name, function, **{name: VALID[function]()[name].to(dtype)})
+
+
+@pytest.mark.parametrize(
+    "function, name",
+    [(f, n) for f, n in FLOATING if n not in ("input", "query") and "attention" not in f],
+)
+@pytest.mark.usefixtures("needs_extension")
+def test_mixed_dtypes(function, name):
+    """The CPU kernels refuse and say so; auto takes the reference, in the dtype of the input."""
+    half = VALID[function]()[name].bfloat16()
+    with pytest.raises(UnsupportedError, match="dtypes differ.*float32.*bfloat16"):
+        call(function, **{name: half}, backend="cpu")
+    found = call(function, **{name: half})
+    torch.manual_seed(0)
+    assert found.dtype == torch.float32 and found.isfinite().all()
+
+
+@pytest.mark.parametrize("function", ["attention", "attention_varlen"])
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_attention_wants_one_dtype(function, name):
+    assert_raises(TypeError, name, function, **{name: VALID[function]()[name].bfloat16()})
+
+
+@pytest.mark.parametrize("function, name", TENSORS)
+def test_tensors_on_different_devices(function, name):
+    """The first tensor on another device is told by the second's name."""
+    moved = VALID[function]()[name].to("meta")
+    if len([f for f, _ in TENSORS if f == function]) == 1:
+        assert call(function, **{name: moved}).device.type == "meta"
+    elif name in ("input", "query"):
+        with pytest.raises(ValueError, match="is on cpu but .* is on meta"):
+            call(function, **{name: moved})
+    else:
+        assert_raises(ValueError, name, function, **{name: moved})
+
+
+@every_function
+@pytest.mark.usefixtures("needs_extension")
+def test_another_device_under_the_cpu_backend(function):
+    arguments = {
+        n: x.to("meta") if isinstance(x, torch.Tensor) and "seqlens" not in n else x
+        for n, x in VALID[function]().items()
+        if n != "key_lengths"
+    }
+    if function == "attention_varlen":
+        arguments |= {n: arguments[n].to("meta") for n in ("cu_seqlens_q", "cu_seqlens_k")}
+    with pytest.raises(UnsupportedError, match="meta"):
+        getattr(functional, function)(**arguments, backend="cpu")
+
+
+@every_function
+def test_backends_that_are_not_there(function):
+    with pytest.raises(ValueError, match="backend.*'gpu'"):
+        call(function, backend="gpu")
+    for name in ("triton", "cuda"):
+        with pytest.raises(UnsupportedError, match=f"{function}.*'{name}': .+"):
+            call(function, backend=name)
+        with fasttx.backend(name), pytest.raises(UnsupportedError, match=name):
+            call(function)
+        with fasttx.backend(name):
+            call(function, backend="reference")
+
+
+def test_an_unknown_backend_context():
+    with pytest.raises(ValueError, match="backend.*'gpu'"), fasttx.backend("gpu"):
+        pass
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, math.nan, math.inf])
+@pytest.mark.parametrize(
+    "function", ["attention", "attention_varlen", "add_layer_norm", "feed_forward"]
+)
+def test_dropout_outside_its_range(function, value):
+    assert_raises(ValueError, "dropout_p", function, dropout_p=value)
+    assert_raises(TypeError, "dropout_p", function, dropout_p="0.1")
+    if "attention" not in function:
+        assert_raises(ValueError, "dropout_p", function, dropout_p=value, training=False)
+
+
+MISMATCHES = [
+    ("layer_norm", "normalized_shape", {"normalized_shape": (W + 1,)}),
+    ("layer_norm", "normalized_shape", {"normalized_shape": W - 1}),
+    ("layer_norm", "normalized_shape", {"normalized_shape": ()}),
+    ("layer_norm", "normalized_shape", {"normalized_shape": (2, T, W)}),
+    ("layer_norm", "normalized_shape", {"input": f32()}),
+    ("layer_norm", "weight", {"weight": f32(W + 1)}),
+    ("layer_norm", "weight", {"weight": f32(1, W)}),
+    ("layer_norm", "bias", {"bias": f32(1)}),
+    ("add_layer_norm", "residual", {"residual": f32(T + 1, W)}),
+    ("add_layer_norm", "residual", {"residual": f32(1, W)}),
+    ("add_layer_norm", "normalized_shape", {"normalized_shape": (T,)}),
+    ("add_layer_norm", "weight", {"weight": f32(W - 1)}),
+    ("add_layer_norm", "bias", {"bias": f32(W, 1)}),
+    ("gelu", "approximate", {"approximate": "exact"}),
+    ("bias_gelu", "approximate", {"approximate": "gelu"}),
+    ("bias_gelu", "bias", {"bias": f32(W + 1)}),
+    ("bias_gelu", "bias", {"bias": f32(1)}),
+    ("bias_gelu", "input", {"input": f32()}),
+    ("linear", "weight", {"weight": f32(S, W + 1)}),
+    ("linear", "weight", {"weight": f32(W)}),
+    ("linear", "weight", {"weight": f32(1, S, W)}),
+    ("linear", "bias", {"bias": f32(S + 1)}),
+    ("linear", "bias", {"bias": f32(1)}),
+    ("linear", "input", {"input": f32()}),
+    ("feed_forward", "weight1", {"weight1": f32(S, W + 1)}),
+    ("feed_forward", "weight2", {"weight2": f32(D, S + 1)}),
+    ("feed_forward", "weight2", {"weight2": f32(S)}),
+    ("feed_forward", "bias1", {"bias1": f32(D)}),
+    ("feed_forward", "bias2", {"bias2": f32(S)}),
+    ("feed_forward", "input", {"input": f32()}),
+    ("feed_forward", "activation", {"activation": "swish"}),
+    ("feed_forward", "activation", {"activation": "none"}),
+    ("softmax", "input", {"input": f32()}),
+    ("softmax", "dim", {"dim": 2}),
+    ("softmax", "dim", {"dim": -3}),
+    ("softmax", "is_causal", {"dim": 0, "is_causal": True}),
+    ("softmax", "is_causal", {"input": f32(S), "mask": None, "is_causal": True}),
+    ("softmax", "mask", {"mask": torch.ones(S, T, dtype=torch.bool)}),
+    ("softmax", "mask", {"mask": f32(1, T, S)}),
+    ("attention", "query", {"query": f32(H, T, D)}),
+    ("attention", "key", {"key": f32(1, B, H, S, D)}),
+    ("attention", "batch", {"query": f32(B + 1, H, T, D)}),
+    ("attention", "length", {"key": f32(B, H, S + 1, D)}),
+    ("attention", "width", {"key": f32(B, H, S, D + 1)}),
+    ("attention", "width", {"query": f32(B, H, T, 0), "key": f32(B, H, S, 0)}),
+    ("attention", "heads", {"query": f32(B, H + 1, T, D)}),
+    ("attention", "heads", {"value": f32(B, 2, S, DV)}),
+    ("attention", "heads", {"key": f32(B, 3, S, D), "value": f32(B, 3, S, DV), "enable_gqa": True}),
+    ("attention", "heads", {"key": f32(B, 0, S, D), "value": f32(B, 0, S, DV), "enable_gqa": True}),
+    ("attention", "attn_mask", {"attn_mask": torch.ones(T, S + 1, dtype=torch.bool)}),
+    ("attention", "attn_mask", {"attn_mask": torch.ones(B, T, S, dtype=torch.bool)}),
+    ("attention", "attn_mask", {"attn_mask": f32(1, 1, 1, T, S)}),
+    ("attention", "key_lengths", {"key_lengths": torch.tensor([1, S + 1])}),
+    ("attention", "key_lengths", {"key_lengths": torch.tensor([-1, S])}),
+    ("attention", "key_lengths", {"key_lengths": torch.tensor([1])}),
+    ("attention", "key_lengths", {"key_lengths": torch.tensor([[1, 2]])}),
+    ("attention", "alibi_slopes", {"alibi_slopes": f32(H + 1)}),
+    ("attention", "window", {"window": (1, 2, 3)}),
+    ("attention_varlen", "query", {"query": f32(1, T, H, D)}),
+    ("attention_varlen", "length", {"value": f32(S + 1, H, DV)}),
+    ("attention_varlen", "heads", {"query": f32(T, H + 1, D)}),
+    ("attention_varlen", "cu_seqlens_q", {"cu_seqlens_q": torch.tensor([0, 1, T + 1])}),
+    ("attention_varlen", "cu_seqlens_q", {"cu_seqlens_q": torch.tensor([0, 1, T - 1])}),
+    ("attention_varlen", "cu_seqlens_q", {"cu_seqlens_q": torch.tensor([1, 1, T])}),
+    ("attention_varlen", "cu_seqlens_q", {"cu_seqlens_q": torch.tensor([0, T])}),
+    ("attention_varlen", "cu_seqlens_k", {"cu_seqlens_k": torch.tensor([0, S + 1, S])}),
+    ("attention_varlen", "cu_seqlens_k", {"cu_seqlens_k": torch.tensor([0, -1, S])}),
+    ("attention_varlen", "cu_seqlens_k", {"cu_seqlens_k": torch.tensor([], dtype=torch.int64)}),
+    ("attention_varlen", "cu_seqlens_k", {"cu_seqlens_k": torch.tensor([[0, 1, S]])}),
+]
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("function, name, changes", MISMATCHES)
+def test_values_that_do_not_fit(function, name, changes, backend):
+    assert_raises(ValueError, name, function, **changes, backend=backend)
+
+
+WRONG_DTYPES = [
+    ("softmax", "mask", torch.ones(T, S, dtype=torch.int64)),
+    ("softmax", "mask", torch.ones(T, S, dtype=torch.float16)),
+    ("attention", "attn_mask", torch.ones(T, S, dtype=torch.uint8)),
+    ("attention", "attn_mask", torch.ones(T, S, dtype=torch.float64)),
+    ("attention", "key_lengths", torch.tensor([1.0, 2.0])),
+    ("attention", "key_lengths", torch.tensor([True, False])),
+    ("attention_varlen", "cu_seqlens_q", torch.tensor([0.0, 1.0, 3.0])),
+    ("attention_varlen", "cu_seqlens_k", torch.tensor([0, 3, 5], dtype=torch.int16)),
+    ("layer_norm", "normalized_shape", 7.0),
+    ("add_layer_norm", "normalized_shape", None),
+]
+
+
+@pytest.mark.parametrize("function, name, value", WRONG_DTYPES)
+def test_a_wrong_dtype_or_type(function, name, value):
+    assert_raises(TypeError, name, function, **{name: value})
+
+
+@pytest.mark.usefixtures("needs_extension")
+def test_autocast_is_left_to_the_reference():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(UnsupportedError, match="autocast"):
+            call("linear", backend="cpu")
+        assert call("linear").dtype == torch.float32
+
+
+# Raw ops: valid arguments by name, and the changes that must each raise.
+def wrong(**changes):
+    return changes
+
+
+X, G, VECTOR, SEED = f32(T, W), f32(T, S), f32(W), torch.tensor(1)
+MEAN = f32(T)
+WEIGHT = {"input": X, "weight": f32(S, W)}
+FFN = {"input": X, "weight1": f32(S, W), "weight2": f32(D, S)}
+LAYERS = {"activation": 2, "dropout_p": 0.0, "seed": None}
+NO_SEED = wrong(dropout_p=0.5)
+BAD_P = [wrong(dropout_p=p, seed=SEED) for p in (-0.5, 1.0, math.nan)]
+BAD_SEEDS = [wrong(dropout_p=0.5, seed=s) for s in (SEED.float(), torch.tensor([1, 2]))]
+DROPOUT = [NO_SEED, *BAD_P, *BAD_SEEDS]
+NORM = {"input": X, "width": W, "weight": VECTOR, "bias": VECTOR, "eps": 1e-5}
+NORMED = {"mean": MEAN, "rstd": MEAN, "weight": VECTOR, "width": W}
+BAD_NORM = [
+    wrong(width=0), wrong(width=-7), wrong(width=5), wrong(weight=f32(W - 1)),
+    wrong(weight=VECTOR.double()),
+]  # fmt: skip
+NEEDS = ("needs_input", "needs_residual", "needs_weight", "needs_bias")
+RAW = {
+    "gelu_fwd": (
+        {"input": X, "bias": VECTOR, "activation": 2},
+        [wrong(bias=f32(W + 1)), wrong(bias=f32(1, W)), wrong(activation=9), wrong(activation=-1),
+         wrong(input=f32()), wrong(input=X.long(), bias=None), wrong(bias=VECTOR.double())],
+    ),
+    "gelu_bwd": (
+        {"grad": X, "input": X, "bias": VECTOR, "activation": 2, "needs_bias": True},
+        [wrong(grad=f32(T, W - 1)), wrong(grad=X.double()), wrong(bias=f32(1)), wrong(activation=4)],
+    ),
+    "softmax_fwd": (
+        {"input": X, "mask": torch.ones(T, W, dtype=torch.bool), "is_causal": False},
+        [wrong(mask=torch.ones(T, W + 1, dtype=torch.bool)), wrong(mask=torch.ones(T, W).long()),
+         wrong(mask=f32(1, T, W)), wrong(mask=X.double()), wrong(input=f32(), mask=None),
+         wrong(input=VECTOR, mask=None, is_causal=True), wrong(input=X.int(), mask=None)],
+    ),
+    "softmax_bwd": (
+        {"grad": X, "output": X},
+        [wrong(grad=f32(T, W + 1)), wrong(grad=X.half()), wrong(grad=f32(), output=f32())],
+    ),
+    "layer_norm_fwd": (
+        NORM, [*BAD_NORM, wrong(bias=f32(W + 1)), wrong(input=X.long(), weight=None, bias=None)],
+    ),
+    "layer_norm_bwd": (
+        {"grad": X, "input": X, **NORMED, **dict.fromkeys(("needs_input", *NEEDS[2:]), True)},
+        [*BAD_NORM, wrong(grad=f32(T, 1)), wrong(mean=f32(1)), wrong(rstd=f32(T + 1)),
+         wrong(mean=MEAN.double()), wrong(rstd=MEAN.half())],
+    ),
+    "add_layer_norm_fwd": (
+        {**NORM, "residual": X, "dropout_p": 0.0, "seed": None, "store_sum": True},
+        [*BAD_NORM, *DROPOUT, wrong(residual=f32(1, W)), wrong(residual=X.double())],
+    ),
+    "add_layer_norm_bwd": (
+        {"grad": X, "grad_sum": X, "sum": X, **NORMED, "dropout_p": 0.0, "seed": None,
+         **dict.fromkeys(NEEDS, True)},
+        [*BAD_NORM, *DROPOUT, wrong(grad=f32(1, W)), wrong(grad_sum=f32(T)), wrong(mean=f32(1))],
+    ),
+    "pack_weight": (
+        {"weight": f32(S, W)}, [wrong(weight=VECTOR), wrong(weight=f32(1, S, W)),
+                                wrong(weight=torch.ones(S, W, dtype=torch.int8))],
+    ),
+    "linear_fwd": (
+        {**WEIGHT, "bias": f32(S), "packed": None},
+        [wrong(weight=f32(S, W + 1)), wrong(weight=VECTOR), wrong(bias=f32(S + 1)),
+         wrong(weight=f32(S, W).double()), wrong(packed=torch.zeros(1, dtype=torch.uint8)),
+         wrong(packed=f32(S, W)), wrong(input=f32()), wrong(input=X.long())],
+    ),
+    "linear_bwd": (
+        {"grad": G, **WEIGHT, **dict.fromkeys(("needs_input", *NEEDS[2:]), True)},
+        [wrong(grad=f32(T, S + 1)), wrong(grad=f32(T - 1, S)), wrong(grad=G.double()),
+         wrong(weight=f32(S + 1, W)), wrong(input=f32(T - 1, W))],
+    ),
+    "feed_forward_fwd": (
+        {**FFN, "bias1": f32(S), "bias2": f32(D), **LAYERS, "store_preact": True, "packed1": None,
+         "packed2": None},
+        [*DROPOUT, wrong(weight1=f32(S, 1)), wrong(weight2=f32(D, 1)), wrong(weight2=f32(S)),
+         wrong(bias1=f32(D)), wrong(bias2=f32(S)), wrong(activation=7), wrong(input=f32()),
+         wrong(packed1=torch.zeros(3, dtype=torch.uint8)), wrong(packed2=f32(D, S)),
+         wrong(weight2=f32(D, S).half())],
+    ),
+    "feed_forward_bwd": (
+        {"grad": f32(T, D), **FFN, "preact": G, **LAYERS, "needs_input": True,
+         **{f"needs_{kind}{n}": True for kind in ("weight", "bias") for n in (1, 2)}},
+        [*DROPOUT, wrong(grad=f32(T, S)), wrong(preact=f32(T, D)), wrong(preact=f32(1, S)),
+         wrong(weight1=f32(S + 1, W)), wrong(activation=-1), wrong(preact=G.double())],
+    ),
+}  # fmt: skip
+Q, K, V = f32(B, H, T, D), f32(B, H, S, D), f32(B, H, S, DV)
+ATTENTION = {
+    "query": Q, "key": K, "value": V, "attn_mask": None, "key_lengths": None,
+    "cu_seqlens_q": None, "cu_seqlens_k": None, "alibi_slopes": None, "is_causal": False,
+    "query_offset": 0, "window_left": -1, "window_right": -1, "dropout_p": 0.0, "seed": None,
+    "scale": 1.0,
+}  # fmt: skip
+PACKED = {
+    "query": Q[0].transpose(0, 1), "key": K[0].transpose(0, 1), "value": V[0].transpose(0, 1),
+    "cu_seqlens_q": torch.tensor([0, T]), "cu_seqlens_k": torch.tensor([0, S]),
+}  # fmt: skip
+BAD_ATTENTION = [
+    *DROPOUT, wrong(query=f32(B, H, T, D + 1)), wrong(key=f32(B, 3, S, D)),
+    wrong(key=f32(B + 1, H, S, D)), wrong(value=f32(B, H, S + 1, DV)), wrong(query=f32(H, T, D)),
+    wrong(key=K.double()), wrong(key_lengths=torch.tensor([S, S + 1])),
+    wrong(key_lengths=torch.tensor([-1, S])), wrong(key_lengths=torch.tensor([S])),
+    wrong(key_lengths=torch.tensor([1.0, 2.0])), wrong(alibi_slopes=f32(H + 1)),
+    wrong(alibi_slopes=f32(H).half()), wrong(attn_mask=f32(1, 1, T, S + 1)),
+    wrong(attn_mask=f32(T, S)), wrong(attn_mask=torch.ones(1, 1, T, S).int()),
+    wrong(cu_seqlens_q=torch.tensor([0, T])),
+    *(wrong(**PACKED | {"cu_seqlens_k": torch.tensor(c)})
+      for c in ([0, S + 1], [1, S], [0, S + 1, S], [0], [])),
+]  # fmt: skip
+RAW["attention_fwd"] = (ATTENTION, BAD_ATTENTION)
+RAW["attention_bwd"] = (
+    {**ATTENTION, "grad": f32(B, H, T, DV), "grad_lse": None, "output": f32(B, H, T, DV),
+     "stats": f32(B, H, T, 2)},
+    [*BAD_ATTENTION, wrong(grad=f32(B, H, T, D)), wrong(output=f32(B, H, 1, DV)),
+     wrong(stats=f32(B, H, T)), wrong(stats=f32(B, H, T, 2).double()),
+     wrong(grad_lse=f32(B, H, 1))],
+)  # fmt: skip
+
+
+def raw_ops():
+    """The names of fasttx's ops."""
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.split("::")[1] for name in names if name.startswith("fasttx::")}
+
+
+def test_every_raw_op_is_here():
+    assert set(RAW) == raw_ops()
+
+
+@pytest.mark.usefixtures("needs_extension")
+@pytest.mark.parametrize("name", RAW)
+def test_raw_ops_check_their_arguments(name):
+    """Each alone: right arguments pass; wrong ones raise before memory is touched."""
+    valid, changes = RAW[name]
+    op = getattr(torch.ops.fasttx, name).default
+    op(**valid)
+    for change in changes:
+        try:
+            op(**valid | change)
+        except (RuntimeError, TypeError) as error:
+            assert str(error)
+        else:
+            pytest.fail(f"{name} took {change}")

@@ -1,0 +1,270 @@
+"""Each instruction set's kernels directly, without the bindings: what they write, and that only."""
+
+import math
+
+import pytest
+import torch
+from budget import DTYPES
+from properties import draw, same_bits
+
+from fasttx import reference
+from fasttx.dispatch import extension
+
+pytestmark = pytest.mark.usefixtures("needs_extension")
+
+GUARD = 67  # elements on either side that must stay as they are
+CODES = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def index_of(dtype):
+    """The table's index."""
+    return extension.dtypes.index(str(dtype).removeprefix("torch."))
+
+
+def accumulate(dtype):
+    """What statistics and packed operands are kept in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Guarded:
+    """Memory for an output: NaN (bytes: 255) in it, before it and after it."""
+
+    def __init__(self, *shape, dtype):
+        size = math.prod(shape)
+        self.blank = 255 if dtype == torch.uint8 else math.nan
+        self.memory = torch.full((size + 2 * GUARD,), self.blank, dtype=dtype)
+        self.values = self.memory[GUARD : GUARD + size].view(shape)
+
+    @property
+    def address(self):
+        return self.values.data_ptr()
+
+    def is_blank(self, values):
+        return values == 255 if self.blank == 255 else values.isnan()
+
+    def assert_guards_stand(self):
+        assert self.is_blank(self.memory[:GUARD]).all()
+        assert self.is_blank(self.memory[-GUARD:]).all()
+
+
+class Call:
+    """One kernel, its arguments, and outputs made anew for every run."""
+
+    def __init__(self, kernel, arguments, isa, dtype, inputs, outputs, **fields):
+        self.run_kernel = getattr(extension, f"run_{kernel}")
+        self.arguments, self.isa, self.dtype = getattr(extension, arguments), isa, dtype
+        self.inputs, self.shapes, self.fields = inputs, outputs, fields
+
+    def run(self, *ranges):
+        """The outputs by name after these ranges (begin, end), in this order, and the item count."""
+        args = self.arguments()
+        outputs = {name: Guarded(*shape, dtype=dt) for name, (shape, dt) in self.shapes.items()}
+        addresses = {name: x.data_ptr() for name, x in self.inputs.items()}
+        addresses |= {name: x.address for name, x in outputs.items()}
+        for name, value in (addresses | self.fields).items():
+            setattr(args, name, value)
+        for begin, end in ranges:
+            items = self.run_kernel(self.isa, index_of(self.dtype), args, begin, end)
+        for output in outputs.values():
+            output.assert_guards_stand()
+        return outputs, items
+
+    def whole(self):
+        """The outputs of one run over every item."""
+        outputs, _ = self.run((0, -1))
+        return {name: output.values for name, output in outputs.items()}
+
+
+def layer_norm(isa, dtype, width=37):
+    rows, kept = 13, accumulate(dtype)
+    shapes = {"x": (rows, width), "residual": (rows, width), "weight": (width,), "bias": (width,)}
+    outputs = dict.fromkeys(("y", "sum"), ((rows, width), dtype))
+    outputs |= dict.fromkeys(("mean", "rstd"), ((rows,), kept))
+    dropout = extension.Dropout(5, 2**30, 4 / 3)  # seed, threshold, scale
+    inputs = {name: draw(*shape, dtype=dtype) for name, shape in shapes.items()}
+    fields = {"rows": rows, "width": width, "eps": 1e-5, "dropout": dropout}
+    return Call("layer_norm_fwd", "LayerNormFwd", isa, dtype, inputs, outputs, **fields)
+
+
+def activation(isa, dtype, rows=13, width=37, bias=True, code=2):
+    inputs = {"x": draw(rows, width, dtype=dtype)}
+    if bias:
+        inputs["bias"] = draw(width, dtype=dtype)
+    fields = {"rows": rows, "width": width, "activation": code}
+    outputs = {"y": ((rows, width), dtype)}
+    return Call("activation_fwd", "ActivationFwd", isa, dtype, inputs, outputs, **fields)
+
+
+def without_bias(isa, dtype):
+    """One long row, which items cut by 4096."""
+    return activation(isa, dtype, rows=101, width=173, bias=False)
+
+
+def packed_by_the_binding(isa, weight):
+    """What the binding packs on this instruction set; another is in use afterwards."""
+    extension.set_isa(isa)
+    packed = torch.ops.fasttx.pack_weight(weight)
+    extension.set_isa("scalar")
+    return packed
+
+
+def pack_b(isa, dtype, k=71, n=333):
+    weight = draw(n, k, dtype=dtype)
+    packed = packed_by_the_binding(isa, weight)
+    fields = {"k": k, "n": n, "k_stride": 1, "n_stride": k}
+    outputs = {"packed": ((packed.numel(),), torch.uint8)}
+    return Call("pack_b", "PackB", isa, dtype, {"b": weight}, outputs, **fields)
+
+
+def gemm(isa, dtype, m=200, k=71, n=333, c_stride=340):
+    """Rows in two blocks; the result's rows lie further apart than they are long."""
+    x, weight = draw(m, k, dtype=dtype), draw(n, k, dtype=dtype)
+    pairs = isa == "avx512_bf16" and dtype == torch.bfloat16
+    a = x if pairs else x.to(accumulate(dtype))
+    inputs = {"a": a, "b": packed_by_the_binding(isa, weight), "bias": draw(n, dtype=dtype)}
+    fields = {"m": m, "n": n, "k": k, "a_stride": k, "c_stride": c_stride}
+    call = Call("gemm", "Gemm", isa, dtype, inputs, {"c": ((m, c_stride), dtype)}, **fields)
+    call.x, call.weight, call.columns = x, weight, n
+    return call
+
+
+KERNELS = (layer_norm, activation, without_bias, pack_b, gemm)
+every_kernel = pytest.mark.parametrize("make", KERNELS, ids=lambda make: make.__name__)
+
+
+def cuts(items):
+    """The range in pieces, last first, of one item, two, and more."""
+    points = sorted({0, 1, 3, items // 2, items - 1, items} & set(range(items + 1)))
+    return list(zip(points, points[1:], strict=False))[::-1]
+
+
+@every_kernel
+@every_dtype
+def test_a_range_in_pieces_gives_the_same_bits(isa, dtype, make):
+    call = make(isa, dtype)
+    whole, items = call.run((0, -1))
+    assert items >= 4 and len(cuts(items)) >= 3
+    pieces, _ = call.run(*cuts(items))
+    singles, _ = call.run(*((i, i + 1) for i in range(items)))
+    for name, output in whole.items():
+        assert same_bits(pieces[name].values, output.values), name
+        assert same_bits(singles[name].values, output.values), name
+
+
+@every_kernel
+@every_dtype
+def test_a_range_writes_its_items_and_no_others(isa, dtype, make):
+    """What one range writes is blank after the others, and the two make up the whole."""
+    call = make(isa, dtype)
+    whole, items = call.run((0, -1))
+    inside, _ = call.run((1, 3), (2, 2))
+    outside, _ = call.run((0, 1), (3, items))
+    for name, output in whole.items():
+        ours, theirs = inside[name].values, outside[name].values
+        if make is pack_b:  # a byte may be 255 by itself
+            both = torch.where(ours == 255, theirs, ours)
+        else:
+            written = ~ours.isnan()
+            assert written.any() and theirs[written].isnan().all(), name
+            both = torch.where(written, ours, theirs)
+        assert same_bits(both, output.values), name
+    nothing, _ = call.run((0, 0), (items, items))
+    assert all(output.is_blank(output.memory).all() for output in nothing.values())
+
+
+@every_dtype
+def test_layer_norm_writes_every_element(isa, dtype):
+    call = layer_norm(isa, dtype)
+    found = call.whole()
+    assert all(x.isfinite().all() for x in found.values())
+    given = call.inputs
+    truth, total = reference.add_layer_norm(
+        *(given[name].double() for name in ("x", "residual")), (37,),
+        given["weight"].double(), given["bias"].double(),
+        dropout_p=0.25, training=True, return_sum=True, seed=5,
+    )  # fmt: skip
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found["y"].double(), truth, rtol=tolerance, atol=4 * tolerance)
+    torch.testing.assert_close(found["sum"].double(), total, rtol=tolerance, atol=tolerance)
+    mean = found["sum"].double().mean(1).to(found["mean"].dtype)
+    torch.testing.assert_close(found["mean"], mean)
+
+
+@every_dtype
+@pytest.mark.parametrize("name", CODES)
+def test_activation_writes_every_element(isa, dtype, name):
+    call = activation(isa, dtype, code=CODES[name])
+    functions = {
+        "none": lambda x: x,
+        "relu": torch.relu,
+        "gelu": reference.gelu,
+        "gelu_tanh": lambda x: reference.gelu(x, "tanh"),
+    }
+    truth = functions[name](call.inputs["x"].double() + call.inputs["bias"].double())
+    tolerance = max(4 * torch.finfo(dtype).eps, 1e-14)
+    found = call.whole()["y"].double()
+    torch.testing.assert_close(found, truth, rtol=tolerance, atol=tolerance)
+
+
+@every_dtype
+def test_pack_b_is_what_the_binding_packs(isa, dtype):
+    """Padding included: no byte is left as it was."""
+    call = pack_b(isa, dtype)
+    found = call.whole()["packed"]
+    assert torch.equal(found, packed_by_the_binding(isa, call.inputs["b"]))
+
+
+@every_dtype
+def test_gemm_writes_its_columns_only(isa, dtype):
+    call = gemm(isa, dtype)
+    found = call.whole()["c"]
+    assert found[:, call.columns :].isnan().all()
+    extension.set_isa(isa)
+    expected = torch.ops.fasttx.linear_fwd(call.x, call.weight, call.inputs["bias"], None)
+    assert same_bits(found[:, : call.columns], expected)
+    truth = reference.linear(call.x.double(), call.weight.double(), call.inputs["bias"].double())
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(expected.double(), truth, rtol=tolerance, atol=8 * tolerance)
+
+
+@pytest.mark.parametrize("make", KERNELS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("dtype", [-1, 4, 100])
+def test_a_wrong_dtype_raises(make, dtype):
+    call = make("scalar", torch.float32)
+    with pytest.raises(ValueError, match="dtype"):
+        call.run_kernel("scalar", dtype, call.arguments())
+
+
+@pytest.mark.parametrize("name", ["", "sse9", "AVX2"])
+def test_an_unknown_instruction_set_raises(name):
+    """The message names it and those that can be had; what is in use stays."""
+    before = extension.isa()
+    for call in (
+        lambda: extension.set_isa(name),
+        lambda: extension.run_gemm(name, 0, extension.Gemm()),
+    ):
+        with pytest.raises(ValueError, match=f"'{name}'.*scalar"):
+            call()
+    assert extension.isa() == before
+
+
+@pytest.mark.parametrize("begin, end", [(-1, 2), (3, 2), (0, 14), (14, -1)])
+def test_a_range_outside_the_items_raises(begin, end):
+    with pytest.raises(ValueError, match="13 items"):
+        layer_norm("scalar", torch.float32).run((begin, end))
+
+
+def test_arguments_of_another_kernel_raise():
+    with pytest.raises(TypeError):
+        extension.run_gemm("scalar", 0, extension.PackB())
+
+
+def test_an_unknown_activation_raises():
+    with pytest.raises(RuntimeError, match="activation"):
+        extension.ActivationFwd().activation = 4
+
+
+def test_the_instruction_set_in_use_is_the_one_that_was_set(isa):
+    assert extension.isa() == isa
+    assert (isa, True) in extension.isas()
