@@ -1,7 +1,7 @@
 """Builds fasttx._C with ninja: one set of compiler flags for each instruction set, one binary for every torch >= 2.10.
 
-Without a C++ compiler the package installs all the same and runs on its reference path; `python -m fasttx doctor` says so.
-FASTTX_CPP=0 leaves the extension out on purpose; CXX names another compiler.
+Without a C++ compiler the package installs all the same and runs on its reference path; `python -m fasttx doctor` says
+so. FASTTX_CPP=0 leaves the extension out on purpose; CXX names another compiler.
 """
 
 import importlib.util

@@ -1,7 +1,7 @@
 """`python -m benchmarks`: every op against PyTorch's own, interleaved, with its error.
 
-A row whose error is over budget shows no speed. `of machine` is the larger share of the two limits measured in the same run:
-copy bandwidth and PyTorch's square matrix product in that dtype.
+A row whose error is over budget shows no speed. `of machine` is the larger share of the two limits measured in the same
+run: copy bandwidth and PyTorch's square matrix product in that dtype.
 """
 
 import argparse

@@ -15,9 +15,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 class Case:
     """One op on one shape, forward or forward and backward.
 
-    torch, fasttx and reference take `inputs` by name and return the output. flops and bytes are those of the mathematics: what
-    must be computed, and what must be read and written once. Where PyTorch's own dropout cannot draw fasttx's mask, `eager`
-    stands in for `torch` when the error is judged.
+    torch, fasttx and reference take `inputs` by name and return the output. flops and bytes are those of the
+    mathematics: what must be computed, and what must be read and written once. Where PyTorch's own dropout cannot draw
+    fasttx's mask, `eager` stands in for `torch` when the error is judged.
     """
 
     name: str

@@ -11,7 +11,7 @@ from fasttx import functional, reference
 from fasttx.cli import eager
 from fasttx.rng import draw_seed
 
-from .case import DTYPES, Case, size, tensors
+from .case import DTYPES, Case, tensors
 
 _WIDTH = 768
 

@@ -1,7 +1,7 @@
 """Which backend runs a call, and why the others do not.
 
-Every op has an ordered list of backends. `auto` takes the first that supports the call; a backend that is named - by the
-`backend=` argument, `with fasttx.backend(...)` or FASTTX_BACKEND - is used or the call raises with the reason.
+Every op has an ordered list of backends. `auto` takes the first that supports the call; a backend that is named - by
+the `backend=` argument, `with fasttx.backend(...)` or FASTTX_BACKEND - is used or the call raises with the reason.
 """
 
 import contextlib
@@ -140,8 +140,8 @@ def choose(
 ) -> str:
     """The backend for a call of `op` on these tensors (the first one decides dtype and device).
 
-    `cpu_refusal` is the op's own reason why the CPU kernels cannot take the call. Raises UnsupportedError where a backend was
-    named and refuses, ValueError where it is unknown.
+    `cpu_refusal` is the op's own reason why the CPU kernels cannot take the call. Raises UnsupportedError where a
+    backend was named and refuses, ValueError where it is unknown.
     """
     name = _requested.name if requested is None else _check_name(requested)
     order = (name,) if name != "auto" else _ORDER_CPU if tensors[0].is_cpu else _ORDER_GPU

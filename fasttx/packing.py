@@ -1,9 +1,9 @@
 """Packed copies of weights, made once and kept as long as the weight they were made from.
 
-The matrix kernels read a weight in panels of their register tile's width. A copy is valid for one tensor, its version counter,
-its memory, the instruction set, and a sample of its values: an optimizer step, `load_state_dict`, `.to()` and `set_isa` all show
-up in these. The sample is there for edits through `.data`, which no counter sees: it catches those that
-change the whole weight. After a partial edit through `.data`, call `invalidate()`.
+The matrix kernels read a weight in panels of their register tile's width. A copy is valid for one tensor, its version
+counter, its memory, the instruction set, and a sample of its values: an optimizer step, `load_state_dict`, `.to()` and
+`set_isa` all show up in these. The sample is there for edits through `.data`, which no counter sees: it catches those
+that change the whole weight. After a partial edit through `.data`, call `invalidate()`.
 """
 
 import torch
@@ -19,8 +19,8 @@ _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 def packed(weight: Tensor) -> Tensor | None:
     """The packed copy of a weight (out, in), or None where the kernel had better pack it for the call.
 
-    That is so when the call will be differentiated by the weight (its next use will find it changed), and for tensors whose
-    changes cannot be seen: inference tensors, views with gaps, and what a compiler traces.
+    That is so when the call will be differentiated by the weight (its next use will find it changed), and for tensors
+    whose changes cannot be seen: inference tensors, views with gaps, and what a compiler traces.
     """
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
         return None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pytest
 import torch
-from budget import assert_meets
+from budget import assert_meets, poisoned
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -109,6 +109,35 @@ def assert_within_budget_on_every_isa(op: Op, **standard) -> None:
             assert_meets(measure, op)
         except AssertionError as error:
             raise AssertionError(f"{isa}: {error}") from None
+
+
+def integers(*shape: int) -> Tensor:
+    """-1, 0 and 1: sums of their products are exact in every dtype that accumulates in float32."""
+    return torch.randint(-1, 2, shape).double()
+
+
+def assert_exact_on_every_isa(
+    op: Op, reference: Op, inputs: Inputs, slope: Tensor, dtype: torch.dtype
+) -> None:
+    """Output and gradients, given the output's, of `integers`: exact, and rounded once.
+
+    Where a tensor has but a few elements, the error of eager PyTorch is a matter of luck, and no
+    budget to hold a kernel to; an element at the wrong place is seen here as well as there.
+    """
+
+    def run(function: Op, kind: torch.dtype) -> list[Tensor]:
+        given = {name: x.to(kind).requires_grad_() for name, x in inputs.items()}
+        output = function(**given)
+        gradients = torch.autograd.grad(output, list(given.values()), slope.to(kind))
+        return [output.detach(), *gradients]
+
+    torch.set_num_threads(1)
+    expected = [x.to(dtype) for x in run(reference, torch.float64)]
+    for isa in every_isa():
+        with poisoned():
+            found = run(op, dtype)
+        for name, ours, truth in zip(("output", *inputs), found, expected, strict=True):
+            assert torch.equal(ours, truth), (isa, name, {n: x.shape for n, x in inputs.items()})
 
 
 def assert_layouts_do_not_matter(op: Op, inputs: Inputs) -> None:

@@ -107,15 +107,16 @@ def test_named_backend_never_falls_back(name, decisions):
 
 
 def test_refusal_gives_the_calls_own_reason(decisions, needs_extension):
+    q = torch.randn(1, 2, 5, 8)
     mask = torch.zeros(5, requires_grad=True)
-    with pytest.raises(fasttx.UnsupportedError, match="softmax.*mask wants a gradient"):
-        functional.softmax(X, mask=mask, backend="cpu")
-    functional.softmax(X, mask=mask)
+    with pytest.raises(fasttx.UnsupportedError, match="attention.*attn_mask wants a gradient"):
+        functional.attention(q, q, q, attn_mask=mask, backend="cpu")
+    functional.attention(q, q, q, attn_mask=mask)
     assert chosen(decisions) == ["reference"]
-    assert decisions[0].refusals == (("cpu", "mask wants a gradient"),)
-    assert "not cpu: mask wants a gradient" in str(decisions[0])
+    assert decisions[0].refusals == (("cpu", "attn_mask wants a gradient"),)
+    assert "not cpu: attn_mask wants a gradient" in str(decisions[0])
     with torch.no_grad():
-        functional.softmax(X, mask=mask, backend="cpu")
+        functional.attention(q, q, q, attn_mask=mask, backend="cpu")
 
 
 @pytest.mark.parametrize(

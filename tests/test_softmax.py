@@ -16,7 +16,8 @@ from fasttx.ops import softmax as ops
 
 pytestmark = pytest.mark.usefixtures("needs_extension")
 
-SHAPES = ((3, 5, 77), (9, 1), (2, 3, 2, 2, 17), (1, 5000), (0, 4))
+# Four long rows, because over one alone eager's error, some ulp as a rule, may happen to be a fraction of one.
+SHAPES = ((3, 5, 77), (9, 1), (2, 3, 2, 2, 17), (4, 5000), (0, 4))
 
 
 def _masked(input: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -231,9 +232,11 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", ((2, 3, 5, 33), (3, 1, 33), (5, 1), (1, 1, 5, 33)))
-@pytest.mark.parametrize("dim", (-1, 1))
+@pytest.mark.parametrize(
+    ("shape", "dim"), (((2, 3, 5, 33), -1), ((3, 1, 33), -1), ((33,), -1), ((3, 1, 33), 1), ((3, 5, 1), 1))
+)
 def test_gradient_of_the_mask_within_budget(dtype, shape, dim):
+    """Along `dim` the mask varies: one that does not has a gradient of zero, which has no ulp to measure by."""
     assert_within_budget_on_every_isa(
         lambda input, mask: F.softmax(input, mask=mask, dim=dim, backend="cpu"),
         eager=lambda input, mask: torch.softmax(input + mask, dim),
@@ -250,9 +253,7 @@ def test_gradient_of_a_float32_mask(dtype):
     y = F.softmax(x, mask=bias, backend="cpu")
     (actual,) = torch.autograd.grad(y, bias, slope.expand_as(x))
     wide = bias.double()
-    expected = torch.autograd.grad(
-        reference.softmax(x.double(), mask=wide), bias, slope.double().expand_as(x)
-    )[0]
+    expected = torch.autograd.grad(reference.softmax(x.double(), mask=wide), bias, slope.double().expand_as(x))[0]
     assert actual.dtype == torch.float32 and actual.shape == bias.shape
     tolerance = 20 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-6
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)

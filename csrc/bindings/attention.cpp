@@ -152,7 +152,8 @@ Sizes stats_sizes(const Problem& problem) {
 // As (tokens, heads, width) in memory, which the next linear reads without a copy.
 Tensor allocate_tokens_first(const Tensor& like, int64_t width) {
   if (like.dim() == 3) return allocate({like.size(0), like.size(1), width}, like.scalar_type());
-  return torch::stable::transpose(allocate({like.size(0), like.size(2), like.size(1), width}, like.scalar_type()), 1, 2);
+  const Tensor tokens_first = allocate({like.size(0), like.size(2), like.size(1), width}, like.scalar_type());
+  return torch::stable::transpose(tokens_first, 1, 2);
 }
 // In the memory order of the tensor that it is the gradient of.
 Tensor allocate_gradient(const Tensor& like) {

@@ -1,8 +1,9 @@
-// Attention forward, tile by tile with a running maximum and sum: Milakov and Gimelshein (2018), https://arxiv.org/abs/1805.02867;
-// Dao et al. (2022), https://arxiv.org/abs/2205.14135.
+// Attention forward, tile by tile with a running maximum and sum: Milakov and Gimelshein (2018),
+// https://arxiv.org/abs/1805.02867; Dao et al. (2022), https://arxiv.org/abs/2205.14135.
 //
-// A query's result depends on its own scores alone, bit for bit: its keys are always taken in the same tiles, counted from
-// the sequence's first key, and tiles or lanes that it doesn't see add exact zeros.
+// A query's result depends on its own scores alone, bit for bit: its keys are always taken in the same tiles, counted
+// from the sequence's first key, and tiles or lanes that it doesn't see add exact zeros. Only a sequence's own sizes
+// choose between packed keys and attention_decode.inl, whose sums run in another order.
 
 // Keys and values of one (sequence, kv head) as right operands: K as [panel of keys][width][kTileCols], V as [panel of
 // values][key][kTileCols], `pitch` keys a panel.
@@ -231,17 +232,34 @@ struct AttentionFwdKernel {
     TileRows rows;
     load_queries(g, sequence, kv_head, index, tile, rows);
     tile.start();
+    const bool direct = reads_keys_directly(shape, sequence.queries, sequence.keys);
     bool first = true;
     for (int64_t key = rows.first / kKeyTile * kKeyTile; key < rows.last; key += kKeyTile) {
       TileMask<T> mask(shape, rows, sequence.batch, key, min_of(kKeyTile, rows.last - key), tile.bias);
       const int64_t n = mask.n;
       if (n == 0) continue;
-      if (pack_each) pack(g, sequence, kv_head, key, n, packed);
       const int64_t at = pack_each ? 0 : key;
-      tile.score(shape, rows.count, packed.keys + at / kTileCols<P> * key_panel_size<P>(shape), n);
+      if (direct) {
+        const T* keys = first_row<T>(g.k, g.k_strides, shape, sequence.batch, kv_head, sequence.first_key + key);
+        for (int64_t r = 0; r < rows.count; ++r)
+          score_directly(tile.q + r * tile.q_stride, keys, g.k_strides.t, n, shape.width, static_cast<A>(shape.scale),
+                         tile.scores + r * kKeyTile);
+      } else {
+        if (pack_each) pack(g, sequence, kv_head, key, n, packed);
+        tile.score(shape, rows.count, packed.keys + at / kTileCols<P> * key_panel_size<P>(shape), n);
+      }
       mask.apply(tile.scores, kKeyTile);
       tile.softmax(shape, sequence.batch, rows, key, n);
-      tile.add_values(shape, rows.count, packed.values + at * kTileCols<P>, packed.pitch, n, first);
+      if (direct) {
+        const T* values = first_row<T>(g.v, g.v_strides, shape, sequence.batch, kv_head, sequence.first_key + key);
+        for (int64_t r = 0; r < rows.count; ++r) {
+          copy_as(reinterpret_cast<const P*>(tile.scores + r * kKeyTile), tile.keep, n);
+          add_values_directly(tile.keep, values, g.v_strides.t, n, shape.value_width, first, tile.decay[r],
+                              tile.out + r * tile.out_stride);
+        }
+      } else {
+        tile.add_values(shape, rows.count, packed.values + at * kTileCols<P>, packed.pitch, n, first);
+      }
       first = false;
     }
     store(g, sequence, tile, rows);

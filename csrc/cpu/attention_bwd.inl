@@ -1,4 +1,4 @@
-// Attention backward: the probabilities are computed again from the scores and the forward's two numbers a row, tile by tile.
+// Attention backward, tile by tile: the probabilities come again from the scores and the forward's two numbers a row.
 //
 // With P = exp(S - largest) / sum, S = scale Q K^T + bias, and delta = rowsum(dO O):
 //   dV = P^T dO    dP = dO V^T    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q
@@ -84,8 +84,8 @@ struct KeyTile {
   }
 
   // Scores and dP become the (dropped) probabilities and dS.
-  __attribute__((noinline)) void differentiate(const AttentionShape& g, int64_t batch, const TileRows& rows, int64_t row0,
-                                               int64_t key, int64_t n) {
+  __attribute__((noinline)) void differentiate(const AttentionShape& g, int64_t batch, const TileRows& rows,
+                                               int64_t row0, int64_t key, int64_t n) {
     for (int64_t r = 0; r < rows.count; ++r) {
       A* p_row = p + r * kKeyTile;
       A* ds_row = ds + r * kKeyTile;
@@ -95,15 +95,11 @@ struct KeyTile {
         dropout_keep(keep, n, g.dropout.seed, static_cast<uint32_t>(batch), static_cast<uint32_t>(rows.rows[r].head),
                      rows.rows[r].query, key, g.dropout.threshold, static_cast<A>(g.dropout.scale));
       for (int64_t i = 0; i < n; i += V::kWidth) {
-        V probability = exp(V::load(p_row + i) - largest) * factor, dp = V::load(ds_row + i);
-        const V weight = probability;
-        if (g.dropout.active) {
-          const V kept = V::load(keep + i);
-          probability = probability * kept;
-          dp = dp * kept;
-        }
-        probability.store(p_row + i);
-        (weight * (dp - row_delta)).store(ds_row + i);
+        const V probability = exp(V::load(p_row + i) - largest) * factor;
+        const V kept = g.dropout.active ? V::load(keep + i) : V::set1(1);
+        const V dp = V::load(ds_row + i) * kept;
+        (probability * kept).store(p_row + i);
+        (probability * (dp - row_delta)).store(ds_row + i);
       }
     }
     if constexpr (kStep == 2) convert(rows.count, n);
@@ -130,8 +126,8 @@ struct KeyTile {
 
   void multiply_outputs(const AttentionShape& g, int64_t row, int64_t rows, int64_t n) {
     const int64_t row_steps = round_up(rows, kStep);
-    multiply<P>({p_left, kStep, kKeyTile * kStep, dout.right + row * kCols, dout.pitch * kCols, row_steps, dv, dv_stride,
-                 true, nullptr, A(1)},
+    multiply<P>({p_left, kStep, kKeyTile * kStep, dout.right + row * kCols, dout.pitch * kCols, row_steps, dv,
+                 dv_stride, true, nullptr, A(1)},
                 n, g.value_width);
     multiply<P>({ds_left, kStep, kKeyTile * kStep, q.right + row * kCols, q.pitch * kCols, row_steps, dk, dq_stride,
                  true, nullptr, A(1)},
@@ -184,12 +180,13 @@ struct AttentionBwdKernel {
     }
     for (int64_t i = 0; i < group; ++i)
       store(first_row<T>(g.dq, g.dq_strides, shape, sequence.batch, kv_head * group + i, sequence.first_query),
-            g.dq_strides.t, tile.dq + i * tile.head_rows * tile.dq_stride, tile.dq_stride, sequence.queries, shape.width,
-            scale);
+            g.dq_strides.t, tile.dq + i * tile.head_rows * tile.dq_stride, tile.dq_stride, sequence.queries,
+            shape.width, scale);
     if (shape.cu_keys == nullptr) clear_padding(g, sequence, kv_head);
   }
 
-  static void load_queries(const AttentionBwd& g, const Sequence& sequence, int64_t head, int64_t to, KeyTile<P>& tile) {
+  static void load_queries(const AttentionBwd& g, const Sequence& sequence, int64_t head, int64_t to,
+                           KeyTile<P>& tile) {
     const AttentionShape& shape = g.shape;
     const T* q = first_row<T>(g.q, g.q_strides, shape, sequence.batch, head, sequence.first_query);
     const T* dout = first_row<T>(g.dout, g.dout_strides, shape, sequence.batch, head, sequence.first_query);

@@ -7,8 +7,9 @@ constexpr int64_t kKeyTile = 128;
 template <class A>
 constexpr A kInfinity = __builtin_inf();
 
-// out = scale * a panel; or, where `add`, out = decay * out + a panel, the product being summed up first: long sums are made of
-// short ones. Row i of `a` starts at a + i * a_stride, and its steps lie a_step apart: swapping the two multiplies by the transpose.
+// out = scale * a panel; or, where `add`, out = decay * out + a panel, the product being summed up first: long sums are
+// made of short ones. Row i of `a` starts at a + i * a_stride, and its steps lie a_step apart: swapping the two multiplies
+// by the transpose.
 template <class P>
 struct Product {
   using A = accum_t<P>;
@@ -37,7 +38,20 @@ static void multiply_rows(const Product<P>& g, const P* panel, int64_t row, int6
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < kVecs; ++j) sum[i][j] = V::zero();
-  multiply_tile<P, kRows>(g.a + row * g.a_stride, g.a_stride, panel, g.k, sum, g.a_step);
+  const P* a = g.a + row * g.a_stride;
+  if constexpr (V::kWidth == 1) {
+    // Every term rounds twice where nothing is fused: shorter sums make up for it.
+    constexpr int64_t kBlock = 16;
+    for (int64_t k = 0; k < g.k; k += kBlock) {
+      V part[kRows][kVecs] = {};
+      multiply_tile<P, kRows>(a + k * g.a_step, g.a_stride, panel + k * kTileCols<P>, min_of(kBlock, g.k - k), part,
+                              g.a_step);
+      for (int i = 0; i < kRows; ++i)
+        for (int j = 0; j < kVecs; ++j) sum[i][j] = sum[i][j] + part[i][j];
+    }
+  } else {
+    multiply_tile<P, kRows>(a, g.a_stride, panel, g.k, sum, g.a_step);
+  }
   if (g.add) {
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {

@@ -33,7 +33,7 @@ constexpr int kTileCols = kTileVecs * Vec<accum_t<T>>::kWidth;
 constexpr int64_t kBlockK = 256;
 // Values of k that are summed in registers, before that sum is added to those before it: the rounding error of a sum grows
 // with the length of its chain, and PyTorch's products have short ones.
-constexpr int64_t kChainK = 64;
+constexpr int64_t kChainK = 32;
 // Rows of A that share one block of B.
 constexpr int64_t kBlockRows = 192;
 

@@ -9,6 +9,7 @@
 #include "softmax.inl"
 #include "transpose.inl"
 #include "attention_tile.inl"
+#include "attention_decode.inl"
 #include "attention.inl"
 #include "attention_bwd.inl"
 

@@ -115,8 +115,8 @@ static void pack_transposed(const T* from, int64_t row_stride, int64_t rows, int
   }
 }
 
-// panels[p] = columns [p kTileCols, (p + 1) kTileCols) of `from`, as the tile's right operand, each panel `pitch` values
-// after the one before. Zero up to the next whole vector of columns, and in the last step of odd rows.
+// panels[p] = columns [p kTileCols, (p + 1) kTileCols) of `from`, as the tile's right operand, each panel `pitch`
+// values after the one before. Zero up to the next whole vector of columns, and in the last step of odd rows.
 template <class P, class T>
 static void pack_rows(const T* from, int64_t row_stride, int64_t rows, int64_t width, P* panels, int64_t pitch) {
   using V = Vec<accum_t<P>>;

@@ -32,17 +32,20 @@ def attention(
 
     query (B, H, Tq, D), key (B, Hkv, Tk, D), value (B, Hkv, Tk, Dv) -> (B, H, Tq, Dv). Query i sits at position
     i + query_offset, key j at position j. All of these hold together:
-      attn_mask    broadcastable to (B, H, Tq, Tk): bool (True = may attend), or floating, of query's dtype or float32 (added)
-      key_lengths  (B,) integers in [0, Tk]: sequence b has that many keys, the rest is padding and is never read into a result
-      is_causal    keys at or before the query's position
-      window       (left, right): keys at most that far before and after it; a negative side is unlimited
-      alibi_slopes (H,): adds -slope * |distance|
+
+    attn_mask     broadcastable to (B, H, Tq, Tk): bool (True = may attend), or floating, of query's dtype or float32
+                  (added)
+    key_lengths   (B,) integers in [0, Tk]: sequence b has that many keys; the rest is padding, never read into a result
+    is_causal     keys at or before the query's position
+    window        (left, right): keys at most that far before and after it; a negative side is unlimited
+    alibi_slopes  (H,): adds -slope * |distance|
+
     A query with nothing to attend to gives zeros, lse = -inf, and zero gradients.
 
-    dropout_p in [0, 1) drops normalised probabilities whenever it is positive, as in scaled_dot_product_attention. scale is
-    1 / sqrt(D) by default. enable_gqa: H is a multiple of Hkv, and query head h reads key head h // (H / Hkv). return_lse: the
-    result is (output, lse), lse (B, H, Tq) in float32 (float64 for float64): the natural log of the sum of exponentials of
-    the masked scores, before dropout.
+    dropout_p in [0, 1) drops normalised probabilities whenever it is positive, as in scaled_dot_product_attention.
+    scale is 1 / sqrt(D) by default. enable_gqa: H is a multiple of Hkv, and query head h reads key head
+    h // (H / Hkv). return_lse: the result is (output, lse), lse (B, H, Tq) in float32 (float64 for float64): the
+    natural log of the sum of exponentials of the masked scores, before dropout.
 
     Vaswani et al. 2017; computed without a (Tq, Tk) matrix, after Milakov and Gimelshein 2018 and Dao et al. 2022.
     """
@@ -102,9 +105,10 @@ def attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """attention() over sequences of different lengths, packed one after another without padding.
 
-    query (total_q, H, D), key (total_k, Hkv, D), value (total_k, Hkv, Dv) -> (total_q, H, Dv). cu_seqlens_q and cu_seqlens_k
-    (N + 1,) are the integer offsets at which the N sequences begin, ending with the total: sequence n holds the rows from
-    cu_seqlens[n] up to cu_seqlens[n + 1]. Each sequence gives what attention() gives for it alone; lse is (H, total_q).
+    query (total_q, H, D), key (total_k, Hkv, D), value (total_k, Hkv, Dv) -> (total_q, H, Dv). cu_seqlens_q and
+    cu_seqlens_k (N + 1,) are the integer offsets at which the N sequences begin, ending with the total: sequence n
+    holds the rows from cu_seqlens[n] up to cu_seqlens[n + 1]. Each sequence gives what attention() gives for it alone;
+    lse is (H, total_q).
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _require_dims(name, tensor, 3, "(total tokens, heads, width)")

@@ -37,8 +37,8 @@ def feed_forward(
 ) -> Tensor:
     """linear2(dropout(activation(linear1(input)))).
 
-    input (..., in), weight1 (hidden, in), weight2 (out, hidden), as nn.Linear keeps them; either bias may be None. activation:
-    "gelu" | "gelu_tanh" | "relu". Dropout acts when `training`, with probability dropout_p in [0, 1).
+    input (..., in), weight1 (hidden, in), weight2 (out, hidden), as nn.Linear keeps them; either bias may be None.
+    activation: "gelu" | "gelu_tanh" | "relu". Dropout acts when `training`, with probability dropout_p in [0, 1).
     """
     checks.require_floating("input", input)
     _check_layer("weight1", weight1, "bias1", bias1, "input", _width(input))

@@ -22,8 +22,8 @@ def layer_norm(
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias, over the last dimensions.
 
-    input (..., *normalized_shape); weight and bias of normalized_shape, or None; the result has input's shape and dtype.
-    As torch.nn.functional.layer_norm; Ba, Kiros and Hinton 2016.
+    input (..., *normalized_shape); weight and bias of normalized_shape, or None; the result has input's shape and
+    dtype. As torch.nn.functional.layer_norm; Ba, Kiros and Hinton 2016.
     """
     checks.require_floating("input", input)
     dims = _check_parameters(input, normalized_shape, weight, bias)
@@ -49,8 +49,8 @@ def add_layer_norm(
     """layer_norm(residual + dropout(input)): what closes each half of a post-norm transformer layer.
 
     input and residual (..., *normalized_shape), of one shape and dtype. Dropout acts when `training`, with probability
-    dropout_p in [0, 1). With return_sum, the result is (normed, residual + dropout(input)): what a pre-norm layer goes on
-    from.
+    dropout_p in [0, 1). With return_sum, the result is (normed, residual + dropout(input)): what a pre-norm layer goes
+    on from.
     """
     checks.require_floating("input", input)
     checks.require_tensor("residual", residual)

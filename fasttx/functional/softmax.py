@@ -18,9 +18,9 @@ def softmax(
     """softmax(input + mask) along `dim`; what is masked out gets probability zero.
 
     input of any shape with at least one dimension. mask, broadcastable to input: bool (True = keep) or floating, of
-    input's dtype or float32 (added, and differentiable). is_causal: the last two dimensions are rows and columns, and row
-    i keeps the columns j <= i; `dim` must then be the last. A row that keeps nothing, or whose every value is -inf, gives
-    zeros with zero gradients.
+    input's dtype or float32 (added, and differentiable). is_causal: the last two dimensions are rows and columns, and
+    row i keeps the columns j <= i; `dim` must then be the last. A row that keeps nothing, or whose every value is -inf,
+    gives zeros with zero gradients.
     """
     checks.require_floating("input", input)
     if input.dim() == 0:

@@ -52,8 +52,7 @@ _OPTIONS = (
     " float dropout_p, Tensor? seed, float scale)"
 )
 attention_fwd = define(
-    f"attention_fwd(Tensor query, Tensor key, Tensor value,{_OPTIONS}"
-    " -> (Tensor output, Tensor lse, Tensor stats)",
+    f"attention_fwd(Tensor query, Tensor key, Tensor value,{_OPTIONS} -> (Tensor output, Tensor lse, Tensor stats)",
     _attention_fwd,
 )
 attention_bwd = define(

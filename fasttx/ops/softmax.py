@@ -18,9 +18,7 @@ def _softmax_bwd(grad, output):
     return _dense_like(output)
 
 
-softmax_fwd = define(
-    "softmax_fwd(Tensor input, Tensor? mask, bool is_causal) -> Tensor", _softmax_fwd
-)
+softmax_fwd = define("softmax_fwd(Tensor input, Tensor? mask, bool is_causal) -> Tensor", _softmax_fwd)
 softmax_bwd = define("softmax_bwd(Tensor grad, Tensor output) -> Tensor", _softmax_bwd)
 
 

@@ -1,0 +1,199 @@
+"""What a row of attention may depend on, bit for bit: not on threads, the batch, padding, or what it does not see."""
+
+import math
+
+import pytest
+import torch
+from attention_calls import SEED, draw_inputs, run_op, run_reference
+from budget import DTYPES, poisoned
+from properties import assert_same_bits, assert_threads_do_not_matter, draw, results, same_bits
+
+from fasttx import philox, reference
+from fasttx.ops import attention as ops
+
+pytestmark = pytest.mark.usefixtures("needs_extension")
+
+# What a row may not depend on is tried with all of these.
+INVARIANT = (
+    {},
+    {"is_causal": True},
+    {"window": (40, 9)},
+    {"alibi_slopes": torch.tensor([0.3, 0.1, 0.0, 0.02])},
+)
+
+EMPTY = (
+    ("no batch", (0, 2, 2, 5, 7, 8, 8)),
+    ("no queries", (2, 2, 2, 0, 7, 8, 8)),
+    ("no keys", (2, 2, 1, 5, 0, 8, 6)),
+    ("no heads", (2, 0, 0, 5, 7, 8, 8)),
+    ("no value width", (2, 2, 2, 5, 7, 8, 0)),
+    ("nothing", (0, 0, 0, 0, 0, 4, 0)),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", INVARIANT, ids=lambda options: "".join(options) or "plain")
+def test_padding_and_the_batch_do_not_change_a_bit(isa, dtype, options):
+    if dtype == torch.float64 and "alibi_slopes" in options:
+        options = {"alibi_slopes": options["alibi_slopes"].double()}
+    lengths = [150, 7, 64, 1]
+    full = {name: x.to(dtype) for name, x in draw_inputs(4, 4, 2, 150, 150, 32, 40).items()}
+    for b, length in enumerate(lengths):  # what is in the padding must not matter
+        full["key"][b, :, length:] = full["value"][b, :, length:] = math.nan
+    slope = draw(4, 4, 150, 40).to(dtype)
+    for b, length in enumerate(lengths):
+        slope[b, :, length:] = 0
+
+    def differentiate(inputs, slope, **options):
+        leaves = [x.detach().requires_grad_() for x in inputs.values()]
+        output, lse = run_op(*leaves, **options)
+        return [output, lse, *torch.autograd.grad(output, leaves, slope)]
+
+    padded = differentiate(full, slope, key_lengths=torch.tensor(lengths), **options)
+    assert all(not x[b, :, n:].any() for x in padded[3:] for b, n in enumerate(lengths))
+    for b, length in enumerate(lengths):
+        alone = {name: x[b : b + 1, :, :length] for name, x in full.items()}
+        found = differentiate(alone, slope[b : b + 1, :, :length], **options)
+        for whole, part in zip(padded, found, strict=True):
+            assert same_bits(whole[b : b + 1, :, :length], part)
+
+    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
+
+    def pack(x):  # (batch, heads, tokens, ...) -> (total tokens, heads, ...)
+        rows = [x[b, :, :length].transpose(0, 1) for b, length in enumerate(lengths)]
+        return torch.cat(rows).detach()
+
+    leaves = [pack(x).requires_grad_() for x in full.values()]
+    output, lse = ops.attention(
+        *leaves, None, None, offsets, offsets, options.get("alibi_slopes"),
+        options.get("is_causal", False), 0, *options.get("window", (-1, -1)), 0.0, None, 32**-0.5,
+    )  # fmt: skip
+    gradients = torch.autograd.grad(output, leaves, pack(slope))
+    for packed, whole in zip((output, lse.t(), *gradients), padded, strict=True):
+        assert same_bits(packed, pack(whole))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_its_place(isa, dtype):
+    # Up to four queries over more keys than a tile holds are summed another way.
+    inputs = {name: x.to(dtype) for name, x in draw_inputs(1, 2, 2, 120, 200, 16, 16).items()}
+    for options in ({}, {"is_causal": True, "query_offset": 80}, {"window": (50, 2)}):
+        whole = run_op(**inputs, **options)
+        for first, last in ((0, 5), (1, 60), (47, 97), (112, 120)):
+            shifted = options | {"query_offset": options.get("query_offset", 0) + first}
+            part = inputs | {"query": inputs["query"][:, :, first:last]}
+            for x, y in zip(whole, run_op(**part, **shifted), strict=True):
+                assert same_bits(x[:, :, first:last], y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_on_any_number_of_threads(isa, dtype, threads):
+    options = {"is_causal": True, "dropout_p": 0.1, "seed": SEED}
+    for shape in ((1, 2, 1, 150, 150, 16, 16), (3, 5, 5, 40, 130, 8, 8), (2, 8, 2, 2, 60, 16, 16)):
+        inputs = {name: x.to(dtype) for name, x in draw_inputs(*shape).items()}
+        assert_threads_do_not_matter(lambda query, key, value: run_op(query, key, value, **options), inputs, threads)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize(("what", "shape"), EMPTY)
+def test_empty_sizes(isa, dtype, what, shape):
+    inputs = {name: x.to(dtype) for name, x in draw_inputs(*shape).items()}
+    truth = results(lambda **x: reference.attention(**x, enable_gqa=True, return_lse=True), inputs)
+    with poisoned():
+        found = results(run_op, inputs)
+    for name, x in found.items():
+        torch.testing.assert_close(x, truth[name], rtol=0.02, atol=0.02)
+    if shape[3] and shape[4] == 0:
+        assert not found["output 0"].any() and (found["output 1"] == -math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_see_nothing_give_zeros(isa, dtype):
+    shape = (2, 2, 2, 60, 150, 16, 16)
+    keep = torch.rand(2, 1, 60, 150) > 0.5
+    keep[:, :, 5], keep[:, :, 50] = False, False
+    minus = torch.zeros(keep.shape).masked_fill(~keep, -math.inf)
+    wide = minus.double() if dtype == torch.float64 else minus
+    dead = torch.zeros(2, 60, dtype=torch.bool)
+    dead[:, [5, 50]] = True
+    none = torch.zeros(2, 60, dtype=torch.bool)
+    cases = [({"attn_mask": m}, dead) for m in (keep, minus.to(dtype), wide)]
+    early = none.clone()
+    early[:, :30] = True
+    cases.append(({"is_causal": True, "query_offset": -30}, early))
+    cases.append(({"key_lengths": torch.tensor([0, 9])}, torch.tensor([[True], [False]]) | none))
+    cases.append(({"attn_mask": torch.zeros(1, 1, 1, 150, dtype=torch.bool)}, ~none))
+    for options, expected in cases:
+        inputs = {name: x.to(dtype) for name, x in draw_inputs(*shape).items()}
+        with poisoned():
+            found = results(lambda o=options, **x: run_op(**x, **o), inputs)
+        rows = expected[:, None].expand(2, 2, 60)
+        assert torch.equal(found["output 1"] == -math.inf, rows)
+        for name in ("output 0", "d query"):
+            assert not found[name][rows].any() and found[name][~rows].any(-1).all()
+        assert all(found[f"d {name}"].isfinite().all() for name in inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_the_lowest_finite_mask(isa, dtype):
+    # Added to a score it leaves nothing of it: such a row is the mean of the values, as in PyTorch.
+    inputs = {name: x.to(dtype) for name, x in draw_inputs(1, 2, 2, 8, 40, 16, 16).items()}
+    lowest = torch.full((8, 40), torch.finfo(dtype).min, dtype=dtype)
+    lowest[:4, :20] = 0
+    found = results(lambda **x: run_op(**x, attn_mask=lowest)[0], inputs)
+    wide = {name: x.double() for name, x in inputs.items()}
+    truth = results(lambda **x: run_reference(**x, attn_mask=lowest.double())[0], wide)
+    for name, x in found.items():
+        torch.testing.assert_close(x.double(), truth[name], rtol=0.02, atol=0.03)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_stay_in_the_rows_that_see_them(isa, dtype):
+    inputs = {name: x.to(dtype) for name, x in draw_inputs(1, 2, 2, 300, 300, 16, 16).items()}
+    clean, _ = run_op(**inputs, is_causal=True)
+    for name in ("query", "key", "value"):
+        for garbage in (math.nan, math.inf):
+            dirty = {n: x.clone() for n, x in inputs.items()}
+            dirty[name][0, 0, 250] = garbage
+            output, _ = run_op(**dirty, is_causal=True)
+            seen = slice(250, 251) if name == "query" else slice(250, None)
+            if garbage is math.nan:
+                assert output[0, 0, seen].isnan().all()
+            # Rows of the same tile of queries as one that sees the value may be NaN, as in PyTorch.
+            assert same_bits(output[:, :, :192], clean[:, :, :192])
+            assert same_bits(output[0, 1], clean[0, 1])
+
+
+def test_what_no_row_may_see_can_be_anything(isa):
+    inputs = {name: x.float() for name, x in draw_inputs(2, 2, 2, 60, 300, 16, 16).items()}
+    lengths = torch.tensor([130, 3])
+    for options in ({"key_lengths": lengths}, {"attn_mask": (torch.arange(300) < 130)[None, None, None]}):
+        expected = results(lambda options=options, **x: run_op(**x, **options), inputs)
+        for garbage in (math.nan, math.inf, -math.inf, 3e38):
+            dirty = {n: x.clone() for n, x in inputs.items()}
+            for name in ("key", "value"):
+                if "key_lengths" in options:
+                    dirty[name][0, :, 130:], dirty[name][1, :, 3:] = garbage, garbage
+                else:
+                    dirty[name][:, :, 130:] = garbage
+            found = results(lambda options=options, **x: run_op(**x, **options), dirty)
+            assert_same_bits(found, expected)
+
+
+def test_large_scores_do_not_overflow(isa):
+    query = torch.tensor([1e19, -1e19, 1e4]).reshape(1, 1, 3, 1)
+    key = torch.tensor([1.0, -1.0, 0.5]).reshape(1, 1, 3, 1) * 1e18
+    value = torch.eye(3)[None, None]
+    output, _ = run_op(query, key, value, scale=1.0)
+    torch.testing.assert_close(output[0, 0], torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 0, 0]]))
+
+
+def test_dropout_regenerates_its_mask():
+    # With ones for values, a row's output is the share that was kept, and dV the kept probabilities.
+    query, key = torch.zeros(1, 1, 70, 4), torch.zeros(1, 1, 200, 4)
+    value = torch.eye(200)[None, None].requires_grad_()
+    output, _ = run_op(query, key, value, dropout_p=0.25, seed=SEED)
+    keep = philox.keep_mask(SEED, torch.zeros(1).long(), torch.zeros(1).long(), 70, 200, 0.25)
+    torch.testing.assert_close(output.detach(), keep / (200 * 0.75))
+    (slope,) = torch.autograd.grad(output, value, torch.eye(200)[:70].expand_as(output))
+    torch.testing.assert_close(slope[0, 0, :, :70], keep[0, 0].mT / (200 * 0.75))
