@@ -22,7 +22,7 @@ TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10: the oldest stable ABI that 
 COMMON = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Kernels write every fused multiply-add out, so that the main loop and the tail of a row round alike.
 KERNEL = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"]
-KERNEL += ["-Wno-maybe-uninitialized"]  # GCC 12 warns of its own intrinsics headers
+KERNEL += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own intrinsics headers
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 ISAS = {"scalar": []}

@@ -72,13 +72,16 @@ struct KeyTile {
     }
   }
 
-  // scores and dP of the rows from `row` on.
-  void multiply_inputs(const AttentionShape& g, int64_t row, int64_t rows, int64_t n) {
-    const int64_t k_steps = round_up(g.width, kStep), v_steps = round_up(g.value_width, kStep);
-    multiply<P>({q.left + row * q.left_stride, q.left_stride, kStep, keys, k_steps * kCols, k_steps, p, kKeyTile,
-                 false, nullptr, static_cast<A>(g.scale)},
+  void multiply_scores(const AttentionShape& g, int64_t row, int64_t rows, int64_t n) {
+    const int64_t steps = round_up(g.width, kStep);
+    multiply<P>({q.left + row * q.left_stride, q.left_stride, kStep, keys, steps * kCols, steps, p, kKeyTile, false,
+                 nullptr, static_cast<A>(g.scale)},
                 rows, n);
-    multiply<P>({dout.left + row * dout.left_stride, dout.left_stride, kStep, values, v_steps * kCols, v_steps, ds,
+  }
+
+  void multiply_values(const AttentionShape& g, int64_t row, int64_t rows, int64_t n) {
+    const int64_t steps = round_up(g.value_width, kStep);
+    multiply<P>({dout.left + row * dout.left_stride, dout.left_stride, kStep, values, steps * kCols, steps, ds,
                  kKeyTile, false, nullptr, A(1)},
                 rows, n);
   }
@@ -172,7 +175,7 @@ struct AttentionBwdKernel {
       load_keys(g, sequence, kv_head, key, n, tile);
       for (int64_t i = 0; i < group; ++i)
         for (int64_t query = 0; query < sequence.queries; query += kQueryTile)
-          run_tile(shape, sequence, kv_head * group + i, query, i * tile.head_rows + query, key, tile);
+          run_tile(g, sequence, kv_head * group + i, query, i * tile.head_rows + query, key, tile);
       store(first_row<T>(g.dk, g.dk_strides, shape, sequence.batch, kv_head, sequence.first_key + key), g.dk_strides.t,
             tile.dk, tile.dq_stride, n, shape.width, scale);
       store(first_row<T>(g.dv, g.dv_strides, shape, sequence.batch, kv_head, sequence.first_key + key), g.dv_strides.t,
@@ -227,8 +230,9 @@ struct AttentionBwdKernel {
   }
 
   // Queries from `query` on, at `row` of the scratch, against the tile of keys from `key` on.
-  static void run_tile(const AttentionShape& shape, const Sequence& sequence, int64_t head, int64_t query, int64_t row,
+  static void run_tile(const AttentionBwd& g, const Sequence& sequence, int64_t head, int64_t query, int64_t row,
                        int64_t key, KeyTile<P>& tile) {
+    const AttentionShape& shape = g.shape;
     TileRows rows;
     for (int64_t i = query; i < min_of(sequence.queries, query + kQueryTile); ++i)
       rows.add(tile_row(shape, head, i, sequence.keys));
@@ -236,7 +240,17 @@ struct AttentionBwdKernel {
     TileMask<T> mask(shape, rows, sequence.batch, key, min_of(kKeyTile, rows.last - key), tile.bias);
     const int64_t n = mask.n;
     if (n == 0) return;
-    tile.multiply_inputs(shape, row, rows.count, n);
+    if (reads_keys_directly(shape, sequence.queries, sequence.keys)) {
+      // As in the forward, to the bit: its numbers fit no other scores.
+      const int64_t kv_head = head / (shape.heads / shape.kv_heads);
+      const T* keys = first_row<T>(g.k, g.k_strides, shape, sequence.batch, kv_head, sequence.first_key + key);
+      for (int64_t i = 0; i < rows.count; ++i)
+        score_directly(tile.q.left + (row + i) * tile.q.left_stride, keys, g.k_strides.t, n, shape.width,
+                       static_cast<A>(shape.scale), tile.p + i * kKeyTile);
+    } else {
+      tile.multiply_scores(shape, row, rows.count, n);
+    }
+    tile.multiply_values(shape, row, rows.count, n);
     mask.apply(tile.p, kKeyTile);
     tile.differentiate(shape, sequence.batch, rows, row, key, n);
     tile.multiply_outputs(shape, row, rows.count, n);

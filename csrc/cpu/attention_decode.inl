@@ -4,7 +4,7 @@
 // self-attention over short sequences, it never happens.
 constexpr int64_t kDirectRows = 4;
 static inline bool reads_keys_directly(const AttentionShape& g, int64_t queries, int64_t keys) {
-  return queries * (g.heads / g.kv_heads) <= kDirectRows && keys > kKeyTile;
+  return Vec<float>::kWidth > 1 && queries * (g.heads / g.kv_heads) <= kDirectRows && keys > kKeyTile;
 }
 
 // out[i] = scale * the sum of block[i]'s lanes.

@@ -1,0 +1,80 @@
+// Packing of whole matrices: the operands of Gemm.
+
+template <class T>
+constexpr bool a_is_packed = sizeof(T) == sizeof(typename Packed<T>::type);
+
+template <class T>
+static int64_t packed_k(int64_t k) {
+  return round_up(k, Packed<T>::kStep);
+}
+
+template <class T>
+static size_t packed_a_bytes(int64_t m, int64_t k) {
+  return sizeof(typename Packed<T>::type) * m * packed_k<T>(k);
+}
+
+template <class T>
+static size_t packed_b_bytes(int64_t k, int64_t n) {
+  return sizeof(typename Packed<T>::type) * packed_k<T>(k) * round_up(n, kTileCols<T>);
+}
+
+// Items are blocks of rows.
+template <class T>
+struct PackAKernel {
+  static constexpr int64_t kRows = 16;
+  static Plan plan(const PackA& g) {
+    return {ceil_div(g.m, kRows), max_of(1, 32768 / (kRows * max_of(g.k, 1))), 0, false};
+  }
+  static void run(const PackA& g, void*, int64_t begin, int64_t end) {
+    using P = typename Packed<T>::type;
+    const int64_t k_padded = packed_k<T>(g.k);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t row0 = block * kRows, rows = min_of(kRows, g.m - row0);
+      const T* from = static_cast<const T*>(g.a) + row0 * g.row_stride;
+      P* to = static_cast<P*>(g.packed) + row0 * k_padded;
+      if (g.k_stride == 1) {
+        for (int64_t i = 0; i < rows; ++i) copy_as(from + i * g.row_stride, to + i * k_padded, g.k);
+      } else {
+        // Transposed: the reads run along the rows, which lie together.
+        for (int64_t kk = 0; kk < g.k; ++kk)
+          for (int64_t i = 0; i < rows; ++i)
+            to[i * k_padded + kk] = convert_one<P>(from[i * g.row_stride + kk * g.k_stride]);
+      }
+      for (int64_t kk = g.k; kk < k_padded; ++kk)
+        for (int64_t i = 0; i < rows; ++i) to[i * k_padded + kk] = P{};
+    }
+  }
+};
+
+// Packs `columns` <= kTileCols columns of b as one panel.
+template <class T, class P = typename Packed<T>::type>
+static inline void pack_panel(const T* b, int64_t k_stride, int64_t n_stride, int64_t k, int64_t columns, P* panel) {
+  constexpr int kStep = Packed<T>::kStep, kCols = kTileCols<T>;
+  if (columns < kCols || k % kStep != 0) memset(panel, 0, sizeof(P) * packed_k<T>(k) * kCols);
+  if (k_stride == 1) {
+    pack_transposed(b, n_stride, columns, k, panel);
+  } else if (n_stride == 1) {
+    pack_rows(b, k_stride, k, columns, panel, 0);
+  } else {
+    for (int64_t column = 0; column < columns; ++column)
+      for (int64_t kk = 0; kk < k; ++kk)
+        panel[(kk / kStep * kCols + column) * kStep + kk % kStep] = convert_one<P>(b[column * n_stride + kk * k_stride]);
+  }
+}
+
+// Items are panels.
+template <class T>
+struct PackBKernel {
+  static Plan plan(const PackB& g) {
+    return {ceil_div(g.n, kTileCols<T>), max_of(1, 32768 / (kTileCols<T> * max_of(g.k, 1))), 0, false};
+  }
+  static void run(const PackB& g, void*, int64_t begin, int64_t end) {
+    using P = typename Packed<T>::type;
+    const int64_t panel_size = packed_k<T>(g.k) * kTileCols<T>;
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t column = panel * kTileCols<T>;
+      pack_panel(static_cast<const T*>(g.b) + column * g.n_stride, g.k_stride, g.n_stride, g.k,
+                 min_of(kTileCols<T>, g.n - column), static_cast<P*>(g.packed) + panel * panel_size);
+    }
+  }
+};

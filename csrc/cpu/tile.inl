@@ -1,0 +1,128 @@
+// The register tile that every matrix product is made of: linear layers, and the products of attention.
+//
+// A tile of kTileRows x kTileCols sums stays in registers while k runs. B is packed in panels [panel][k][kTileCols], so
+// that its loads are consecutive; A is read in place by broadcast. Every sum runs over k in order, whatever the tile's
+// place or height: a row's result does not depend on the rows beside it.
+
+// A packed operand of storage T holds P = Packed<T>::type in steps of kStep values along k.
+template <class T>
+struct Packed {
+  using type = accum_t<T>;
+  static constexpr int kStep = 1;
+};
+#if defined(__AVX512BF16__)
+// vdpbf16ps multiplies pairs that lie together along k.
+template <>
+struct Packed<bf16> {
+  using type = bf16;
+  static constexpr int kStep = 2;
+};
+#endif
+
+constexpr int kTileRows = 6;
+#if defined(__AVX512F__)
+constexpr int kTileVecs = 4;  // 24 sums, 4 columns of B and one broadcast: 29 of 32 registers
+#else
+constexpr int kTileVecs = 2;  // 12 sums, 2 columns of B and one broadcast: 15 of 16 registers
+#endif
+
+template <class T>
+constexpr int kTileCols = kTileVecs * Vec<accum_t<T>>::kWidth;
+
+static inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+static inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// One step of the tile: a's `kStep` values broadcast, times kStep rows of one vector of columns.
+template <class P>
+struct Step {
+  using V = Vec<P>;
+  using Reg = V;
+  static Reg broadcast(const P* a) { return V::set1(*a); }
+  static Reg columns(const P* b) { return V::load(b); }
+  static V fma_step(Reg a, Reg b, V sum) { return fma(a, b, sum); }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Step<bf16> {
+  using V = Vec<float>;
+  using Reg = __m512i;
+  static Reg broadcast(const bf16* a) {
+    int pair;
+    memcpy(&pair, a, sizeof(pair));
+    return _mm512_set1_epi32(pair);
+  }
+  static Reg columns(const bf16* b) { return _mm512_loadu_si512(b); }
+  static V fma_step(Reg a, Reg b, V sum) {
+    return V{_mm512_dpbf16_ps(sum.v, (__m512bh)a, (__m512bh)b)};
+  }
+};
+#endif
+
+// sum[i][j] += a[i][0:k] . b[0:k][j], for kRows rows of A and the first kVecs vectors of one panel of B. Row i of A starts at
+// a + i * a_stride, and its next step lies `a_step` further on. `a` may be short of the last step by the padding of an
+// odd k, when its steps lie together.
+template <class T, int kRows, int kVecs, class P = typename Packed<T>::type>
+static inline void multiply_tile(const P* a, int64_t a_stride, const P* b, int64_t k,
+                                 Vec<accum_t<T>> (&sum)[kRows][kVecs], int64_t a_step = Packed<T>::kStep) {
+  using S = Step<P>;
+  constexpr int kStep = Packed<T>::kStep;
+  constexpr int kWidth = Vec<accum_t<T>>::kWidth;
+  const auto step = [&](const P* a_at, int64_t stride) __attribute__((always_inline)) {
+    typename S::Reg columns[kVecs];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) columns[j] = S::columns(b + j * kWidth * kStep);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const typename S::Reg row = S::broadcast(a_at + i * stride);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) sum[i][j] = S::fma_step(row, columns[j], sum[i][j]);
+    }
+    b += kTileVecs * kWidth * kStep;
+  };
+  const int64_t whole = k / kStep * kStep;
+  for (int64_t kk = 0; kk < whole; kk += kStep, a += a_step) step(a, a_stride);
+  if (whole < k) {  // half a pair: the other half is zero on both sides
+    P tail[kRows * kStep] = {};
+    for (int i = 0; i < kRows; ++i) tail[i * kStep] = a[i * a_stride];
+    step(tail, kStep);
+  }
+}
+
+// Calls f.template operator()<kRows>() for 1 <= rows <= kTileRows.
+template <class F>
+static inline void with_rows(int64_t rows, const F& f) {
+  static_assert(kTileRows == 6);
+  switch (rows) {
+    case 6: return f.template operator()<6>();
+    case 5: return f.template operator()<5>();
+    case 4: return f.template operator()<4>();
+    case 3: return f.template operator()<3>();
+    case 2: return f.template operator()<2>();
+    case 1: return f.template operator()<1>();
+    default: return;
+  }
+}
+
+// Copies one vector's worth of T to P: widened, or as it is where the packed operand keeps T.
+template <class T, class P>
+static inline void copy_as(const T* from, P* to, int64_t n) {
+  if constexpr (sizeof(T) == sizeof(P)) {
+    memcpy(to, from, n * sizeof(T));
+  } else {
+    using V = Vec<P>;
+    int64_t i = 0;
+    for (; i + V::kWidth <= n; i += V::kWidth) V::load(from + i).store(to + i);
+    if (i < n) V::load(from + i, n - i).store(to + i, n - i);
+  }
+}
+
+template <class P, class T>
+static inline P convert_one(T value) {
+  P out;
+  copy_as(&value, &out, 1);
+  return out;
+}
