@@ -44,20 +44,20 @@ extension, extension_missing = _load_extension()
 def _refusal_by_cpu(tensors: tuple[Tensor | None, ...]) -> str | None:
     if extension is None:
         return extension_missing
-    first = tensors[0]
+    dtype = tensors[0].dtype
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"a tensor is on {tensor.device}, not on the CPU"
         if tensor.layout is not torch.strided:
             return f"a tensor has the layout {tensor.layout}"
         if tensor.is_nested:
             return "a tensor is nested"
-        if tensor.dtype is not first.dtype:
-            return f"dtypes differ: {first.dtype} and {tensor.dtype}"
-    if first.dtype not in _CPU_DTYPES:
-        return f"{first.dtype} is not float32, bfloat16, float16 or float64"
+        if tensor.dtype is not dtype:
+            return f"dtypes differ: {dtype} and {tensor.dtype}"
+    if dtype not in _CPU_DTYPES:
+        return f"{dtype} is not float32, bfloat16, float16 or float64"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on: PyTorch's casting rules apply, which the reference follows"
     return None

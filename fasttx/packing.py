@@ -8,12 +8,12 @@ that change the whole weight. After a partial edit through `.data`, call `invali
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from fasttx._weak import WeakCache
 from fasttx.dispatch import extension
 from fasttx.ops.linear import pack_weight
 
-_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_packed = WeakCache()
 
 
 def packed(weight: Tensor) -> Tensor | None:
@@ -36,7 +36,7 @@ def packed(weight: Tensor) -> Tensor | None:
         return known[1]
     with torch.no_grad():
         copy = pack_weight(weight)
-    _packed[weight] = (state, copy)
+    _packed.set(weight, (state, copy))
     return copy
 
 

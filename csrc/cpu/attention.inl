@@ -141,13 +141,19 @@ struct QueryTile {
         dropout_keep(keep, n, g.dropout.seed, static_cast<uint32_t>(batch), static_cast<uint32_t>(rows.rows[r].head),
                      rows.rows[r].query, key, g.dropout.threshold, static_cast<A>(g.dropout.scale));
       const V base = V::set1(shift[r]);
-      V sum = V::zero();
-      for (int64_t i = 0; i < n; i += V::kWidth) {
-        const V p = exp(V::load(row + i) - base);
-        sum = sum + p;
-        store_operand(g.dropout.active ? p * V::load(keep + i) : p, probabilities + i);
+      V sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+      for (int64_t first = 0; first < n; first += 4 * V::kWidth) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          const int64_t i = first + j * V::kWidth;
+          if (i >= n) break;
+          const V p = exp(V::load(row + i) - base);
+          sum[j] = sum[j] + p;
+          store_operand(g.dropout.active ? p * V::load(keep + i) : p, probabilities + i);
+        }
       }
-      fma(V::load(sums + r * V::kWidth), V::set1(decay[r]), sum).store(sums + r * V::kWidth);
+      fma(V::load(sums + r * V::kWidth), V::set1(decay[r]), (sum[0] + sum[1]) + (sum[2] + sum[3]))
+          .store(sums + r * V::kWidth);
     }
   }
 

@@ -42,6 +42,7 @@ struct KeyTile {
   A *p, *ds;          // (kQueryTile, kKeyTile): scores, then probabilities; dP, then dS
   P *p_left, *ds_left, *ds_right;  // what the products read of them: P^T, dS^T, dS
   A *bias, *keep;     // (kKeyTile)
+  A* panels;          // (2, value_width, kTileCols<A>): for delta
 
   KeyTile(const AttentionShape& g, ScratchPieces& pieces)
       : head_rows(round_up(g.queries, kStep)),
@@ -62,6 +63,7 @@ struct KeyTile {
     ds = pieces.take<A>(kQueryTile * kKeyTile);
     bias = pieces.take<A>(kKeyTile);
     keep = pieces.take<A>(kKeyTile);
+    panels = pieces.take<A>(2 * kTileCols<A> * g.value_width);
     if constexpr (kStep == 1) {
       p_left = p;
       ds_left = ds_right = ds;
@@ -197,17 +199,37 @@ struct AttentionBwdKernel {
     tile.q.pack(q, g.q_strides.t, sequence.queries, to);
     tile.dout.pack(dout, g.dout_strides.t, sequence.queries, to);
     memset(tile.dq + to * tile.dq_stride, 0, sizeof(A) * sequence.queries * tile.dq_stride);
+    sum_products(dout, g.dout_strides.t, out, g.out_strides.t, sequence.queries, shape.value_width, tile.panels,
+                 tile.delta + to);
     for (int64_t query = 0; query < sequence.queries; ++query) {
       const int64_t at = lse_index(shape, sequence, head, query);
       memcpy(tile.stats + 2 * (to + query), static_cast<const A*>(g.stats) + 2 * at, 2 * sizeof(A));
-      const T* dout_row = dout + query * g.dout_strides.t;
-      const T* out_row = out + query * g.out_strides.t;
-      A delta = sum_vectors<V>(shape.value_width, [&](int64_t i, int lanes) {
-        return load_lanes<V>(dout_row + i, lanes) * load_lanes<V>(out_row + i, lanes);
-      });
       // The gradient of lse is P, so what reaches lse by another way joins delta.
-      if (g.dlse != nullptr) delta -= static_cast<const A*>(g.dlse)[at];
-      tile.delta[to + query] = delta;
+      if (g.dlse != nullptr) tile.delta[to + query] -= static_cast<const A*>(g.dlse)[at];
+    }
+  }
+
+  // delta, summed in the order of dP's product: a row that sees one key has dP = delta, and dS is exactly zero.
+  static void sum_products(const T* dout, int64_t dout_stride, const T* out, int64_t out_stride, int64_t rows,
+                           int64_t width, A* panels, A* delta) {
+    constexpr int64_t kCols = kTileCols<A>;
+    constexpr int64_t kBlock = V::kWidth == 1 ? kUnfusedBlock : INT64_MAX;
+    A* out_panel = panels + kCols * width;
+    for (int64_t row = 0; row < rows; row += kCols) {
+      const int64_t columns = min_of(kCols, rows - row);
+      pack_transposed(dout + row * dout_stride, dout_stride, columns, width, panels);
+      pack_transposed(out + row * out_stride, out_stride, columns, width, out_panel);
+      for (int64_t i = 0; i < columns; i += V::kWidth) {
+        V total = V::zero(), part = V::zero();
+        for (int64_t k = 0; k < width; ++k) {
+          part = fma(V::load(panels + k * kCols + i), V::load(out_panel + k * kCols + i), part);
+          if ((k + 1) % kBlock == 0) {
+            total = total + part;
+            part = V::zero();
+          }
+        }
+        store_lanes(delta + row + i, total + part, static_cast<int>(min_of(V::kWidth, columns - i)));
+      }
     }
   }
 

@@ -4,11 +4,14 @@
 constexpr int64_t kQueryTile = 48;
 constexpr int64_t kKeyTile = 128;
 
+// Every term rounds twice where nothing is fused: sums of so many make up for it.
+constexpr int64_t kUnfusedBlock = 16;
+
 template <class A>
 constexpr A kInfinity = __builtin_inf();
 
 // out = scale * a panel; or, where `add`, out = decay * out + a panel, the product being summed up first: long sums are
-// made of short ones. Row i of `a` starts at a + i * a_stride, and its steps lie a_step apart: swapping the two multiplies
+// made of short ones. Row i of `a` starts at a + i * a_stride, its steps a_step apart: swapping the two multiplies
 // by the transpose.
 template <class P>
 struct Product {
@@ -40,12 +43,10 @@ static void multiply_rows(const Product<P>& g, const P* panel, int64_t row, int6
     for (int j = 0; j < kVecs; ++j) sum[i][j] = V::zero();
   const P* a = g.a + row * g.a_stride;
   if constexpr (V::kWidth == 1) {
-    // Every term rounds twice where nothing is fused: shorter sums make up for it.
-    constexpr int64_t kBlock = 16;
-    for (int64_t k = 0; k < g.k; k += kBlock) {
+    for (int64_t k = 0; k < g.k; k += kUnfusedBlock) {
       V part[kRows][kVecs] = {};
-      multiply_tile<P, kRows>(a + k * g.a_step, g.a_stride, panel + k * kTileCols<P>, min_of(kBlock, g.k - k), part,
-                              g.a_step);
+      multiply_tile<P, kRows>(a + k * g.a_step, g.a_stride, panel + k * kTileCols<P>, min_of(kUnfusedBlock, g.k - k),
+                              part, g.a_step);
       for (int i = 0; i < kRows; ++i)
         for (int j = 0; j < kVecs; ++j) sum[i][j] = sum[i][j] + part[i][j];
     }

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fasttx import dispatch, functional
+from fasttx._weak import WeakCache
 from fasttx.nn import _blocks
 from fasttx.nn._plain import is_plain
 
 # By module: what the weights were when they were joined, and the joined weight and bias.
-_joined: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_joined = WeakCache()
 
 
 def project(attention: Module, x: Tensor) -> tuple[Tensor, ...]:
@@ -51,7 +51,7 @@ def _join(attention: Module, linears: tuple[Module, ...]) -> tuple[Tensor, Tenso
     with torch.inference_mode(False), torch.no_grad():
         weight = torch.cat([linear.weight for linear in linears])
         bias = torch.cat([linear.bias for linear in linears])
-    _joined[attention] = (state, (weight, bias))
+    _joined.set(attention, (state, (weight, bias)))
     return weight, bias
 
 
