@@ -63,7 +63,7 @@ def _added(dtype: torch.dtype, p: float) -> Case:
 
     def with_mask(op):
         return lambda input, residual, weight, bias: op(
-            input, residual, _WIDTH, weight, bias, **options
+            input, residual, (_WIDTH,), weight, bias, **options
         )
 
     return Case(

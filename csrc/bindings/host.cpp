@@ -131,6 +131,8 @@ PYBIND11_MODULE(_C, m) {
     return all;
   }, "Every instruction set in this build, from the plainest on, and whether this machine has it.");
   m.def("isa", [] { return std::string(table().isa); }, "The instruction set in use.");
+  m.def("default_isa", [] { return std::string(default_isa().name); },
+        "The instruction set that is used until set_isa names one.");
   m.def("set_isa", [](const std::string& name) { set_isa(isa_named(name)); }, py::arg("name"),
         "Uses this instruction set from now on; ValueError for one that this machine lacks.");
   m.def("fingerprint", &fingerprint, py::arg("address"), py::arg("bytes"),

@@ -28,6 +28,10 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Zen 4 runs vdpbf16ps at twice the rate of float32's multiply-add in values a cycle, Sapphire Rapids at half: there
+// widening bfloat16 and multiplying in float32 measured 1.7 times as fast.
+bool bf16_products_are_fast() { return __builtin_cpu_is("amd"); }
 #endif
 
 std::atomic<const KernelTable*> current{nullptr};
@@ -35,11 +39,11 @@ std::atomic<const KernelTable*> current{nullptr};
 }  // namespace
 
 const Isa kIsas[] = {
-    {"scalar", &kScalarTable, always},
+    {"scalar", &kScalarTable, always, always},
 #if defined(__x86_64__)
-    {"avx2", &kAvx2Table, has_avx2},
-    {"avx512", &kAvx512Table, has_avx512},
-    {"avx512_bf16", &kAvx512Bf16Table, has_avx512_bf16},
+    {"avx2", &kAvx2Table, has_avx2, always},
+    {"avx512", &kAvx512Table, has_avx512, always},
+    {"avx512_bf16", &kAvx512Bf16Table, has_avx512_bf16, bf16_products_are_fast},
 #endif
 };
 const int kNumIsas = sizeof(kIsas) / sizeof(kIsas[0]);
@@ -53,13 +57,17 @@ const Isa* find_isa(const char* name) {
 
 void set_isa(const Isa& isa) { current = isa.table; }
 
+const Isa& default_isa() {
+  int best = kNumIsas - 1;
+  while (!kIsas[best].supported() || !kIsas[best].preferred()) --best;
+  return kIsas[best];
+}
+
 const KernelTable& table() {
   const KernelTable* in_use = current.load(std::memory_order_relaxed);
   if (in_use != nullptr) return *in_use;
-  int best = kNumIsas - 1;
-  while (!kIsas[best].supported()) --best;
   const KernelTable* expected = nullptr;
-  current.compare_exchange_strong(expected, kIsas[best].table);
+  current.compare_exchange_strong(expected, default_isa().table);
   return *current.load();
 }
 

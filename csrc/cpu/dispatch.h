@@ -1,4 +1,4 @@
-// Which kernel table is in use: the best that the machine has, unless set_isa names another.
+// Which kernel table is in use.
 #pragma once
 
 #include "kernels.h"
@@ -9,11 +9,16 @@ struct Isa {
   const char* name;
   const KernelTable* table;
   bool (*supported)();  // by this machine
+  bool (*preferred)();  // over those before it, where it is supported
 };
 
 extern const Isa kIsas[];  // from the plainest to the most capable
 extern const int kNumIsas;
 
+// The last that is supported and preferred.
+const Isa& default_isa();
+
+// The table in use: until set_isa names one, the default's.
 const KernelTable& table();
 
 // The entry of that name, or null.

@@ -79,11 +79,15 @@ def _extension() -> list[tuple[str, str]]:
         ("built for", f"torch {extension.torch_target_version} or later"),
     ]
     chosen = " (FASTTX_ISA)" if os.environ.get("FASTTX_ISA") else ""
+    default, after_default = extension.default_isa(), False
     for name, present in extension.isas():
         text = "present" if present else "not on this processor"
+        if present and after_default:
+            text += f", slower on this processor than {default}"
         if name == extension.isa():
             text += f", in use{chosen}"
         rows.append((name, text))
+        after_default |= name == default
     return rows
 
 
