@@ -30,7 +30,8 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    console = Console()
+    # Where no terminal tells its width, wide enough for a row to be a line.
+    console = Console(width=None if sys.stdout.isatty() else 150)
     for line in summary():
         console.print(line, highlight=False)
     bandwidth = copy_bandwidth()

@@ -79,20 +79,22 @@ struct GemmKernel {
         const P* a = static_cast<const P*>(g.a) + (row0 + r) * g.a_stride;
         with_rows(min_of(rows - r, kTileRows), [&]<int kRows>() {
           for (int64_t k = k0; k < k1; k += kChainK)
-            add_chain<kRows>(a + k, g.a_stride, panel + k * kCols, min_of(k1 - k, kChainK), k == 0, sums + r * kCols);
+            add_chain<kRows>(a + k / Packed<T>::kStep * g.a_step, g.a_stride, g.a_step, panel + k * kCols,
+                             min_of(k1 - k, kChainK), k == 0, sums + r * kCols);
         });
       }
     }
   }
 
   template <int kRows>
-  static FASTTX_INLINE void add_chain(const P* a, int64_t a_stride, const P* b, int64_t k, bool first, A* sums) {
+  static FASTTX_INLINE void add_chain(const P* a, int64_t a_stride, int64_t a_step, const P* b, int64_t k, bool first,
+                                      A* sums) {
     V sum[kRows][kTileVecs];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
       for (int j = 0; j < kTileVecs; ++j) sum[i][j] = V::zero();
-    multiply_tile<T, kRows>(a, a_stride, b, k, sum);
+    multiply_tile<T, kRows>(a, a_stride, b, k, sum, a_step);
     if (!first) {
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)

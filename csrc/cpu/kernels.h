@@ -177,7 +177,8 @@ struct AttentionBwd {
   void *dq, *dk, *dv;  // T
 };
 
-// Copies a (m, k) matrix, given by its strides, to rows of the packed operand type with unit stride along k.
+// Copies a (m, k) matrix, given by its strides, to the packed operand type: to rows with unit stride along k where it has
+// that itself, else step by step of k, [k / step][m][step].
 struct PackA {
   const void* a;  // T
   int64_t row_stride, k_stride, m, k;
@@ -193,9 +194,9 @@ struct PackB {
 
 // c = epilogue(a b): bias, stored pre-activation, activation, dropout; or, backward, times activation'(preact).
 struct Gemm {
-  const void* a;  // P (m, k), unit stride along k
+  const void* a;  // P (m, k): row i, step s of k at i * a_stride + s * a_step
   const void* b;  // P, from PackB
-  int64_t m, n, k, a_stride;
+  int64_t m, n, k, a_stride, a_step;
   const void* bias;  // T (n) or null
   Activation activation;
   void* preact;             // T (m, n) or null: a b + bias
@@ -211,12 +212,13 @@ constexpr int kDTypes = 4;  // in the order of DType
 
 struct KernelTable {
   const char* isa;
-  // k as a packed operand holds it: rounded up to the packing step; also the row stride of a packed A.
+  // Values of k that a packed operand keeps together, and k rounded up to whole steps of them.
+  int64_t packing_step[kDTypes];
   int64_t (*packed_k[kDTypes])(int64_t k);
   // Bytes of the packed forms.
   size_t (*packed_a_bytes[kDTypes])(int64_t m, int64_t k);
   size_t (*packed_b_bytes[kDTypes])(int64_t k, int64_t n);
-  // Whether a row-major T matrix with unit stride along k is already a packed A.
+  // Whether T is the packed type: then a matrix whose steps of k lie together is a packed A as it is.
   bool a_is_packed[kDTypes];
   size_t (*attention_packed_bytes[kDTypes])(const AttentionShape&, int64_t width);
 

@@ -18,31 +18,36 @@ static size_t packed_b_bytes(int64_t k, int64_t n) {
   return sizeof(typename Packed<T>::type) * packed_k<T>(k) * round_up(n, kTileCols<T>);
 }
 
-// Items are blocks of rows.
+// Items are rows, or steps of k.
 template <class T>
 struct PackAKernel {
-  static constexpr int64_t kRows = 16;
+  using P = typename Packed<T>::type;
+  static constexpr int64_t kStep = Packed<T>::kStep;
+
   static Plan plan(const PackA& g) {
-    return {ceil_div(g.m, kRows), max_of(1, 32768 / (kRows * max_of(g.k, 1))), 0, false};
+    const bool rows = g.k_stride == 1;
+    return {rows ? g.m : ceil_div(g.k, kStep), max_of(1, 32768 / max_of(rows ? g.k : g.m, 1)), 0, false};
   }
   static void run(const PackA& g, void*, int64_t begin, int64_t end) {
-    using P = typename Packed<T>::type;
-    const int64_t k_padded = packed_k<T>(g.k);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t row0 = block * kRows, rows = min_of(kRows, g.m - row0);
-      const T* from = static_cast<const T*>(g.a) + row0 * g.row_stride;
-      P* to = static_cast<P*>(g.packed) + row0 * k_padded;
+    const T* from = static_cast<const T*>(g.a);
+    P* to = static_cast<P*>(g.packed);
+    for (int64_t item = begin; item < end; ++item) {
       if (g.k_stride == 1) {
-        for (int64_t i = 0; i < rows; ++i) copy_as(from + i * g.row_stride, to + i * k_padded, g.k);
+        pack_left(from + item * g.row_stride, g.row_stride, 1, g.k, to + item * packed_k<T>(g.k), packed_k<T>(g.k));
       } else {
-        // Transposed: the reads run along the rows, which lie together.
-        for (int64_t kk = 0; kk < g.k; ++kk)
-          for (int64_t i = 0; i < rows; ++i)
-            to[i * k_padded + kk] = convert_one<P>(from[i * g.row_stride + kk * g.k_stride]);
+        pack_step(g, from + item * kStep * g.k_stride, min_of(kStep, g.k - item * kStep), to + item * g.m * kStep);
       }
-      for (int64_t kk = g.k; kk < k_padded; ++kk)
-        for (int64_t i = 0; i < rows; ++i) to[i * k_padded + kk] = P{};
     }
+  }
+  // The first `present` values of one step of every row; the rest are zero.
+  static void pack_step(const PackA& g, const T* from, int64_t present, P* to) {
+    if (kStep == 1 && g.row_stride == 1) {
+      copy_as(from, to, g.m);
+      return;
+    }
+    for (int64_t row = 0; row < g.m; ++row)
+      for (int64_t j = 0; j < kStep; ++j)
+        to[row * kStep + j] = j < present ? convert_one<P>(from[row * g.row_stride + j * g.k_stride]) : P{};
   }
 };
 
