@@ -123,7 +123,7 @@ def gemm(isa, dtype, m=200, k=71, n=333, c_stride=340):
     pairs = isa == "avx512_bf16" and dtype == torch.bfloat16
     a = x if pairs else x.to(accumulate(dtype))
     inputs = {"a": a, "b": packed_by_the_binding(isa, weight), "bias": draw(n, dtype=dtype)}
-    fields = {"m": m, "n": n, "k": k, "a_stride": k, "a_step": 2 if pairs else 1, "c_stride": c_stride}
+    fields = {"m": m, "n": n, "k": k, "a_stride": k, "a_in_blocks": False, "c_stride": c_stride}
     call = Call("gemm", "Gemm", isa, dtype, inputs, {"c": ((m, c_stride), dtype)}, **fields)
     call.x, call.weight, call.columns = x, weight, n
     return call

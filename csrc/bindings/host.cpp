@@ -114,7 +114,7 @@ void define_kernels(py::module_& m) {
   py::class_<Gemm> gemm(m, "Gemm");
   gemm.def(py::init<>())
       .def_readwrite("m", &Gemm::m).def_readwrite("n", &Gemm::n).def_readwrite("k", &Gemm::k)
-      .def_readwrite("a_stride", &Gemm::a_stride).def_readwrite("a_step", &Gemm::a_step).def_readwrite("c_stride", &Gemm::c_stride);
+      .def_readwrite("a_stride", &Gemm::a_stride).def_readwrite("a_in_blocks", &Gemm::a_in_blocks).def_readwrite("c_stride", &Gemm::c_stride);
   address(gemm, "a", &Gemm::a);
   address(gemm, "b", &Gemm::b);
   address(gemm, "bias", &Gemm::bias);

@@ -26,19 +26,16 @@ void multiply(int dtype, const Matrix& a, const Tensor& right, int64_t columns, 
   epilogue.n = columns;
   epilogue.k = a.columns;
   epilogue.b = data(right);
-  const int64_t step = kernels.packing_step[dtype];
   OptionalTensor copy;
-  if (kernels.a_is_packed[dtype] && (step == 1 || a.column_stride == 1)) {
+  if (kernels.a_is_packed[dtype] && a.column_stride == 1) {
     epilogue.a = a.data;
     epilogue.a_stride = a.row_stride;
-    epilogue.a_step = step * a.column_stride;
   } else {
-    const bool by_rows = a.column_stride == 1;
     copy = allocate_bytes(kernels.packed_a_bytes[dtype](a.rows, a.columns));
-    epilogue.a = out(*copy);
-    epilogue.a_stride = by_rows ? kernels.packed_k[dtype](a.columns) : step;
-    epilogue.a_step = by_rows ? step : step * a.rows;
     launch(kernels.pack_a[dtype], PackA{a.data, a.row_stride, a.column_stride, a.rows, a.columns, out(*copy)});
+    epilogue.a = data(*copy);
+    epilogue.a_stride = kernels.packed_k[dtype](a.columns);
+    epilogue.a_in_blocks = a.column_stride != 1;
   }
   launch(kernels.gemm[dtype], epilogue);
 }

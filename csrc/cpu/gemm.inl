@@ -5,9 +5,6 @@ constexpr int64_t kBlockK = 256;
 // Values of k that are summed in registers, before that sum is added to those before it: the rounding error of a sum
 // grows with the length of its chain, and PyTorch's products have short ones.
 constexpr int64_t kChainK = 32;
-// Rows of A that share one block of B.
-constexpr int64_t kBlockRows = 192;
-
 // Finishes one row: `sums` holds its dot products from column `column` on, kTileCols of them or what is left of n.
 template <class T, Activation kActivation>
 static inline void finish_row(const Gemm& g, int64_t row, int64_t column, const accum_t<T>* sums) {
@@ -47,39 +44,37 @@ struct GemmKernel {
   using V = Vec<A>;
   static constexpr int64_t kCols = kTileCols<T>;
 
-  static int64_t row_blocks(const Gemm& g) { return ceil_div(g.m, kBlockRows); }
-
   static Plan plan(const Gemm& g) {
-    const int64_t blocks = row_blocks(g);
-    const int64_t rows = blocks == 0 ? 0 : ceil_div(g.m, blocks);
-    const int64_t work = max_of(1, rows * kCols * g.k);
-    return {ceil_div(g.n, kCols) * blocks, max_of(1, 65536 / work), sizeof(A) * kBlockRows * kCols, false};
+    if (g.m == 0) return {0, 1, 0, false};
+    const int64_t rows = gemm_block_rows(g.m, g.k), work = max_of(1, rows * kCols * g.k);
+    return {ceil_div(g.n, kCols) * ceil_div(g.m, rows), max_of(1, 65536 / work), sizeof(A) * rows * kCols, false};
   }
 
   static void run(const Gemm& g, void* scratch, int64_t begin, int64_t end) {
-    const int64_t block_rows = round_up(ceil_div(g.m, row_blocks(g)), kTileRows), panels = ceil_div(g.n, kCols);
+    const int64_t block_rows = gemm_block_rows(g.m, g.k), panels = ceil_div(g.n, kCols);
     A* sums = static_cast<A*>(scratch);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t panel = item % panels, row0 = item / panels * block_rows;
       const int64_t rows = min_of(block_rows, g.m - row0);
-      if (rows <= 0) continue;
-      multiply(g, row0, rows, static_cast<const P*>(g.b) + panel * packed_k<T>(g.k) * kCols, sums);
+      multiply(g, row0, rows, block_rows, static_cast<const P*>(g.b) + panel * packed_k<T>(g.k) * kCols, sums);
       with_activation(g.activation, [&]<Activation kActivation>() {
         for (int64_t i = 0; i < rows; ++i) finish_row<T, kActivation>(g, row0 + i, panel * kCols, sums + i * kCols);
       });
     }
   }
 
-  // sums (rows, kCols) = the product of `rows` rows of A and one panel.
-  static void multiply(const Gemm& g, int64_t row0, int64_t rows, const P* panel, A* sums) {
+  // sums (rows, kCols) = the product of a block of A's rows and one panel.
+  static void multiply(const Gemm& g, int64_t row0, int64_t rows, int64_t block_rows, const P* panel, A* sums) {
+    constexpr int64_t kStep = Packed<T>::kStep;
     if (g.k == 0) memset(sums, 0, sizeof(A) * rows * kCols);
+    const P* a = static_cast<const P*>(g.a) + row0 * (g.a_in_blocks ? packed_k<T>(g.k) : g.a_stride);
+    const int64_t stride = g.a_in_blocks ? kStep : g.a_stride, step = g.a_in_blocks ? block_rows * kStep : kStep;
     for (int64_t k0 = 0; k0 < g.k; k0 += kBlockK) {
       const int64_t k1 = min_of(g.k, k0 + kBlockK);
       for (int64_t r = 0; r < rows; r += kTileRows) {
-        const P* a = static_cast<const P*>(g.a) + (row0 + r) * g.a_stride;
         with_rows(min_of(rows - r, kTileRows), [&]<int kRows>() {
           for (int64_t k = k0; k < k1; k += kChainK)
-            add_chain<kRows>(a + k / Packed<T>::kStep * g.a_step, g.a_stride, g.a_step, panel + k * kCols,
+            add_chain<kRows>(a + r * stride + k / kStep * step, stride, step, panel + k * kCols,
                              min_of(k1 - k, kChainK), k == 0, sums + r * kCols);
         });
       }

@@ -26,7 +26,6 @@
 
 inline constexpr KernelTable kTable = {
     .isa = FASTTX_STRING(FASTTX_ISA),
-    .packing_step = {Packed<float>::kStep, Packed<bf16>::kStep, Packed<fp16>::kStep, Packed<double>::kStep},
     .packed_k = FASTTX_FUNCTION(packed_k),
     .packed_a_bytes = FASTTX_FUNCTION(packed_a_bytes),
     .packed_b_bytes = FASTTX_FUNCTION(packed_b_bytes),

@@ -178,11 +178,11 @@ struct AttentionBwd {
 };
 
 // Copies a (m, k) matrix, given by its strides, to the packed operand type: to rows with unit stride along k where it has
-// that itself, else step by step of k, [k / step][m][step].
+// that itself (k_stride 1), else in the blocks of rows that Gemm works on, each [step of k][row][value of the step].
 struct PackA {
   const void* a;  // T
   int64_t row_stride, k_stride, m, k;
-  void* packed;  // P (m, k rounded up to the packing step)
+  void* packed;  // P (m, k rounded up to the packing step), and up to a block of rows more
 };
 
 // Copies a (k, n) matrix, given by its strides, to panels of the tile's width: [panel][k][column], zero-padded.
@@ -194,9 +194,10 @@ struct PackB {
 
 // c = epilogue(a b): bias, stored pre-activation, activation, dropout; or, backward, times activation'(preact).
 struct Gemm {
-  const void* a;  // P (m, k): row i, step s of k at i * a_stride + s * a_step
+  const void* a;  // P (m, k): rows `a_stride` apart with unit stride along k; or, a_in_blocks, from PackA
   const void* b;  // P, from PackB
-  int64_t m, n, k, a_stride, a_step;
+  int64_t m, n, k, a_stride;
+  bool a_in_blocks;
   const void* bias;  // T (n) or null
   Activation activation;
   void* preact;             // T (m, n) or null: a b + bias
@@ -212,13 +213,12 @@ constexpr int kDTypes = 4;  // in the order of DType
 
 struct KernelTable {
   const char* isa;
-  // Values of k that a packed operand keeps together, and k rounded up to whole steps of them.
-  int64_t packing_step[kDTypes];
+  // k as a packed operand holds it: rounded up to the packing step; the row stride of an A packed by rows.
   int64_t (*packed_k[kDTypes])(int64_t k);
   // Bytes of the packed forms.
   size_t (*packed_a_bytes[kDTypes])(int64_t m, int64_t k);
   size_t (*packed_b_bytes[kDTypes])(int64_t k, int64_t n);
-  // Whether T is the packed type: then a matrix whose steps of k lie together is a packed A as it is.
+  // Whether T is the packed type: then a matrix with unit stride along k is a packed A as it is.
   bool a_is_packed[kDTypes];
   size_t (*attention_packed_bytes[kDTypes])(const AttentionShape&, int64_t width);
 

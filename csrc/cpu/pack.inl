@@ -8,9 +8,15 @@ static int64_t packed_k(int64_t k) {
   return round_up(k, Packed<T>::kStep);
 }
 
+// Rows of A that pass over a panel of B together: half a MiB of them in float32, to stay in L2 for all the panels.
+static inline int64_t gemm_block_rows(int64_t m, int64_t k) {
+  const int64_t most = max_of(8, min_of(32, 131072 / (kTileRows * max_of(k, 1)))) * kTileRows;
+  return round_up(ceil_div(m, max_of(1, ceil_div(m, most))), kTileRows);
+}
+
 template <class T>
 static size_t packed_a_bytes(int64_t m, int64_t k) {
-  return sizeof(typename Packed<T>::type) * m * packed_k<T>(k);
+  return sizeof(typename Packed<T>::type) * round_up(m, max_of(1, gemm_block_rows(m, k))) * packed_k<T>(k);
 }
 
 template <class T>
@@ -18,34 +24,36 @@ static size_t packed_b_bytes(int64_t k, int64_t n) {
   return sizeof(typename Packed<T>::type) * packed_k<T>(k) * round_up(n, kTileCols<T>);
 }
 
-// Items are rows, or steps of k.
+// Items are blocks of rows.
 template <class T>
 struct PackAKernel {
   using P = typename Packed<T>::type;
   static constexpr int64_t kStep = Packed<T>::kStep;
 
+  static int64_t block_rows(const PackA& g) { return max_of(1, gemm_block_rows(g.m, g.k)); }
   static Plan plan(const PackA& g) {
-    const bool rows = g.k_stride == 1;
-    return {rows ? g.m : ceil_div(g.k, kStep), max_of(1, 32768 / max_of(rows ? g.k : g.m, 1)), 0, false};
+    return {ceil_div(g.m, block_rows(g)), max_of(1, 32768 / (block_rows(g) * max_of(g.k, 1))), 0, false};
   }
   static void run(const PackA& g, void*, int64_t begin, int64_t end) {
-    const T* from = static_cast<const T*>(g.a);
-    P* to = static_cast<P*>(g.packed);
-    for (int64_t item = begin; item < end; ++item) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t pitch = block_rows(g), row0 = block * pitch, rows = min_of(pitch, g.m - row0);
+      const T* from = static_cast<const T*>(g.a) + row0 * g.row_stride;
+      P* to = static_cast<P*>(g.packed) + row0 * packed_k<T>(g.k);
       if (g.k_stride == 1) {
-        pack_left(from + item * g.row_stride, g.row_stride, 1, g.k, to + item * packed_k<T>(g.k), packed_k<T>(g.k));
+        pack_left(from, g.row_stride, rows, g.k, to, packed_k<T>(g.k));
       } else {
-        pack_step(g, from + item * kStep * g.k_stride, min_of(kStep, g.k - item * kStep), to + item * g.m * kStep);
+        for (int64_t k = 0; k < g.k; k += kStep, to += pitch * kStep)
+          pack_step(g, from + k * g.k_stride, rows, min_of(kStep, g.k - k), to);
       }
     }
   }
-  // The first `present` values of one step of every row; the rest are zero.
-  static void pack_step(const PackA& g, const T* from, int64_t present, P* to) {
+  // The first `present` values of one step of k, of every row; the rest are zero.
+  static void pack_step(const PackA& g, const T* from, int64_t rows, int64_t present, P* to) {
     if (kStep == 1 && g.row_stride == 1) {
-      copy_as(from, to, g.m);
+      copy_as(from, to, rows);
       return;
     }
-    for (int64_t row = 0; row < g.m; ++row)
+    for (int64_t row = 0; row < rows; ++row)
       for (int64_t j = 0; j < kStep; ++j)
         to[row * kStep + j] = j < present ? convert_one<P>(from[row * g.row_stride + j * g.k_stride]) : P{};
   }
