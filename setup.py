@@ -13,7 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -118,7 +118,7 @@ else:
     extensions = [Extension("fasttx._C", [])]
 
 setup(
-    packages=["fasttx", "fasttx.nn", "fasttx.ops", "fasttx.patch", "fasttx.cli", "fasttx.kernels"],
+    packages=[*find_packages(include=["fasttx", "fasttx.*"]), "fasttx.kernels"],
     package_dir={"fasttx.kernels": "kernels"},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildWithNinja},
