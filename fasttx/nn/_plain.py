@@ -18,6 +18,14 @@ _GLOBAL_HOOKS = (
     torch_module._global_backward_pre_hooks,
 )
 
+# torch fills and empties these, and never puts others in their place.
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+
 
 def is_plain(module: object, *classes: type) -> bool:
     """Whether the module's class is exactly one of these and nothing observes or replaces its forward."""
