@@ -14,23 +14,32 @@ from fasttx.dispatch import extension
 from fasttx.ops.linear import pack_weight
 
 _packed = WeakCache()
+_KINDS = (Tensor, torch.nn.Parameter)
+
+
+def settled_state(tensor: Tensor | None) -> tuple | None:
+    """What changes when the tensor does, so that what was made of it can be kept.
+
+    None where a gradient by it is wanted (its next use will find it changed), and for tensors whose changes cannot be
+    seen: inference tensors, views with gaps, subclasses, and what a compiler traces.
+    """
+    if type(tensor) not in _KINDS or extension is None or torch.compiler.is_compiling():
+        return None
+    if (tensor.requires_grad and torch.is_grad_enabled()) or tensor.is_inference():
+        return None
+    if not (tensor.is_cpu and tensor.is_contiguous()):
+        return None
+    address = tensor.data_ptr()
+    sample = extension.fingerprint(address, tensor.nbytes)
+    return tensor._version, address, tensor.shape, tensor.dtype, sample
 
 
 def packed(weight: Tensor) -> Tensor | None:
-    """The packed copy of a weight (out, in), or None where the kernel had better pack it for the call.
-
-    That is so when the call will be differentiated by the weight (its next use will find it changed), and for tensors
-    whose changes cannot be seen: inference tensors, views with gaps, and what a compiler traces.
-    """
-    if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter):
+    """The packed copy of a weight (out, in), or None where the kernel had better pack it for the call."""
+    state = settled_state(weight)
+    if state is None:
         return None
-    if (weight.requires_grad and torch.is_grad_enabled()) or weight.is_inference():
-        return None
-    if not weight.is_contiguous():
-        return None
-    address = weight.data_ptr()
-    sample = extension.fingerprint(address, weight.nbytes)
-    state = (weight._version, address, weight.shape, weight.dtype, extension.isa(), sample)
+    state += (extension.isa(),)
     known = _packed.get(weight)
     if known is not None and known[0] == state:
         return known[1]

@@ -56,10 +56,10 @@ void kernel(py::module_& m, const char* name, Kernel<Args> (KernelTable::*entry)
         py::arg("isa"), py::arg("dtype"), py::arg("args"), py::arg("begin") = 0, py::arg("end") = -1);
 }
 
-// A hash of up to 64 words spread evenly over a block of memory, and of the bytes past its last whole word: cheap evidence
+// A hash of up to 16 words spread evenly over a block of memory, and of the bytes past its last whole word: cheap evidence
 // that it has not changed.
 uint64_t fingerprint(uintptr_t address, size_t bytes) {
-  constexpr size_t kSamples = 64;
+  constexpr size_t kSamples = 16;
   const char* base = reinterpret_cast<const char*>(address);
   uint64_t hash = 0xcbf29ce484222325u;
   const auto add = [&](const char* at, size_t size) {

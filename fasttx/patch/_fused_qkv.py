@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from fasttx import dispatch, functional
+from fasttx import functional
 from fasttx._weak import WeakCache
 from fasttx.nn import _blocks
 from fasttx.nn._plain import is_plain
+from fasttx.packing import settled_state
 
 # By module: what the weights were when they were joined, and the joined weight and bias.
 _joined = WeakCache()
@@ -27,21 +28,14 @@ def project(attention: Module, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _join(attention: Module, linears: tuple[Module, ...]) -> tuple[Tensor, Tensor] | None:
-    if dispatch.extension is None or torch.compiler.is_compiling():
-        return None
     state = []
     for linear in linears:
         if not is_plain(linear, *_blocks.LINEARS):
             return None
-        weight, bias = linear.weight, linear.bias
-        if not (_is_settled(weight) and _is_settled(bias)):
+        of_weight, of_bias = settled_state(linear.weight), settled_state(linear.bias)
+        if of_weight is None or of_bias is None:
             return None
-        # Samples, as in fasttx.packing, for edits through `.data`: whoever makes those changes the
-        # weights too.
-        address = weight.data_ptr()
-        sample = dispatch.extension.fingerprint(address, weight.nbytes)
-        state += (weight._version, address, weight.shape, weight.dtype, sample)
-        state += (bias._version, bias.data_ptr())
+        state += (of_weight, of_bias)
     known = _joined.get(attention)
     if known is not None and known[0] == state:
         return known[1]
@@ -53,14 +47,3 @@ def _join(attention: Module, linears: tuple[Module, ...]) -> tuple[Tensor, Tenso
         bias = torch.cat([linear.bias for linear in linears])
     _joined.set(attention, (state, (weight, bias)))
     return weight, bias
-
-
-def _is_settled(tensor: Tensor | None) -> bool:
-    """Whether no gradient is needed of it now, and its changes can be seen."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and not (tensor.requires_grad and torch.is_grad_enabled())
-        and not tensor.is_inference()
-        and tensor.is_cpu
-        and tensor.is_contiguous()
-    )
