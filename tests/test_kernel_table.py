@@ -129,7 +129,106 @@ def gemm(isa, dtype, m=200, k=71, n=333, c_stride=340):
     return call
 
 
-KERNELS = (layer_norm, activation, without_bias, pack_b, gemm)
+def layer_norm_bwd(isa, dtype, rows=45, width=37):
+    """Several chunks of rows, each with its own line of partial sums."""
+    kept, chunks = accumulate(dtype), extension.sum_chunks(rows)
+    inputs = {name: draw(rows, width, dtype=dtype) for name in ("dy", "dsum", "x")}
+    inputs |= {"mean": draw(rows, dtype=kept), "rstd": draw(rows, dtype=kept).abs()}
+    inputs["weight"] = draw(width, dtype=dtype)
+    outputs = dict.fromkeys(("dx", "dinput"), ((rows, width), dtype))
+    outputs |= dict.fromkeys(("dweight_partial", "dbias_partial"), ((chunks, width), kept))
+    fields = {"rows": rows, "width": width, "dropout": extension.Dropout(5, 2**30, 4 / 3)}
+    return Call("layer_norm_bwd", "LayerNormBwd", isa, dtype, inputs, outputs, **fields)
+
+
+def reduce_rows(isa, dtype, rows=13, width=101):
+    inputs = {"partial": draw(rows, width, dtype=accumulate(dtype))}
+    fields = {"rows": rows, "width": width}
+    return Call("reduce_rows", "ReduceRows", isa, dtype, inputs, {"out": ((width,), dtype)}, **fields)
+
+
+def column_sum(isa, dtype, rows=45, width=37, stride=40):
+    inputs, chunks = {"x": draw(rows, stride, dtype=dtype)}, extension.sum_chunks(rows)
+    outputs = {"partial": ((chunks, width), accumulate(dtype))}
+    fields = {"rows": rows, "width": width, "x_stride": stride}
+    return Call("column_sum", "ColumnSum", isa, dtype, inputs, outputs, **fields)
+
+
+def activation_bwd(isa, dtype, rows=13, width=37):
+    inputs = {name: draw(rows, width, dtype=dtype) for name in ("dy", "x")}
+    inputs["bias"] = draw(width, dtype=dtype)
+    fields = {"rows": rows, "width": width, "activation": CODES["gelu"]}
+    outputs = {"dx": ((rows, width), dtype)}
+    return Call("activation_bwd", "ActivationBwd", isa, dtype, inputs, outputs, **fields)
+
+
+def softmax_fwd(isa, dtype, shape=(2, 3, 5, 37)):
+    fields = dict(zip(("batch", "heads", "queries", "width"), shape, strict=True)) | {"is_causal": True}
+    inputs = {"x": draw(*shape, dtype=dtype)}
+    return Call("softmax_fwd", "SoftmaxFwd", isa, dtype, inputs, {"y": (shape, dtype)}, **fields)
+
+
+def softmax_bwd(isa, dtype, rows=13, width=37):
+    inputs = {name: draw(rows, width, dtype=dtype) for name in ("dy", "y")}
+    outputs = {"dx": ((rows, width), dtype)}
+    return Call("softmax_bwd", "SoftmaxBwd", isa, dtype, inputs, outputs, rows=rows, width=width)
+
+
+def strides(*sizes):
+    """Of a dense (batch, heads, tokens, width)."""
+    value = extension.Strides()
+    value.b, value.h, value.t = sizes[1] * sizes[2] * sizes[3], sizes[2] * sizes[3], sizes[3]
+    return value
+
+
+def attention(arguments, batch, heads, queries, keys, width):
+    """Arguments of the forward or the backward for dense tensors, causal, with dropout."""
+    shape = extension.AttentionShape()
+    sizes = {"batch": batch, "heads": heads, "kv_heads": heads, "queries": queries, "keys": keys}
+    sizes |= {"width": width, "value_width": width, "window_left": -1, "window_right": -1}
+    options = {"is_causal": True, "scale": 0.3, "dropout": extension.Dropout(5, 2**30, 4 / 3)}
+    for name, value in (sizes | options).items():
+        setattr(shape, name, value)
+    fields = {"shape": shape}
+    for name in arguments:
+        fields[f"{name}_strides"] = strides(batch, heads, keys if name[-1] in "kv" else queries, width)
+    return fields
+
+
+def attention_fwd(isa, dtype, batch=3, heads=2, queries=50, keys=70, width=24):
+    kept = accumulate(dtype)
+    inputs = {"q": draw(batch, heads, queries, width, dtype=dtype)}
+    inputs |= {name: draw(batch, heads, keys, width, dtype=dtype) for name in "kv"}
+    outputs = {"out": ((batch, heads, queries, width), dtype)}
+    outputs |= {"lse": ((batch, heads, queries), kept), "stats": ((batch, heads, queries, 2), kept)}
+    fields = attention(("q", "k", "v", "out"), batch, heads, queries, keys, width)
+    return Call("attention_fwd", "AttentionFwd", isa, dtype, inputs, outputs, **fields)
+
+
+def attention_bwd(isa, dtype, batch=3, heads=2, queries=50, keys=70, width=24):
+    forward = attention_fwd(isa, dtype, batch, heads, queries, keys, width)
+    found = forward.whole()
+    inputs = forward.inputs | {"out": found["out"], "stats": found["stats"]}
+    inputs["dout"] = draw(batch, heads, queries, width, dtype=dtype)
+    outputs = {"dq": ((batch, heads, queries, width), dtype)}
+    outputs |= dict.fromkeys(("dk", "dv"), ((batch, heads, keys, width), dtype))
+    names = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+    fields = attention(names, batch, heads, queries, keys, width)
+    return Call("attention_bwd", "AttentionBwd", isa, dtype, inputs, outputs, **fields)
+
+
+def pack_a(isa, dtype, m=900, k=21):
+    """A transposed operand, in blocks of rows."""
+    size = extension.packed_a_bytes(isa, index_of(dtype), m, k)
+    fields = {"m": m, "k": k, "row_stride": 1, "k_stride": m}
+    inputs, outputs = {"a": draw(k, m, dtype=dtype)}, {"packed": ((size,), torch.uint8)}
+    return Call("pack_a", "PackA", isa, dtype, inputs, outputs, **fields)
+
+
+KERNELS = (
+    layer_norm, layer_norm_bwd, reduce_rows, column_sum, activation, without_bias, activation_bwd,
+    softmax_fwd, softmax_bwd, pack_a, pack_b, gemm, attention_fwd, attention_bwd,
+)  # fmt: skip
 every_kernel = pytest.mark.parametrize("make", KERNELS, ids=lambda make: make.__name__)
 
 
@@ -162,7 +261,7 @@ def test_a_range_writes_its_items_and_no_others(isa, dtype, make):
     outside, _ = call.run((0, 1), (3, items))
     for name, output in whole.items():
         ours, theirs = inside[name].values, outside[name].values
-        if make is pack_b:  # a byte may be 255 by itself
+        if make in (pack_a, pack_b):  # a byte may be 255 by itself
             both = torch.where(ours == 255, theirs, ours)
         else:
             written = ~ours.isnan()

@@ -1,0 +1,165 @@
+// The kernel table as Python sees it: every kernel of every instruction set, so that tests reach each of them directly.
+#include <stdexcept>
+#include <type_traits>
+
+#include "host.h"
+
+namespace py = pybind11;
+
+namespace fasttx::bindings {
+namespace {
+
+void from_code(int code, Activation& value) { value = make_activation(code); }
+void from_code(int code, MaskKind& value) {
+  if (code < 0 || code > static_cast<int>(MaskKind::additive)) throw std::invalid_argument("unknown kind of mask");
+  value = static_cast<MaskKind>(code);
+}
+
+// A struct of arguments, field by field: pointers read and written as addresses (what tensor.data_ptr() gives), enums as
+// their codes.
+template <class Args>
+class Fields {
+ public:
+  Fields(py::module_& m, const char* name) : type_(m, name) { type_.def(py::init<>()); }
+
+  template <class Field>
+  Fields& add(const char* name, Field Args::* field) {
+    if constexpr (std::is_pointer_v<Field>) {
+      type_.def_property(
+          name, [field](const Args& args) { return reinterpret_cast<uintptr_t>(args.*field); },
+          [field](Args& args, uintptr_t value) { args.*field = reinterpret_cast<Field>(value); });
+    } else if constexpr (std::is_enum_v<Field>) {
+      type_.def_property(
+          name, [field](const Args& args) { return static_cast<int>(args.*field); },
+          [field](Args& args, int code) { from_code(code, args.*field); });
+    } else {
+      type_.def_readwrite(name, field);
+    }
+    return *this;
+  }
+
+ private:
+  py::class_<Args> type_;
+};
+#define FIELD(args, name) add(#name, &args::name)
+
+// run_<op>(isa, dtype, args, begin, end): one range of a kernel's items on the calling thread; end < 0 means all. Returns
+// how many items there are.
+template <class Args>
+void kernel(py::module_& m, const char* name, Kernel<Args> (KernelTable::*entry)[kDTypes]) {
+  m.def((std::string("run_") + name).c_str(),
+        [entry](const std::string& isa, int dtype, const Args& args, int64_t begin, int64_t end) {
+          if (dtype < 0 || dtype >= kDTypes) throw std::invalid_argument("dtype must be an index of `dtypes`");
+          const Kernel<Args>& k = (isa_named(isa).table->*entry)[dtype];
+          const Plan plan = k.plan(args);
+          if (end < 0) end = plan.items;
+          if (begin < 0 || begin > end || end > plan.items) {
+            throw std::invalid_argument("begin and end must lie in order within the " + std::to_string(plan.items) +
+                                        " items");
+          }
+          k.run(args, thread_scratch(plan.scratch_bytes), begin, end);
+          return plan.items;
+        },
+        py::arg("isa"), py::arg("dtype"), py::arg("args"), py::arg("begin") = 0, py::arg("end") = -1);
+}
+#define KERNEL(name) kernel(m, #name, &KernelTable::name)
+
+void define_norms(py::module_& m) {
+  using F = LayerNormFwd;
+  Fields<F>(m, "LayerNormFwd").FIELD(F, x).FIELD(F, residual).FIELD(F, weight).FIELD(F, bias).FIELD(F, y).FIELD(F, sum)
+      .FIELD(F, mean).FIELD(F, rstd).FIELD(F, rows).FIELD(F, width).FIELD(F, eps).FIELD(F, dropout);
+  using B = LayerNormBwd;
+  Fields<B>(m, "LayerNormBwd").FIELD(B, dy).FIELD(B, dsum).FIELD(B, x).FIELD(B, mean).FIELD(B, rstd).FIELD(B, weight)
+      .FIELD(B, dx).FIELD(B, dinput).FIELD(B, dweight_partial).FIELD(B, dbias_partial).FIELD(B, rows).FIELD(B, width)
+      .FIELD(B, dropout);
+  KERNEL(layer_norm_fwd);
+  KERNEL(layer_norm_bwd);
+}
+
+void define_sums(py::module_& m) {
+  using R = ReduceRows;
+  Fields<R>(m, "ReduceRows").FIELD(R, partial).FIELD(R, out).FIELD(R, rows).FIELD(R, width);
+  using S = ColumnSum;
+  Fields<S>(m, "ColumnSum").FIELD(S, x).FIELD(S, partial).FIELD(S, rows).FIELD(S, width).FIELD(S, x_stride);
+  m.def("sum_chunks", &sum_chunks, py::arg("rows"), "Chunks that this many rows are summed in.");
+  KERNEL(reduce_rows);
+  KERNEL(column_sum);
+}
+
+void define_pointwise(py::module_& m) {
+  using F = ActivationFwd;
+  Fields<F>(m, "ActivationFwd").FIELD(F, x).FIELD(F, bias).FIELD(F, y).FIELD(F, rows).FIELD(F, width).FIELD(F, activation);
+  using B = ActivationBwd;
+  Fields<B>(m, "ActivationBwd").FIELD(B, dy).FIELD(B, x).FIELD(B, bias).FIELD(B, dx).FIELD(B, rows).FIELD(B, width)
+      .FIELD(B, activation);
+  KERNEL(activation_fwd);
+  KERNEL(activation_bwd);
+}
+
+void define_softmax(py::module_& m) {
+  using F = SoftmaxFwd;
+  Fields<F>(m, "SoftmaxFwd").FIELD(F, x).FIELD(F, y).FIELD(F, batch).FIELD(F, heads).FIELD(F, queries).FIELD(F, width)
+      .FIELD(F, mask).FIELD(F, is_causal);
+  using B = SoftmaxBwd;
+  Fields<B>(m, "SoftmaxBwd").FIELD(B, dy).FIELD(B, y).FIELD(B, dx).FIELD(B, rows).FIELD(B, width);
+  KERNEL(softmax_fwd);
+  KERNEL(softmax_bwd);
+}
+
+void define_products(py::module_& m) {
+  using A = PackA;
+  Fields<A>(m, "PackA").FIELD(A, a).FIELD(A, row_stride).FIELD(A, k_stride).FIELD(A, m).FIELD(A, k).FIELD(A, packed);
+  using B = PackB;
+  Fields<B>(m, "PackB").FIELD(B, b).FIELD(B, k_stride).FIELD(B, n_stride).FIELD(B, k).FIELD(B, n).FIELD(B, packed);
+  using G = Gemm;
+  Fields<G>(m, "Gemm").FIELD(G, a).FIELD(G, b).FIELD(G, m).FIELD(G, n).FIELD(G, k).FIELD(G, a_stride)
+      .FIELD(G, a_in_blocks).FIELD(G, bias).FIELD(G, activation).FIELD(G, preact).FIELD(G, grad_preact)
+      .FIELD(G, recomputed).FIELD(G, c).FIELD(G, c_stride).FIELD(G, row_offset).FIELD(G, dropout);
+  m.def("packed_a_bytes", [](const std::string& isa, int dtype, int64_t rows, int64_t k) {
+    return isa_named(isa).table->packed_a_bytes[dtype](rows, k);
+  }, py::arg("isa"), py::arg("dtype"), py::arg("rows"), py::arg("k"), "Bytes of a packed left operand.");
+  KERNEL(pack_a);
+  KERNEL(pack_b);
+  KERNEL(gemm);
+}
+
+void define_attention(py::module_& m) {
+  Fields<Strides>(m, "Strides").FIELD(Strides, b).FIELD(Strides, h).FIELD(Strides, t);
+  using S = AttentionShape;
+  Fields<S>(m, "AttentionShape").FIELD(S, batch).FIELD(S, heads).FIELD(S, kv_heads).FIELD(S, queries).FIELD(S, keys)
+      .FIELD(S, width).FIELD(S, value_width).FIELD(S, key_lengths).FIELD(S, cu_queries).FIELD(S, cu_keys)
+      .FIELD(S, query_offset).FIELD(S, window_left).FIELD(S, window_right).FIELD(S, is_causal).FIELD(S, scale)
+      .FIELD(S, mask).FIELD(S, alibi_slopes).FIELD(S, dropout);
+  using P = AttentionPack;
+  Fields<P>(m, "AttentionPack").FIELD(P, shape).FIELD(P, k).FIELD(P, v).FIELD(P, k_strides).FIELD(P, v_strides)
+      .FIELD(P, k_packed).FIELD(P, v_packed);
+  using F = AttentionFwd;
+  Fields<F>(m, "AttentionFwd").FIELD(F, shape).FIELD(F, q).FIELD(F, k).FIELD(F, v).FIELD(F, q_strides)
+      .FIELD(F, k_strides).FIELD(F, v_strides).FIELD(F, out_strides).FIELD(F, out).FIELD(F, lse).FIELD(F, stats)
+      .FIELD(F, k_packed).FIELD(F, v_packed);
+  using B = AttentionBwd;
+  Fields<B>(m, "AttentionBwd").FIELD(B, shape).FIELD(B, dout).FIELD(B, q).FIELD(B, k).FIELD(B, v).FIELD(B, out)
+      .FIELD(B, dout_strides).FIELD(B, q_strides).FIELD(B, k_strides).FIELD(B, v_strides).FIELD(B, out_strides)
+      .FIELD(B, dq_strides).FIELD(B, dk_strides).FIELD(B, dv_strides).FIELD(B, stats).FIELD(B, dlse).FIELD(B, dq)
+      .FIELD(B, dk).FIELD(B, dv);
+  KERNEL(attention_pack);
+  KERNEL(attention_fwd);
+  KERNEL(attention_bwd);
+}
+
+}  // namespace
+
+void define_kernels(py::module_& m) {
+  py::class_<Dropout>(m, "Dropout")
+      .def(py::init([](uint64_t seed, uint32_t threshold, double scale) { return Dropout{seed, threshold, scale, true}; }));
+  Fields<Mask>(m, "Mask").FIELD(Mask, data).FIELD(Mask, kind).FIELD(Mask, wide).FIELD(Mask, stride_b)
+      .FIELD(Mask, stride_h).FIELD(Mask, stride_q).FIELD(Mask, stride_k);
+  define_norms(m);
+  define_sums(m);
+  define_pointwise(m);
+  define_softmax(m);
+  define_products(m);
+  define_attention(m);
+}
+
+}  // namespace fasttx::bindings
