@@ -58,7 +58,7 @@ def run_eager(query: Tensor, key: Tensor, value: Tensor, **options) -> tuple[Ten
     """PyTorch's attention where every row sees a key, and lse in float32."""
     bias = _bias(query.shape[2], key.shape[2], query.dtype, **options)
     scale = options.get("scale", query.shape[-1] ** -0.5)
-    groups = query.shape[1] // key.shape[1]
+    groups = query.shape[1] // max(key.shape[1], 1)
     wide_key = key.repeat_interleave(groups, 1).float()
     scores = query.float() @ wide_key.mT * scale + bias.float()
     lse = scores.logsumexp(-1)
