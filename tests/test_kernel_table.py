@@ -120,10 +120,11 @@ def pack_b(isa, dtype, k=71, n=333):
 def gemm(isa, dtype, m=200, k=71, n=333, c_stride=340):
     """Rows in two blocks; the result's rows lie further apart than they are long."""
     x, weight = draw(m, k, dtype=dtype), draw(n, k, dtype=dtype)
-    pairs = isa == "avx512_bf16" and dtype == torch.bfloat16
-    a = x if pairs else x.to(accumulate(dtype))
+    kept = isa in ("avx512_bf16", "amx") and dtype == torch.bfloat16
+    a_stride = extension.packed_k(isa, index_of(dtype), k)
+    a = torch.nn.functional.pad(x if kept else x.to(accumulate(dtype)), (0, a_stride - k))
     inputs = {"a": a, "b": packed_by_the_binding(isa, weight), "bias": draw(n, dtype=dtype)}
-    fields = {"m": m, "n": n, "k": k, "a_stride": k, "a_in_blocks": False, "c_stride": c_stride}
+    fields = {"m": m, "n": n, "k": k, "a_stride": a_stride, "a_in_blocks": False, "c_stride": c_stride}
     call = Call("gemm", "Gemm", isa, dtype, inputs, {"c": ((m, c_stride), dtype)}, **fields)
     call.x, call.weight, call.columns = x, weight, n
     return call

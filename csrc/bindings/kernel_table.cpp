@@ -115,6 +115,9 @@ void define_products(py::module_& m) {
   Fields<G>(m, "Gemm").FIELD(G, a).FIELD(G, b).FIELD(G, m).FIELD(G, n).FIELD(G, k).FIELD(G, a_stride)
       .FIELD(G, a_in_blocks).FIELD(G, bias).FIELD(G, activation).FIELD(G, preact).FIELD(G, grad_preact)
       .FIELD(G, recomputed).FIELD(G, c).FIELD(G, c_stride).FIELD(G, row_offset).FIELD(G, dropout);
+  m.def("packed_k", [](const std::string& isa, int dtype, int64_t k) {
+    return isa_named(isa).table->packed_k[dtype](k);
+  }, py::arg("isa"), py::arg("dtype"), py::arg("k"));
   m.def("packed_a_bytes", [](const std::string& isa, int dtype, int64_t rows, int64_t k) {
     return isa_named(isa).table->packed_a_bytes[dtype](rows, k);
   }, py::arg("isa"), py::arg("dtype"), py::arg("rows"), py::arg("k"), "Bytes of a packed left operand.");

@@ -27,7 +27,7 @@ void multiply(int dtype, const Matrix& a, const Tensor& right, int64_t columns, 
   epilogue.k = a.columns;
   epilogue.b = data(right);
   OptionalTensor copy;
-  if (kernels.a_is_packed[dtype] && a.column_stride == 1) {
+  if (a.column_stride == 1 && kernels.a_is_packed[dtype](a.columns)) {
     epilogue.a = a.data;
     epilogue.a_stride = a.row_stride;
   } else {

@@ -4,6 +4,14 @@
 
 #include <atomic>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fasttx {
 
 extern const KernelTable kScalarTable;
@@ -11,6 +19,7 @@ extern const KernelTable kScalarTable;
 extern const KernelTable kAvx2Table;
 extern const KernelTable kAvx512Table;
 extern const KernelTable kAvx512Bf16Table;
+extern const KernelTable kAmxTable;
 #endif
 
 namespace {
@@ -29,6 +38,25 @@ bool has_avx512() {
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
+// A process has to ask Linux for the tile registers before it uses them; the answer holds for all of its threads.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+bool has_amx() {
+  static const bool has = [] {
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    const bool known = __get_cpuid_count(7, 0, &a, &b, &c, &d);
+    return known && (d & kBf16) && (d & kTile) && has_avx512_bf16() && may_use_tiles();
+  }();
+  return has;
+}
+
 // Zen 4 runs vdpbf16ps at twice the rate of float32's multiply-add in values a cycle, Sapphire Rapids at half: there
 // widening bfloat16 and multiplying in float32 measured 1.7 times as fast.
 bool bf16_products_are_fast() { return __builtin_cpu_is("amd"); }
@@ -44,6 +72,7 @@ const Isa kIsas[] = {
     {"avx2", &kAvx2Table, has_avx2, always},
     {"avx512", &kAvx512Table, has_avx512, always},
     {"avx512_bf16", &kAvx512Bf16Table, has_avx512_bf16, bf16_products_are_fast},
+    {"amx", &kAmxTable, has_amx, always},
 #endif
 };
 const int kNumIsas = sizeof(kIsas) / sizeof(kIsas[0]);

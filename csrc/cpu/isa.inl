@@ -3,6 +3,7 @@
 #include "math.h"
 #include "philox.h"
 #include "tile.inl"
+#include "amx.inl"
 #include "reduce.inl"
 #include "transpose.inl"
 #include "pack.inl"
@@ -29,7 +30,7 @@ inline constexpr KernelTable kTable = {
     .packed_k = FASTTX_FUNCTION(packed_k),
     .packed_a_bytes = FASTTX_FUNCTION(packed_a_bytes),
     .packed_b_bytes = FASTTX_FUNCTION(packed_b_bytes),
-    .a_is_packed = {a_is_packed<float>, a_is_packed<bf16>, a_is_packed<fp16>, a_is_packed<double>},
+    .a_is_packed = FASTTX_FUNCTION(a_is_packed),
     .attention_packed_bytes = FASTTX_FUNCTION(attention_packed_bytes),
     .layer_norm_fwd = FASTTX_KERNEL(LayerNormFwdKernel),
     .layer_norm_bwd = FASTTX_KERNEL(LayerNormBwdKernel),

@@ -218,8 +218,8 @@ struct KernelTable {
   // Bytes of the packed forms.
   size_t (*packed_a_bytes[kDTypes])(int64_t m, int64_t k);
   size_t (*packed_b_bytes[kDTypes])(int64_t k, int64_t n);
-  // Whether T is the packed type: then a matrix with unit stride along k is a packed A as it is.
-  bool a_is_packed[kDTypes];
+  // Whether a matrix with unit stride along k is a packed A as it is: T is the packed type, and k a whole number of steps.
+  bool (*a_is_packed[kDTypes])(int64_t k);
   size_t (*attention_packed_bytes[kDTypes])(const AttentionShape&, int64_t width);
 
   Kernel<LayerNormFwd> layer_norm_fwd[kDTypes];

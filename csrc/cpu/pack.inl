@@ -1,22 +1,26 @@
 // Packing of whole matrices: the operands of Gemm.
 
 template <class T>
-constexpr bool a_is_packed = sizeof(T) == sizeof(typename Packed<T>::type);
-
-template <class T>
 static int64_t packed_k(int64_t k) {
-  return round_up(k, Packed<T>::kStep);
+  return round_up(k, Packed<T>::kLeftStep);
 }
 
-// Rows of A that pass over a panel of B together: half a MiB of them in float32, to stay in L2 for all the panels.
-static inline int64_t gemm_block_rows(int64_t m, int64_t k) {
-  const int64_t most = max_of(8, min_of(32, 131072 / (kTileRows * max_of(k, 1)))) * kTileRows;
-  return round_up(ceil_div(m, max_of(1, ceil_div(m, most))), kTileRows);
+// Whether rows of T with unit stride along k are a left operand as they are.
+template <class T>
+static bool a_is_packed(int64_t k) {
+  return sizeof(T) == sizeof(typename Packed<T>::type) && k == packed_k<T>(k);
+}
+
+// Rows of A that pass over a panel of B together.
+template <class T>
+static inline int64_t gemm_block_rows(int64_t m) {
+  constexpr int64_t kUnit = kUsesAmx<T> ? 32 : kTileRows, kMost = kUsesAmx<T> ? 256 : 192;
+  return round_up(ceil_div(m, max_of(1, ceil_div(m, kMost))), kUnit);
 }
 
 template <class T>
 static size_t packed_a_bytes(int64_t m, int64_t k) {
-  return sizeof(typename Packed<T>::type) * round_up(m, max_of(1, gemm_block_rows(m, k))) * packed_k<T>(k);
+  return sizeof(typename Packed<T>::type) * round_up(m, max_of(1, gemm_block_rows<T>(m))) * packed_k<T>(k);
 }
 
 template <class T>
@@ -28,9 +32,9 @@ static size_t packed_b_bytes(int64_t k, int64_t n) {
 template <class T>
 struct PackAKernel {
   using P = typename Packed<T>::type;
-  static constexpr int64_t kStep = Packed<T>::kStep;
+  static constexpr int64_t kStep = Packed<T>::kLeftStep;
 
-  static int64_t block_rows(const PackA& g) { return max_of(1, gemm_block_rows(g.m, g.k)); }
+  static int64_t block_rows(const PackA& g) { return max_of(1, gemm_block_rows<T>(g.m)); }
   static Plan plan(const PackA& g) {
     return {ceil_div(g.m, block_rows(g)), max_of(1, 32768 / (block_rows(g) * max_of(g.k, 1))), 0, false};
   }
@@ -40,11 +44,18 @@ struct PackAKernel {
       const T* from = static_cast<const T*>(g.a) + row0 * g.row_stride;
       P* to = static_cast<P*>(g.packed) + row0 * packed_k<T>(g.k);
       if (g.k_stride == 1) {
-        pack_left(from, g.row_stride, rows, g.k, to, packed_k<T>(g.k));
+        pack_block(g, from, rows, to);
       } else {
         for (int64_t k = 0; k < g.k; k += kStep, to += pitch * kStep)
           pack_step(g, from + k * g.k_stride, rows, min_of(kStep, g.k - k), to);
       }
+    }
+  }
+  static void pack_block(const PackA& g, const T* from, int64_t rows, P* to) {
+    const int64_t pitch = packed_k<T>(g.k);
+    for (int64_t row = 0; row < rows; ++row, from += g.row_stride, to += pitch) {
+      copy_as(from, to, g.k);
+      memset(to + g.k, 0, sizeof(P) * (pitch - g.k));
     }
   }
   // The first `present` values of one step of k, of every row; the rest are zero.
@@ -53,17 +64,44 @@ struct PackAKernel {
       copy_as(from, to, rows);
       return;
     }
+#if defined(__AMX_BF16__)
+    if constexpr (kUsesAmx<T>) {
+      if (g.row_stride == 1) {
+        pack_columns(from, g.k_stride, rows, present, to);
+        return;
+      }
+    }
+#endif
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t j = 0; j < kStep; ++j)
         to[row * kStep + j] = j < present ? convert_one<P>(from[row * g.row_stride + j * g.k_stride]) : P{};
   }
+#if defined(__AMX_BF16__)
+  // The same for rows that lie side by side: pairs of values of k, transposed sixteen by sixteen.
+  static void pack_columns(const bf16* from, int64_t k_stride, int64_t rows, int64_t present, bf16* to) {
+    using V = Vec<float>;
+    for (int64_t row = 0; row < rows; row += V::kWidth) {
+      const int64_t height = min_of(V::kWidth, rows - row);
+      const __mmask16 lanes = V::first_lanes(static_cast<int>(height));
+      V block[V::kWidth];
+      for (int64_t pair = 0; pair < V::kWidth; ++pair) {
+        const bf16* even = from + 2 * pair * k_stride + row;
+        const __m256i low = _mm256_maskz_loadu_epi16(2 * pair < present ? lanes : 0, even);
+        const __m256i high = _mm256_maskz_loadu_epi16(2 * pair + 1 < present ? lanes : 0, even + k_stride);
+        block[pair] = {_mm512_castsi512_ps(interleave(low, high))};
+      }
+      transpose(block);
+      for (int64_t i = 0; i < height; ++i) block[i].store(reinterpret_cast<float*>(to + (row + i) * kStep));
+    }
+  }
+#endif
 };
 
 // Packs `columns` <= kTileCols columns of b as one panel.
 template <class T, class P = typename Packed<T>::type>
 static inline void pack_panel(const T* b, int64_t k_stride, int64_t n_stride, int64_t k, int64_t columns, P* panel) {
   constexpr int kStep = Packed<T>::kStep, kCols = kTileCols<T>;
-  if (columns < kCols || k % kStep != 0) memset(panel, 0, sizeof(P) * packed_k<T>(k) * kCols);
+  if (columns < kCols || k < packed_k<T>(k)) memset(panel, 0, sizeof(P) * packed_k<T>(k) * kCols);
   if (k_stride == 1) {
     pack_transposed(b, n_stride, columns, k, panel);
   } else if (n_stride == 1) {

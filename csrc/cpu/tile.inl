@@ -4,19 +4,33 @@
 // that its loads are consecutive; A is read in place by broadcast. Every sum runs over k in order, whatever the tile's
 // place or height: a row's result does not depend on the rows beside it.
 
-// A packed operand of storage T holds P = Packed<T>::type in steps of kStep values along k.
+// A packed operand of storage T holds P = Packed<T>::type. A panel has steps of kStep values along k, rows of the left
+// operand have steps of kLeftStep; both are filled up with zeros to a whole kLeftStep.
 template <class T>
 struct Packed {
   using type = accum_t<T>;
-  static constexpr int kStep = 1;
+  static constexpr int kStep = 1, kLeftStep = 1;
 };
 #if defined(__AVX512BF16__)
-// vdpbf16ps multiplies pairs that lie together along k.
+// vdpbf16ps multiplies pairs that lie together along k; so do AMX tiles, of 32 values of the left operand.
 template <>
 struct Packed<bf16> {
   using type = bf16;
   static constexpr int kStep = 2;
+#if defined(__AMX_BF16__)
+  static constexpr int kLeftStep = 32;
+#else
+  static constexpr int kLeftStep = 2;
+#endif
 };
+#endif
+
+// Whether products of T run on AMX tiles rather than on vectors.
+template <class T>
+#if defined(__AMX_BF16__)
+constexpr bool kUsesAmx = sizeof(typename Packed<T>::type) == sizeof(bf16);
+#else
+constexpr bool kUsesAmx = false;
 #endif
 
 constexpr int kTileRows = 6;
@@ -62,33 +76,24 @@ struct Step<bf16> {
 };
 #endif
 
-// sum[i][j] += a[i][0:k] . b[0:k][j], for kRows rows of A and the first kVecs vectors of one panel of B. Row i of A starts at
-// a + i * a_stride, and its next step lies `a_step` further on. `a` may be short of the last step by the padding of an
-// odd k, when its steps lie together.
+// sum[i][j] += a[i][0:k] . b[0:k][j], for kRows rows of A and the first kVecs vectors of one panel of B; k is a whole number
+// of steps. Row i of A starts at a + i * a_stride, and its next step lies `a_step` further on.
 template <class T, int kRows, int kVecs, class P = typename Packed<T>::type>
 static inline void multiply_tile(const P* a, int64_t a_stride, const P* b, int64_t k,
                                  Vec<accum_t<T>> (&sum)[kRows][kVecs], int64_t a_step = Packed<T>::kStep) {
   using S = Step<P>;
   constexpr int kStep = Packed<T>::kStep;
   constexpr int kWidth = Vec<accum_t<T>>::kWidth;
-  const auto step = [&](const P* a_at, int64_t stride) __attribute__((always_inline)) {
+  for (int64_t kk = 0; kk < k; kk += kStep, a += a_step, b += kTileVecs * kWidth * kStep) {
     typename S::Reg columns[kVecs];
 #pragma GCC unroll 8
     for (int j = 0; j < kVecs; ++j) columns[j] = S::columns(b + j * kWidth * kStep);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const typename S::Reg row = S::broadcast(a_at + i * stride);
+      const typename S::Reg row = S::broadcast(a + i * a_stride);
 #pragma GCC unroll 8
       for (int j = 0; j < kVecs; ++j) sum[i][j] = S::fma_step(row, columns[j], sum[i][j]);
     }
-    b += kTileVecs * kWidth * kStep;
-  };
-  const int64_t whole = k / kStep * kStep;
-  for (int64_t kk = 0; kk < whole; kk += kStep, a += a_step) step(a, a_stride);
-  if (whole < k) {  // half a pair: the other half is zero on both sides
-    P tail[kRows * kStep] = {};
-    for (int i = 0; i < kRows; ++i) tail[i * kStep] = a[i * a_stride];
-    step(tail, kStep);
   }
 }
 

@@ -56,6 +56,13 @@ FASTTX_INLINE void transpose(Vec<float> (&block)[8]) {
 }
 #endif
 
+#if defined(__AVX512BF16__)
+// low 0, high 0, low 1, high 1, ...
+FASTTX_INLINE __m512i interleave(__m256i low, __m256i high) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+#endif
+
 // One vector of the packed operand: kWidth steps of a row, of which `left` values exist.
 template <class P>
 struct StepVector {
@@ -135,8 +142,7 @@ static void pack_rows(const T* from, int64_t row_stride, int64_t rows, int64_t w
         const bool paired = row + 1 < rows;
         const __m256i low = _mm256_maskz_loadu_epi16(mask, even);
         const __m256i high = _mm256_maskz_loadu_epi16(paired ? mask : 0, paired ? even + row_stride : even);
-        _mm512_storeu_si512(to + row * kCols, _mm512_or_si512(_mm512_cvtepu16_epi32(low),
-                                                              _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
+        _mm512_storeu_si512(to + row * kCols, interleave(low, high));
       }
 #endif
     }
@@ -163,8 +169,6 @@ FASTTX_INLINE void store_operand(Vec<float> value, bf16* to) {
 }
 // Two rows side by side, as steps of the transposed operand.
 FASTTX_INLINE void store_operand_pair(Vec<float> even, Vec<float> odd, bf16* to) {
-  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even.v));
-  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd.v));
-  _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  _mm512_storeu_si512(to, interleave((__m256i)_mm512_cvtneps_pbh(even.v), (__m256i)_mm512_cvtneps_pbh(odd.v)));
 }
 #endif
