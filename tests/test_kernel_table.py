@@ -120,11 +120,8 @@ def pack_b(isa, dtype, k=71, n=333):
 def gemm(isa, dtype, m=200, k=71, n=333, c_stride=340):
     """Rows in two blocks; the result's rows lie further apart than they are long."""
     x, weight = draw(m, k, dtype=dtype), draw(n, k, dtype=dtype)
-    kept = isa in ("avx512_bf16", "amx") and dtype == torch.bfloat16
-    a_stride = extension.packed_k(isa, index_of(dtype), k)
-    a = torch.nn.functional.pad(x if kept else x.to(accumulate(dtype)), (0, a_stride - k))
-    inputs = {"a": a, "b": packed_by_the_binding(isa, weight), "bias": draw(n, dtype=dtype)}
-    fields = {"m": m, "n": n, "k": k, "a_stride": a_stride, "a_in_blocks": False, "c_stride": c_stride}
+    inputs = {"a": x, "b": packed_by_the_binding(isa, weight), "bias": draw(n, dtype=dtype)}
+    fields = {"m": m, "n": n, "k": k, "a_row_stride": k, "a_k_stride": 1, "b_is_packed": True, "c_stride": c_stride}
     call = Call("gemm", "Gemm", isa, dtype, inputs, {"c": ((m, c_stride), dtype)}, **fields)
     call.x, call.weight, call.columns = x, weight, n
     return call
@@ -218,17 +215,9 @@ def attention_bwd(isa, dtype, batch=3, heads=2, queries=50, keys=70, width=24):
     return Call("attention_bwd", "AttentionBwd", isa, dtype, inputs, outputs, **fields)
 
 
-def pack_a(isa, dtype, m=900, k=21):
-    """A transposed operand, in blocks of rows."""
-    size = extension.packed_a_bytes(isa, index_of(dtype), m, k)
-    fields = {"m": m, "k": k, "row_stride": 1, "k_stride": m}
-    inputs, outputs = {"a": draw(k, m, dtype=dtype)}, {"packed": ((size,), torch.uint8)}
-    return Call("pack_a", "PackA", isa, dtype, inputs, outputs, **fields)
-
-
 KERNELS = (
     layer_norm, layer_norm_bwd, reduce_rows, column_sum, activation, without_bias, activation_bwd,
-    softmax_fwd, softmax_bwd, pack_a, pack_b, gemm, attention_fwd, attention_bwd,
+    softmax_fwd, softmax_bwd, pack_b, gemm, attention_fwd, attention_bwd,
 )  # fmt: skip
 every_kernel = pytest.mark.parametrize("make", KERNELS, ids=lambda make: make.__name__)
 
@@ -262,7 +251,7 @@ def test_a_range_writes_its_items_and_no_others(isa, dtype, make):
     outside, _ = call.run((0, 1), (3, items))
     for name, output in whole.items():
         ours, theirs = inside[name].values, outside[name].values
-        if make in (pack_a, pack_b):  # a byte may be 255 by itself
+        if make is pack_b:  # a byte may be 255 by itself
             both = torch.where(ours == 255, theirs, ours)
         else:
             written = ~ours.isnan()

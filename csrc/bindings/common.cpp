@@ -1,8 +1,6 @@
 #include "common.h"
 
 #include <cmath>
-#include <memory>
-#include <new>
 
 namespace fasttx::bindings {
 
@@ -61,21 +59,6 @@ Dropout make_dropout(double probability, const OptionalTensor& seed) {
 Activation make_activation(int64_t code) {
   STD_TORCH_CHECK(code >= 0 && code <= static_cast<int64_t>(Activation::gelu_tanh), "unknown activation ", code);
   return static_cast<Activation>(code);
-}
-
-void* thread_scratch(size_t bytes) {
-  struct Free {
-    void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  thread_local std::unique_ptr<void, Free> block;
-  thread_local size_t capacity = 0;
-  if (bytes > capacity) {
-    block.reset();
-    capacity = 0;
-    block.reset(::operator new(bytes, std::align_val_t(64)));
-    capacity = bytes;
-  }
-  return block.get();
 }
 
 }  // namespace fasttx::bindings

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../cpu/dispatch.h"
@@ -53,8 +54,27 @@ inline void* out_or_null(Tensor& tensor) { return tensor.numel() == 0 ? nullptr 
 Dropout make_dropout(double probability, const OptionalTensor& seed);
 Activation make_activation(int64_t code);
 
-// The calling thread's block for a kernel's private use, 64-byte aligned; valid until its next call on the same thread.
-void* thread_scratch(size_t bytes);
+// Memory for the inside of one call, 64-byte aligned. The thread that ends its life keeps it for the next one that fits, so
+// that repeated calls touch no fresh pages; what it keeps is bounded, and freed by release_workspaces.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes);
+  ~Workspace();
+  Workspace(Workspace&& other) noexcept : block_(std::exchange(other.block_, {})) {}
+  Workspace& operator=(Workspace&&) = delete;
+  void* data() const { return block_.data; }
+
+  struct Block {
+    void* data = nullptr;
+    size_t bytes = 0;
+  };
+
+ private:
+  Block block_;
+};
+// What all threads keep, in bytes; frees it.
+size_t workspace_bytes();
+void release_workspaces();
 
 template <class Args>
 void launch(const Kernel<Args>& kernel, const Args& args) {
@@ -62,7 +82,8 @@ void launch(const Kernel<Args>& kernel, const Args& args) {
   if (plan.items <= 0) return;
   if (!plan.uneven) {
     torch::stable::parallel_for(0, plan.items, plan.grain, [&](int64_t begin, int64_t end) {
-      kernel.run(args, thread_scratch(plan.scratch_bytes), begin, end);
+      const Workspace scratch(plan.scratch_bytes);
+      kernel.run(args, scratch.data(), begin, end);
     });
     return;
   }
@@ -70,9 +91,9 @@ void launch(const Kernel<Args>& kernel, const Args& args) {
   const int64_t workers = std::min<int64_t>(portions, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    void* scratch = thread_scratch(plan.scratch_bytes);
+    const Workspace scratch(plan.scratch_bytes);
     for (int64_t begin; (begin = next.fetch_add(plan.grain)) < plan.items;) {
-      kernel.run(args, scratch, begin, std::min(begin + plan.grain, plan.items));
+      kernel.run(args, scratch.data(), begin, std::min(begin + plan.grain, plan.items));
     }
   });
 }

@@ -48,21 +48,21 @@ std::tuple<Tensor, Tensor> feed_forward_fwd(const Tensor& input, const Tensor& w
   const Dropout dropout = make_dropout(dropout_p, seed);
   if (packed1.has_value()) check_packed(*packed1, s.dtype, s.in, s.hidden, "packed1");
   if (packed2.has_value()) check_packed(*packed2, s.dtype, s.hidden, s.out, "packed2");
-  const Tensor w1 = packed1.has_value() ? *packed1 : pack_right(s.dtype, as_matrix(weight1).transposed());
-  const Tensor w2 = packed2.has_value() ? *packed2 : pack_right(s.dtype, as_matrix(weight2).transposed());
+  const Right w1(s.dtype, as_matrix(weight1).transposed(), s.rows, packed1);
+  const Right w2(s.dtype, as_matrix(weight2).transposed(), s.rows, packed2);
 
   const Tensor x = dense(input);
   const OptionalTensor b1 = dense(bias1), b2 = dense(bias2);
   Tensor y = allocate(s.sizes(s.out), input.scalar_type());
   Tensor preact = store_preact ? allocate(s.sizes(s.hidden), input.scalar_type()) : nothing(input);
-  Tensor hidden = allocate({std::min(s.rows, kChunkRows), s.hidden}, input.scalar_type());
+  const Workspace hidden(std::min(s.rows, kChunkRows) * s.hidden * input.element_size());
   for (int64_t row = 0; row < s.rows; row += kChunkRows) {
     const int64_t rows = std::min(kChunkRows, s.rows - row);
-    multiply(s.dtype, {at_row(data(x), row, s.in, x), rows, s.in, s.in, 1}, w1, s.hidden,
+    multiply(s.dtype, {at_row(data(x), row, s.in, x), rows, s.in, s.in, 1}, w1,
              {.bias = data(b1), .activation = make_activation(activation),
-              .preact = at_row(out_or_null(preact), row, s.hidden, x), .c = out(hidden), .c_stride = s.hidden,
+              .preact = at_row(out_or_null(preact), row, s.hidden, x), .c = hidden.data(), .c_stride = s.hidden,
               .row_offset = row, .dropout = dropout});
-    multiply(s.dtype, as_rows(hidden, rows, s.hidden), w2, s.out,
+    multiply(s.dtype, {hidden.data(), rows, s.hidden, s.hidden, 1}, w2,
              {.bias = data(b2), .c = at_row(out(y), row, s.out, x), .c_stride = s.out});
   }
   return {y, preact};
@@ -84,22 +84,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_bwd(
   Tensor db1 = nothing(input);
   if (needs_input || needs_weight1 || needs_bias1 || needs_weight2) {
     // One pass gives the gradient before the activation and, where dw2 needs it, the activation over again.
-    Tensor dpreact = allocate({s.rows, s.hidden}, input.scalar_type());
-    Tensor hidden = needs_weight2 ? allocate({s.rows, s.hidden}, input.scalar_type()) : nothing(input);
-    multiply(s.dtype, dy, pack_right(s.dtype, as_matrix(weight2)), s.hidden,
+    const size_t bytes = s.rows * s.hidden * input.element_size();
+    const Workspace dpreact(bytes), hidden(needs_weight2 ? bytes : 0);
+    multiply(s.dtype, dy, Right(s.dtype, as_matrix(weight2), s.rows),
              {.activation = make_activation(activation), .grad_preact = data(dense_preact),
-              .recomputed = out_or_null(hidden), .c = out(dpreact), .c_stride = s.hidden,
+              .recomputed = hidden.data(), .c = dpreact.data(), .c_stride = s.hidden,
               .dropout = make_dropout(dropout_p, seed)});
-    const Matrix da = as_rows(dpreact, s.rows, s.hidden);
+    const Matrix da = {dpreact.data(), s.rows, s.hidden, s.hidden, 1};
     if (needs_weight2) {
-      multiply(s.dtype, dy.transposed(), pack_right(s.dtype, as_rows(hidden, s.rows, s.hidden)), s.hidden,
+      multiply(s.dtype, dy.transposed(), Right(s.dtype, {hidden.data(), s.rows, s.hidden, s.hidden, 1}, s.out),
                {.c = out(dw2), .c_stride = s.hidden});
     }
     if (needs_input) {
-      multiply(s.dtype, da, pack_right(s.dtype, as_matrix(weight1)), s.in, {.c = out(dx), .c_stride = s.in});
+      multiply(s.dtype, da, Right(s.dtype, as_matrix(weight1), s.rows), {.c = out(dx), .c_stride = s.in});
     }
     if (needs_weight1) {
-      multiply(s.dtype, da.transposed(), pack_right(s.dtype, x), s.in, {.c = out(dw1), .c_stride = s.in});
+      multiply(s.dtype, da.transposed(), Right(s.dtype, x, s.hidden), {.c = out(dw1), .c_stride = s.in});
     }
     if (needs_bias1) db1 = column_sums(s.dtype, da, input);
   }

@@ -63,6 +63,8 @@ PYBIND11_MODULE(_C, m) {
         "Uses this instruction set from now on; ValueError for one that this machine lacks.");
   m.def("fingerprint", &fingerprint, py::arg("address"), py::arg("bytes"),
         "A hash of a sample of the memory at this address.");
+  m.def("workspace_bytes", &workspace_bytes, "Bytes of the workspaces that threads keep for their next calls.");
+  m.def("release_workspaces", &release_workspaces, "Frees them.");
   m.attr("dtypes") = std::vector<std::string>{"float32", "bfloat16", "float16", "float64"};
   m.attr("compiler") = __VERSION__;
   m.attr("torch_target_version") = "2.10";

@@ -57,7 +57,8 @@ void kernel(py::module_& m, const char* name, Kernel<Args> (KernelTable::*entry)
             throw std::invalid_argument("begin and end must lie in order within the " + std::to_string(plan.items) +
                                         " items");
           }
-          k.run(args, thread_scratch(plan.scratch_bytes), begin, end);
+          const Workspace scratch(plan.scratch_bytes);
+          k.run(args, scratch.data(), begin, end);
           return plan.items;
         },
         py::arg("isa"), py::arg("dtype"), py::arg("args"), py::arg("begin") = 0, py::arg("end") = -1);
@@ -107,21 +108,13 @@ void define_softmax(py::module_& m) {
 }
 
 void define_products(py::module_& m) {
-  using A = PackA;
-  Fields<A>(m, "PackA").FIELD(A, a).FIELD(A, row_stride).FIELD(A, k_stride).FIELD(A, m).FIELD(A, k).FIELD(A, packed);
   using B = PackB;
   Fields<B>(m, "PackB").FIELD(B, b).FIELD(B, k_stride).FIELD(B, n_stride).FIELD(B, k).FIELD(B, n).FIELD(B, packed);
   using G = Gemm;
-  Fields<G>(m, "Gemm").FIELD(G, a).FIELD(G, b).FIELD(G, m).FIELD(G, n).FIELD(G, k).FIELD(G, a_stride)
-      .FIELD(G, a_in_blocks).FIELD(G, bias).FIELD(G, activation).FIELD(G, preact).FIELD(G, grad_preact)
-      .FIELD(G, recomputed).FIELD(G, c).FIELD(G, c_stride).FIELD(G, row_offset).FIELD(G, dropout);
-  m.def("packed_k", [](const std::string& isa, int dtype, int64_t k) {
-    return isa_named(isa).table->packed_k[dtype](k);
-  }, py::arg("isa"), py::arg("dtype"), py::arg("k"));
-  m.def("packed_a_bytes", [](const std::string& isa, int dtype, int64_t rows, int64_t k) {
-    return isa_named(isa).table->packed_a_bytes[dtype](rows, k);
-  }, py::arg("isa"), py::arg("dtype"), py::arg("rows"), py::arg("k"), "Bytes of a packed left operand.");
-  KERNEL(pack_a);
+  Fields<G>(m, "Gemm").FIELD(G, a).FIELD(G, a_row_stride).FIELD(G, a_k_stride).FIELD(G, b).FIELD(G, b_k_stride)
+      .FIELD(G, b_n_stride).FIELD(G, b_is_packed).FIELD(G, m).FIELD(G, n).FIELD(G, k).FIELD(G, threads).FIELD(G, bias)
+      .FIELD(G, activation).FIELD(G, preact).FIELD(G, grad_preact).FIELD(G, recomputed).FIELD(G, c).FIELD(G, c_stride)
+      .FIELD(G, row_offset).FIELD(G, dropout);
   KERNEL(pack_b);
   KERNEL(gemm);
 }

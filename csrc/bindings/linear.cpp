@@ -34,7 +34,7 @@ Tensor linear_fwd(const Tensor& input, const Tensor& weight, const OptionalTenso
   const Tensor x = dense(input);
   const OptionalTensor b = dense(bias);
   Tensor y = allocate(s.output, input.scalar_type());
-  multiply(s.dtype, as_rows(x, s.rows, s.in), packed.has_value() ? *packed : pack_weight(weight), s.out,
+  multiply(s.dtype, as_rows(x, s.rows, s.in), Right(s.dtype, as_matrix(weight).transposed(), s.rows, packed),
            {.bias = data(b), .c = out(y), .c_stride = s.out});
   return y;
 }
@@ -48,11 +48,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& 
 
   Tensor dx = needs_input ? allocate_like(input) : nothing(input);
   if (needs_input) {
-    multiply(s.dtype, dy, pack_right(s.dtype, as_matrix(weight)), s.in, {.c = out(dx), .c_stride = s.in});
+    multiply(s.dtype, dy, Right(s.dtype, as_matrix(weight), s.rows), {.c = out(dx), .c_stride = s.in});
   }
   Tensor dw = needs_weight ? allocate_like(weight) : nothing(input);
   if (needs_weight) {
-    multiply(s.dtype, dy.transposed(), pack_right(s.dtype, x), s.in, {.c = out(dw), .c_stride = s.in});
+    multiply(s.dtype, dy.transposed(), Right(s.dtype, x, s.out), {.c = out(dw), .c_stride = s.in});
   }
   return {dx, dw, needs_bias ? column_sums(s.dtype, dy, input) : nothing(input)};
 }

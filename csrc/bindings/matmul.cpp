@@ -3,14 +3,19 @@
 namespace fasttx::bindings {
 namespace {
 
-Tensor allocate_bytes(size_t bytes) { return allocate({static_cast<int64_t>(bytes)}, ScalarType::Byte); }
+// Rows from which on packing a whole operand first takes less time than packing it anew for every block of rows.
+constexpr int64_t kRowsWorthPacking = 512;
+
+void pack(int dtype, const Matrix& b, void* packed) {
+  launch(table().pack_b[dtype], PackB{b.data, b.row_stride, b.column_stride, b.rows, b.columns, packed});
+}
 
 }  // namespace
 
 Tensor pack_right(int dtype, const Matrix& b) {
-  const KernelTable& kernels = table();
-  Tensor packed = allocate_bytes(kernels.packed_b_bytes[dtype](b.rows, b.columns));
-  launch(kernels.pack_b[dtype], PackB{b.data, b.row_stride, b.column_stride, b.rows, b.columns, out(packed)});
+  const size_t bytes = table().packed_b_bytes[dtype](b.rows, b.columns);
+  Tensor packed = allocate({static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  pack(dtype, b, out(packed));
   return packed;
 }
 
@@ -20,24 +25,26 @@ void check_packed(const Tensor& packed, int dtype, int64_t k, int64_t n, const c
                   name, " was not packed for this weight and instruction set (", table().isa, ")");
 }
 
-void multiply(int dtype, const Matrix& a, const Tensor& right, int64_t columns, Gemm epilogue) {
-  const KernelTable& kernels = table();
+Right::Right(int dtype, const Matrix& b, int64_t rows, const OptionalTensor& packed) : b_(b), packed_(data(packed)) {
+  if (packed_ != nullptr || rows < kRowsWorthPacking) return;
+  workspace_.emplace(table().packed_b_bytes[dtype](b.rows, b.columns));
+  pack(dtype, b, workspace_->data());
+  packed_ = workspace_->data();
+}
+
+void multiply(int dtype, const Matrix& a, const Right& right, Gemm epilogue) {
+  epilogue.a = a.data;
+  epilogue.a_row_stride = a.row_stride;
+  epilogue.a_k_stride = a.column_stride;
+  epilogue.b_is_packed = right.packed_ != nullptr;
+  epilogue.b = epilogue.b_is_packed ? right.packed_ : right.b_.data;
+  epilogue.b_k_stride = right.b_.row_stride;
+  epilogue.b_n_stride = right.b_.column_stride;
   epilogue.m = a.rows;
-  epilogue.n = columns;
+  epilogue.n = right.b_.columns;
   epilogue.k = a.columns;
-  epilogue.b = data(right);
-  OptionalTensor copy;
-  if (a.column_stride == 1 && kernels.a_is_packed[dtype](a.columns)) {
-    epilogue.a = a.data;
-    epilogue.a_stride = a.row_stride;
-  } else {
-    copy = allocate_bytes(kernels.packed_a_bytes[dtype](a.rows, a.columns));
-    launch(kernels.pack_a[dtype], PackA{a.data, a.row_stride, a.column_stride, a.rows, a.columns, out(*copy)});
-    epilogue.a = data(*copy);
-    epilogue.a_stride = kernels.packed_k[dtype](a.columns);
-    epilogue.a_in_blocks = a.column_stride != 1;
-  }
-  launch(kernels.gemm[dtype], epilogue);
+  epilogue.threads = torch::stable::get_num_threads();
+  launch(table().gemm[dtype], epilogue);
 }
 
 Tensor column_sums(int dtype, const Matrix& x, const Tensor& like) {

@@ -26,8 +26,21 @@ Tensor pack_right(int dtype, const Matrix& b);
 // Throws unless `packed` is what pack_right returns for a (k, n) matrix.
 void check_packed(const Tensor& packed, int dtype, int64_t k, int64_t n, const char* name);
 
+// The right operand of a product with `rows` rows: packed before, packed here in a workspace where so many rows are worth
+// it, or read as it is, and packed piece by piece inside the product.
+class Right {
+ public:
+  Right(int dtype, const Matrix& b, int64_t rows, const OptionalTensor& packed = std::nullopt);
+
+ private:
+  friend void multiply(int dtype, const Matrix& a, const Right& right, Gemm epilogue);
+  Matrix b_;
+  const void* packed_;
+  std::optional<Workspace> workspace_;
+};
+
 // c = epilogue(a right): `epilogue` names the result, its stride and what is done to it; the operands are filled in here.
-void multiply(int dtype, const Matrix& a, const Tensor& right, int64_t columns, Gemm epilogue);
+void multiply(int dtype, const Matrix& a, const Right& right, Gemm epilogue);
 
 // The sum of every column of a (rows, width) matrix, as a tensor of `like`'s dtype.
 Tensor column_sums(int dtype, const Matrix& x, const Tensor& like);

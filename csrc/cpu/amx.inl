@@ -57,10 +57,10 @@ class AmxTiles {
 };
 
 // out = a panel, or out + a panel, for one or two tiles of rows and of columns.
-template <bool kLower, bool kRight>
+template <int kPanelCols, bool kLower, bool kRight>
 static FASTTX_INLINE void amx_block(const bf16* a, int64_t a_stride, int64_t a_step, const bf16* panel, int64_t k,
                                     bool add, float* out, int64_t out_stride) {
-  constexpr int64_t kPanelStride = kTileCols<bf16> * 2 * sizeof(bf16);
+  constexpr int64_t kPanelStride = kPanelCols * 2 * sizeof(bf16);
   const int64_t a_bytes = a_stride * sizeof(bf16), out_bytes = out_stride * sizeof(float);
   const int64_t lower_a = kAmxRows * a_stride;
   float* lower = out + kAmxRows * out_stride;
@@ -75,7 +75,7 @@ static FASTTX_INLINE void amx_block(const bf16* a, int64_t a_stride, int64_t a_s
     if constexpr (kLower) amx_zero<2>();
     if constexpr (kLower && kRight) amx_zero<3>();
   }
-  for (int64_t kk = 0; kk < k; kk += kAmxK, a += a_step, panel += kAmxK * kTileCols<bf16>) {
+  for (int64_t kk = 0; kk < k; kk += kAmxK, a += a_step, panel += kAmxK * kPanelCols) {
     amx_load<6>(panel, kPanelStride);
     amx_load<4>(a, a_bytes);
     if constexpr (kRight) amx_load<7>(panel + 2 * kAmxCols, kPanelStride);
@@ -91,9 +91,10 @@ static FASTTX_INLINE void amx_block(const bf16* a, int64_t a_stride, int64_t a_s
   if constexpr (kLower && kRight) amx_store<3>(lower + kAmxCols, out_bytes);
 }
 
-// out (rows, columns up to a whole vector) = a panel, or out + a panel, over one panel of at most kTileCols columns. `k`
+// out (rows, columns up to a whole vector) = a panel, or out + a panel, over one panel of kPanelCols columns. `k`
 // is a multiple of kAmxK, with zeros where the operands are shorter. Row i of `a` starts at a + i * a_stride, and its next
 // kAmxK values lie `a_step` further on.
+template <int kPanelCols>
 static inline void amx_product(AmxTiles& tiles, const bf16* a, int64_t a_stride, int64_t a_step, const bf16* panel,
                                int64_t k, int64_t rows, int64_t columns, bool add, float* out, int64_t out_stride) {
   for (int64_t row = 0; row < rows; row += 2 * kAmxRows) {
@@ -106,13 +107,13 @@ static inline void amx_product(AmxTiles& tiles, const bf16* a, int64_t a_stride,
       float* to = out + row * out_stride + column;
       const bool right = columns - column > kAmxCols;
       if (lower > 0 && right) {
-        amx_block<true, true>(left, a_stride, a_step, from, k, add, to, out_stride);
+        amx_block<kPanelCols, true, true>(left, a_stride, a_step, from, k, add, to, out_stride);
       } else if (lower > 0) {
-        amx_block<true, false>(left, a_stride, a_step, from, k, add, to, out_stride);
+        amx_block<kPanelCols, true, false>(left, a_stride, a_step, from, k, add, to, out_stride);
       } else if (right) {
-        amx_block<false, true>(left, a_stride, a_step, from, k, add, to, out_stride);
+        amx_block<kPanelCols, false, true>(left, a_stride, a_step, from, k, add, to, out_stride);
       } else {
-        amx_block<false, false>(left, a_stride, a_step, from, k, add, to, out_stride);
+        amx_block<kPanelCols, false, false>(left, a_stride, a_step, from, k, add, to, out_stride);
       }
     }
   }

@@ -95,18 +95,6 @@ __attribute__((noinline)) static void multiply(const Product<P>& g, int64_t rows
   }
 }
 
-// Hands out pieces of the scratch, from a null base to find how much is needed.
-struct ScratchPieces {
-  char* base;
-  size_t used = 0;
-  template <class X>
-  X* take(int64_t count) {
-    X* piece = reinterpret_cast<X*>(reinterpret_cast<uintptr_t>(base) + used);
-    used += round_up(sizeof(X) * count, 64);
-    return piece;
-  }
-};
-
 // One sequence of the batch: its length, where its rows lie on the token axis, and where its lse is.
 struct Sequence {
   int64_t batch, queries, keys, first_query, first_key;

@@ -27,10 +27,7 @@
 
 inline constexpr KernelTable kTable = {
     .isa = FASTTX_STRING(FASTTX_ISA),
-    .packed_k = FASTTX_FUNCTION(packed_k),
-    .packed_a_bytes = FASTTX_FUNCTION(packed_a_bytes),
     .packed_b_bytes = FASTTX_FUNCTION(packed_b_bytes),
-    .a_is_packed = FASTTX_FUNCTION(a_is_packed),
     .attention_packed_bytes = FASTTX_FUNCTION(attention_packed_bytes),
     .layer_norm_fwd = FASTTX_KERNEL(LayerNormFwdKernel),
     .layer_norm_bwd = FASTTX_KERNEL(LayerNormBwdKernel),
@@ -40,7 +37,6 @@ inline constexpr KernelTable kTable = {
     .activation_bwd = FASTTX_KERNEL(ActivationBwdKernel),
     .softmax_fwd = FASTTX_KERNEL(SoftmaxFwdKernel),
     .softmax_bwd = FASTTX_KERNEL(SoftmaxBwdKernel),
-    .pack_a = FASTTX_KERNEL(PackAKernel),
     .pack_b = FASTTX_KERNEL(PackBKernel),
     .gemm = FASTTX_KERNEL(GemmKernel),
     .attention_pack = FASTTX_KERNEL(AttentionPackKernel),

@@ -177,14 +177,6 @@ struct AttentionBwd {
   void *dq, *dk, *dv;  // T
 };
 
-// Copies a (m, k) matrix, given by its strides, to the packed operand type: to rows with unit stride along k where it has
-// that itself (k_stride 1), else in the blocks of rows that Gemm works on, each [step of k][row][value of the step].
-struct PackA {
-  const void* a;  // T
-  int64_t row_stride, k_stride, m, k;
-  void* packed;  // P (m, k rounded up to the packing step), and up to a block of rows more
-};
-
 // Copies a (k, n) matrix, given by its strides, to panels of the tile's width: [panel][k][column], zero-padded.
 struct PackB {
   const void* b;  // T
@@ -194,10 +186,13 @@ struct PackB {
 
 // c = epilogue(a b): bias, stored pre-activation, activation, dropout; or, backward, times activation'(preact).
 struct Gemm {
-  const void* a;  // P (m, k): rows `a_stride` apart with unit stride along k; or, a_in_blocks, from PackA
-  const void* b;  // P, from PackB
-  int64_t m, n, k, a_stride;
-  bool a_in_blocks;
+  const void* a;  // T (m, k), by its strides
+  int64_t a_row_stride, a_k_stride;
+  const void* b;  // P, from PackB; or, not b_is_packed, T (k, n) by its strides
+  int64_t b_k_stride, b_n_stride;
+  bool b_is_packed;
+  int64_t m, n, k;
+  int64_t threads;  // how many will share the work: decides how it is cut, and nothing else
   const void* bias;  // T (n) or null
   Activation activation;
   void* preact;             // T (m, n) or null: a b + bias
@@ -213,13 +208,7 @@ constexpr int kDTypes = 4;  // in the order of DType
 
 struct KernelTable {
   const char* isa;
-  // k as a packed operand holds it: rounded up to the packing step; the row stride of an A packed by rows.
-  int64_t (*packed_k[kDTypes])(int64_t k);
-  // Bytes of the packed forms.
-  size_t (*packed_a_bytes[kDTypes])(int64_t m, int64_t k);
   size_t (*packed_b_bytes[kDTypes])(int64_t k, int64_t n);
-  // Whether a matrix with unit stride along k is a packed A as it is: T is the packed type, and k a whole number of steps.
-  bool (*a_is_packed[kDTypes])(int64_t k);
   size_t (*attention_packed_bytes[kDTypes])(const AttentionShape&, int64_t width);
 
   Kernel<LayerNormFwd> layer_norm_fwd[kDTypes];
@@ -230,7 +219,6 @@ struct KernelTable {
   Kernel<ActivationBwd> activation_bwd[kDTypes];
   Kernel<SoftmaxFwd> softmax_fwd[kDTypes];
   Kernel<SoftmaxBwd> softmax_bwd[kDTypes];
-  Kernel<PackA> pack_a[kDTypes];
   Kernel<PackB> pack_b[kDTypes];
   Kernel<Gemm> gemm[kDTypes];
   Kernel<AttentionPack> attention_pack[kDTypes];

@@ -1,8 +1,10 @@
 // The register tile that every matrix product is made of: linear layers, and the products of attention.
 //
-// A tile of kTileRows x kTileCols sums stays in registers while k runs. B is packed in panels [panel][k][kTileCols], so
-// that its loads are consecutive; A is read in place by broadcast. Every sum runs over k in order, whatever the tile's
-// place or height: a row's result does not depend on the rows beside it.
+// A tile of sums stays in registers while k runs. B is packed in panels [panel][k][columns], so that its loads are
+// consecutive; A is read by broadcast. Every sum runs over k in order, whatever the tile's place or height: a row's result
+// does not depend on the rows beside it. Attention's tiles are kTileRows x kTileCols, wide and low, as its left operands
+// are read in place; those of linear layers, whose left operands are packed, are kGemmRows x kGemmCols, which needs half
+// the panel in cache.
 
 // A packed operand of storage T holds P = Packed<T>::type. A panel has steps of kStep values along k, rows of the left
 // operand have steps of kLeftStep; both are filled up with zeros to a whole kLeftStep.
@@ -34,14 +36,19 @@ constexpr bool kUsesAmx = false;
 #endif
 
 constexpr int kTileRows = 6;
+constexpr int kGemmVecs = 2;
 #if defined(__AVX512F__)
-constexpr int kTileVecs = 4;  // 24 sums, 4 columns of B and one broadcast: 29 of 32 registers
+constexpr int kTileVecs = 4;   // 24 sums, 4 columns of B and one broadcast: 29 of 32 registers
+constexpr int kGemmRows = 14;  // 28 sums, 2 columns of B and one broadcast: 31
 #else
 constexpr int kTileVecs = 2;  // 12 sums, 2 columns of B and one broadcast: 15 of 16 registers
+constexpr int kGemmRows = kTileRows;
 #endif
 
 template <class T>
 constexpr int kTileCols = kTileVecs * Vec<accum_t<T>>::kWidth;
+template <class T>
+constexpr int kGemmCols = kGemmVecs * Vec<accum_t<T>>::kWidth;
 
 static inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -49,6 +56,18 @@ static inline int64_t round_up(int64_t n, int64_t multiple) {
 static inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 static inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Hands out pieces of the scratch, from a null base to find how much is needed.
+struct ScratchPieces {
+  char* base;
+  size_t used = 0;
+  template <class X>
+  X* take(int64_t count) {
+    X* piece = reinterpret_cast<X*>(reinterpret_cast<uintptr_t>(base) + used);
+    used += round_up(sizeof(X) * count, 64);
+    return piece;
+  }
+};
 
 // One step of the tile: a's `kStep` values broadcast, times kStep rows of one vector of columns.
 template <class P>
@@ -76,19 +95,19 @@ struct Step<bf16> {
 };
 #endif
 
-// sum[i][j] += a[i][0:k] . b[0:k][j], for kRows rows of A and the first kVecs vectors of one panel of B; k is a whole number
-// of steps. Row i of A starts at a + i * a_stride, and its next step lies `a_step` further on.
-template <class T, int kRows, int kVecs, class P = typename Packed<T>::type>
-static inline void multiply_tile(const P* a, int64_t a_stride, const P* b, int64_t k,
-                                 Vec<accum_t<T>> (&sum)[kRows][kVecs], int64_t a_step = Packed<T>::kStep) {
+// sum[i][j] += a[i][0:k] . b[0:k][j], for kRows rows of A and the first kVecs of a panel's kPanelVecs vectors; k is a whole
+// number of steps. Row i of A starts at a + i * a_stride, and its next step lies `a_step` further on.
+template <class T, int kRows, int kPanelVecs = kTileVecs, int kVecs, class P = typename Packed<T>::type>
+static FASTTX_INLINE void multiply_tile(const P* a, int64_t a_stride, const P* b, int64_t k,
+                                        Vec<accum_t<T>> (&sum)[kRows][kVecs], int64_t a_step = Packed<T>::kStep) {
   using S = Step<P>;
   constexpr int kStep = Packed<T>::kStep;
   constexpr int kWidth = Vec<accum_t<T>>::kWidth;
-  for (int64_t kk = 0; kk < k; kk += kStep, a += a_step, b += kTileVecs * kWidth * kStep) {
+  for (int64_t kk = 0; kk < k; kk += kStep, a += a_step, b += kPanelVecs * kWidth * kStep) {
     typename S::Reg columns[kVecs];
 #pragma GCC unroll 8
     for (int j = 0; j < kVecs; ++j) columns[j] = S::columns(b + j * kWidth * kStep);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const typename S::Reg row = S::broadcast(a + i * a_stride);
 #pragma GCC unroll 8
@@ -97,19 +116,18 @@ static inline void multiply_tile(const P* a, int64_t a_stride, const P* b, int64
   }
 }
 
-// Calls f.template operator()<kRows>() for 1 <= rows <= kTileRows.
-template <class F>
-static inline void with_rows(int64_t rows, const F& f) {
-  static_assert(kTileRows == 6);
-  switch (rows) {
-    case 6: return f.template operator()<6>();
-    case 5: return f.template operator()<5>();
-    case 4: return f.template operator()<4>();
-    case 3: return f.template operator()<3>();
-    case 2: return f.template operator()<2>();
-    case 1: return f.template operator()<1>();
-    default: return;
+// Calls f.template operator()<n>() for 1 <= n <= kMost.
+template <int kMost, class F>
+static FASTTX_INLINE void with_count(int64_t n, const F& f) {
+  if (n == kMost) {
+    f.template operator()<kMost>();
+  } else if constexpr (kMost > 1) {
+    with_count<kMost - 1>(n, f);
   }
+}
+template <class F>
+static FASTTX_INLINE void with_rows(int64_t rows, const F& f) {
+  with_count<kTileRows>(rows, f);
 }
 
 // Copies one vector's worth of T to P: widened, or as it is where the packed operand keeps T.

@@ -85,12 +85,12 @@ struct StepVector<bf16> {
 };
 #endif
 
-// panel = from^T for `rows` <= kTileCols rows of `width` values, as the tile's right operand. Zero up to the next whole
-// vector of columns.
-template <class P, class T>
+// panel = from^T for `rows` <= kCols rows of `width` values, as the tile's right operand. Zero up to the next whole vector
+// of columns.
+template <class P, int kCols = kTileCols<P>, class T>
 static void pack_transposed(const T* from, int64_t row_stride, int64_t rows, int64_t width, P* panel) {
   using V = Vec<accum_t<P>>;
-  constexpr int kStep = Packed<P>::kStep, kCols = kTileCols<P>, kWidth = V::kWidth;
+  constexpr int kStep = Packed<P>::kStep, kWidth = V::kWidth;
   const int64_t steps = ceil_div(width, kStep);
   if constexpr (kWidth == 1 || sizeof(accum_t<P>) == 8) {
     const int64_t columns = round_up(rows, kWidth);
@@ -122,12 +122,12 @@ static void pack_transposed(const T* from, int64_t row_stride, int64_t rows, int
   }
 }
 
-// panels[p] = columns [p kTileCols, (p + 1) kTileCols) of `from`, as the tile's right operand, each panel `pitch`
+// panels[p] = columns [p kCols, (p + 1) kCols) of `from`, as the tile's right operand, each panel `pitch`
 // values after the one before. Zero up to the next whole vector of columns, and in the last step of odd rows.
-template <class P, class T>
+template <class P, int kCols = kTileCols<P>, class T>
 static void pack_rows(const T* from, int64_t row_stride, int64_t rows, int64_t width, P* panels, int64_t pitch) {
   using V = Vec<accum_t<P>>;
-  constexpr int kCols = kTileCols<P>, kWidth = V::kWidth;
+  constexpr int kWidth = V::kWidth;
   for (int64_t column = 0; column < width; column += kWidth) {
     const int lanes = static_cast<int>(min_of(kWidth, width - column));
     P* to = panels + column / kCols * pitch + column % kCols * Packed<P>::kStep;
