@@ -56,10 +56,11 @@ class AmxTiles {
   int upper_ = 0, lower_ = 0;
 };
 
-// out = a panel, or out + a panel, for one or two tiles of rows and of columns.
-template <int kPanelCols, bool kLower, bool kRight>
+// out = a panel, or out + a panel, for one or two tiles of rows and of columns. Calls meanwhile() once a step: tile
+// instructions are few and take long, so that the vector unit has time for other work.
+template <int kPanelCols, bool kLower, bool kRight, class F>
 static FASTTX_INLINE void amx_block(const bf16* a, int64_t a_stride, int64_t a_step, const bf16* panel, int64_t k,
-                                    bool add, float* out, int64_t out_stride) {
+                                    bool add, float* out, int64_t out_stride, const F& meanwhile) {
   constexpr int64_t kPanelStride = kPanelCols * 2 * sizeof(bf16);
   const int64_t a_bytes = a_stride * sizeof(bf16), out_bytes = out_stride * sizeof(float);
   const int64_t lower_a = kAmxRows * a_stride;
@@ -84,6 +85,7 @@ static FASTTX_INLINE void amx_block(const bf16* a, int64_t a_stride, int64_t a_s
     if constexpr (kRight) amx_multiply<1, 4, 7>();
     if constexpr (kLower) amx_multiply<2, 5, 6>();
     if constexpr (kLower && kRight) amx_multiply<3, 5, 7>();
+    meanwhile();
   }
   amx_store<0>(out, out_bytes);
   if constexpr (kRight) amx_store<1>(out + kAmxCols, out_bytes);
@@ -91,32 +93,34 @@ static FASTTX_INLINE void amx_block(const bf16* a, int64_t a_stride, int64_t a_s
   if constexpr (kLower && kRight) amx_store<3>(lower + kAmxCols, out_bytes);
 }
 
-// out (rows, columns up to a whole vector) = a panel, or out + a panel, over one panel of kPanelCols columns. `k`
-// is a multiple of kAmxK, with zeros where the operands are shorter. Row i of `a` starts at a + i * a_stride, and its next
-// kAmxK values lie `a_step` further on.
-template <int kPanelCols>
+// out (rows, columns up to a whole vector) = a panel, or out + a panel, over one panel of kPanelCols columns. `k` is a
+// multiple of kAmxK, with zeros where the operands are shorter. Row i of `a` starts at a + i * a_stride, and its next
+// kAmxK values lie `a_step` further on. meanwhile() is called again and again.
+template <int kPanelCols, class F>
 static inline void amx_product(AmxTiles& tiles, const bf16* a, int64_t a_stride, int64_t a_step, const bf16* panel,
-                               int64_t k, int64_t rows, int64_t columns, bool add, float* out, int64_t out_stride) {
+                               int64_t k, int64_t rows, int64_t columns, bool add, float* out, int64_t out_stride,
+                               const F& meanwhile) {
   for (int64_t row = 0; row < rows; row += 2 * kAmxRows) {
     const int upper = static_cast<int>(min_of(kAmxRows, rows - row));
     const int lower = static_cast<int>(max_of(0, min_of(kAmxRows, rows - row - kAmxRows)));
     tiles.set_rows(upper, lower == 0 ? kAmxRows : lower);
     for (int64_t column = 0; column < columns; column += 2 * kAmxCols) {
-      const bf16* from = panel + 2 * column;
-      const bf16* left = a + row * a_stride;
-      float* to = out + row * out_stride + column;
-      const bool right = columns - column > kAmxCols;
-      if (lower > 0 && right) {
-        amx_block<kPanelCols, true, true>(left, a_stride, a_step, from, k, add, to, out_stride);
-      } else if (lower > 0) {
-        amx_block<kPanelCols, true, false>(left, a_stride, a_step, from, k, add, to, out_stride);
-      } else if (right) {
-        amx_block<kPanelCols, false, true>(left, a_stride, a_step, from, k, add, to, out_stride);
+      const auto block = [&]<bool kLower, bool kRight>() {
+        amx_block<kPanelCols, kLower, kRight>(a + row * a_stride, a_stride, a_step, panel + 2 * column, k, add,
+                                              out + row * out_stride + column, out_stride, meanwhile);
+      };
+      if (columns - column > kAmxCols) {
+        lower > 0 ? block.template operator()<true, true>() : block.template operator()<false, true>();
       } else {
-        amx_block<kPanelCols, false, false>(left, a_stride, a_step, from, k, add, to, out_stride);
+        lower > 0 ? block.template operator()<true, false>() : block.template operator()<false, false>();
       }
     }
   }
+}
+template <int kPanelCols>
+static inline void amx_product(AmxTiles& tiles, const bf16* a, int64_t a_stride, int64_t a_step, const bf16* panel,
+                               int64_t k, int64_t rows, int64_t columns, bool add, float* out, int64_t out_stride) {
+  amx_product<kPanelCols>(tiles, a, a_stride, a_step, panel, k, rows, columns, add, out, out_stride, [] {});
 }
 #endif
 

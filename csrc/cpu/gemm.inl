@@ -3,9 +3,6 @@
 // An item takes its operands a stretch of k after the other: it packs that part of its rows, which stay in L2 while the
 // panels pass, and each panel's part, where it does not come packed, stays in L1 while the rows pass.
 
-// Values of k that are taken together: as much of a panel as fills most of L1, 32 KiB in float32.
-template <class T>
-constexpr int64_t kBlockK = kUsesAmx<T> ? 512 : 256;
 // Values of k that are summed in registers, before that sum is added to those before it: the rounding error of a sum
 // grows with the length of its chain, and PyTorch's products have short ones.
 constexpr int64_t kChainK = Vec<float>::kWidth == 1 ? 32 : 64;  // shorter where every term rounds twice
@@ -62,10 +59,12 @@ struct GemmKernel {
       const int64_t even = ceil_div(g.m, max_of(1, ceil_div(g.m, kMostRows)));
       tile_rows = kUsesAmx<T> ? kLeftRows<T> : ceil_div(even, max_of(1, ceil_div(even, kLeftRows<T>)));
       rows = round_up(even, max_of(1, tile_rows));
-      // The more panels an item has, the less often its rows are packed; but there is to be work for every thread.
-      const int64_t blocks = ceil_div(g.m, max_of(1, rows));
-      group = max_of(1, min_of(kMostPanels, panels * blocks / (4 * max_of(1, g.threads))));
-      group = max_of(1, ceil_div(panels, ceil_div(panels, group)));
+      // The more panels an item has, the less often its rows are packed; but the threads are to end together.
+      const int64_t blocks = ceil_div(g.m, max_of(1, rows)), threads = max_of(1, g.threads);
+      for (group = max_of(1, min_of(kMostPanels, panels)); group > 1; --group) {
+        const int64_t items = blocks * ceil_div(panels, group);
+        if (ceil_div(items, threads) * threads * group * 15 <= blocks * panels * 16) break;
+      }
     }
     int64_t groups() const { return ceil_div(panels, group); }
     int64_t sums_stride() const { return group * kCols; }
@@ -99,6 +98,7 @@ struct GemmKernel {
     const Scratch scratch(g, blocks, base);
     const int64_t stride = blocks.sums_stride();
     ProductUnit<T> unit;
+    Unfinished unfinished{};
     for (int64_t item = begin; item < end; ++item) {
       const int64_t panel0 = item % blocks.groups() * blocks.group, row0 = item / blocks.groups() * blocks.rows;
       const int64_t panels = min_of(blocks.group, blocks.panels - panel0), rows = min_of(blocks.rows, g.m - row0);
@@ -106,57 +106,81 @@ struct GemmKernel {
       do {
         const int64_t depth = min_of(g.k - k, kBlockK<T>);
         const bool last = k + depth == g.k;
-        pack_rows(g, row0, rows, k, depth, blocks.tile_rows, scratch.left);
+        const Left left = left_of(g, row0, rows, k, depth, blocks.tile_rows, scratch.left);
         for (int64_t j = 0; j < panels; ++j) {
-          const P* panel = panel_of(g, panel0 + j, k, depth, scratch.panel);
+          const P* panel = panel_of(g, blocks, panel0 + j, k, depth, scratch.panel);
           A* sums = scratch.sums + j * kCols;
           for (int64_t r = 0; r < rows; r += blocks.tile_rows) {
             const int64_t height = min_of(blocks.tile_rows, rows - r);
-            multiply(unit, scratch.left + r * packed_k<T>(depth), height, panel, packed_k<T>(depth), k > 0,
-                     sums + r * stride, stride);
-            if (last) finish(g, row0 + r, height, (panel0 + j) * kCols, sums + r * stride, stride);
+            multiply(unit, left, r, height, panel, packed_k<T>(depth), k > 0, sums + r * stride, stride, g, unfinished);
+            if (last) unfinished = {row0 + r, height, (panel0 + j) * kCols, sums + r * stride};
           }
         }
         k += depth;
       } while (k < g.k);
+      finish(g, unfinished, blocks.rows, stride);
     }
   }
 
-  static void finish(const Gemm& g, int64_t row, int64_t rows, int64_t column, const A* sums, int64_t stride) {
+  // Rows of a tile whose epilogue is still to be done: while the next tile is computed, on AMX, else at once.
+  struct Unfinished {
+    int64_t row, rows, column;
+    const A* sums;
+  };
+  static void finish(const Gemm& g, Unfinished& tile, int64_t most_rows, int64_t stride) {
+    const int64_t rows = min_of(most_rows, tile.rows);
+    if (rows == 0) return;
     with_activation(g.activation, [&]<Activation kActivation>() {
-      finish_tile<T, kActivation>(g, row, rows, column, sums, stride);
+      finish_tile<T, kActivation>(g, tile.row, rows, tile.column, tile.sums, stride);
     });
+    tile = {tile.row + rows, tile.rows - rows, tile.column, tile.sums + rows * stride};
   }
 
-  static void pack_rows(const Gemm& g, int64_t row0, int64_t rows, int64_t k, int64_t depth, int64_t tile_rows, P* left) {
+  // A stretch of k of an item's rows: packed in tiles one after the other, or where they are, `stride` apart.
+  struct Left {
+    const P* data;
+    int64_t stride;  // 0 where packed
+  };
+  static Left left_of(const Gemm& g, int64_t row0, int64_t rows, int64_t k, int64_t depth, int64_t tile_rows,
+                      P* buffer) {
     const T* from = static_cast<const T*>(g.a) + row0 * g.a_row_stride + k * g.a_k_stride;
+    // AMX reads rows by their stride at no loss.
+    if constexpr (kUsesAmx<T>)
+      if (g.a_k_stride == 1 && depth == packed_k<T>(depth)) return {from, g.a_row_stride};
     for (int64_t r = 0; r < rows; r += tile_rows)
       PackLeft<T>::run(from + r * g.a_row_stride, g.a_row_stride, g.a_k_stride, min_of(tile_rows, rows - r), depth,
-                       left + r * packed_k<T>(depth));
+                       buffer + r * packed_k<T>(depth));
+    return {buffer, 0};
   }
 
-  // The part of a panel from k on.
-  static const P* panel_of(const Gemm& g, int64_t panel, int64_t k, int64_t depth, P* buffer) {
-    if (g.b_is_packed) return static_cast<const P*>(g.b) + (panel * packed_k<T>(g.k) + k) * kCols;
+  // A stretch of k of a panel.
+  static const P* panel_of(const Gemm& g, const Blocks& blocks, int64_t panel, int64_t k, int64_t depth, P* buffer) {
+    if (g.b_is_packed) return static_cast<const P*>(g.b) + panel_offset<T>(blocks.panels, panel, k, depth);
     const int64_t column = panel * kCols;
     pack_panel(static_cast<const T*>(g.b) + k * g.b_k_stride + column * g.b_n_stride, g.b_k_stride, g.b_n_stride, depth,
                min_of(kCols, g.n - column), buffer);
     return buffer;
   }
 
-  // sums = left panel, or sums + left panel, for one tile; `depth` is a whole number of steps.
-  static void multiply([[maybe_unused]] ProductUnit<T>& unit, const P* left, int64_t rows, const P* panel, int64_t depth,
-                       bool add, A* sums, int64_t stride) {
+  // sums = left panel, or sums + left panel, for one tile of `rows` rows from r on.
+  static void multiply([[maybe_unused]] ProductUnit<T>& unit, const Left& left, int64_t r, int64_t rows, const P* panel,
+                       int64_t depth, bool add, A* sums, int64_t stride, const Gemm& g, Unfinished& before) {
 #if defined(__AMX_BF16__)
     if constexpr (kUsesAmx<T>) {
-      amx_product<kCols>(unit, left, kAmxK, rows * kAmxK, panel, depth, rows, kCols, add, sums, stride);
+      const bool packed = left.stride == 0;
+      amx_product<kCols>(unit, left.data + r * (packed ? depth : left.stride), packed ? kAmxK : left.stride,
+                         packed ? rows * kAmxK : kAmxK, panel, depth, rows, kCols, add, sums, stride,
+                         [&, share = ceil_div(before.rows * kAmxK, depth)] { finish(g, before, share, stride); });
+      finish(g, before, before.rows, stride);
       return;
     }
 #endif
+    finish(g, before, before.rows, stride);
     with_count<kGemmRows>(rows, [&]<int kRows>() {
+      const P* tile = left.data + r * depth;
       int64_t k = 0;
       do {
-        add_chain<kRows>(left + k * kRows, panel + k * kCols, min_of(depth - k, kChainK), add || k > 0, sums, stride);
+        add_chain<kRows>(tile + k * kRows, panel + k * kCols, min_of(depth - k, kChainK), add || k > 0, sums, stride);
         k += kChainK;
       } while (k < depth);
     });

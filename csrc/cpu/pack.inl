@@ -6,6 +6,9 @@ static inline int64_t packed_k(int64_t k) {
   return round_up(k, Packed<T>::kLeftStep);
 }
 
+// Values of k that are taken together: as much of a panel as fills most of L1, 32 KiB in float32.
+template <class T>
+constexpr int64_t kBlockK = kUsesAmx<T> ? 512 : 256;
 // Rows of the left operand that are packed together as [step][row][kLeftStep].
 template <class T>
 constexpr int kLeftRows = kUsesAmx<T> ? 32 : kGemmRows;
@@ -110,6 +113,13 @@ static inline void pack_panel(const T* b, int64_t k_stride, int64_t n_stride, in
   }
 }
 
+// Where the part from k on, `depth` values deep, of a panel is among the packed ones: [block of k][panel][step][column], as
+// the product passes over them, so that the processor fetches ahead.
+template <class T>
+static inline int64_t panel_offset(int64_t panels, int64_t panel, int64_t k, int64_t depth) {
+  return (k * panels + panel * packed_k<T>(depth)) * kGemmCols<T>;
+}
+
 template <class T>
 static size_t packed_b_bytes(int64_t k, int64_t n) {
   return sizeof(typename Packed<T>::type) * packed_k<T>(k) * round_up(n, kGemmCols<T>);
@@ -122,12 +132,15 @@ struct PackBKernel {
     return {ceil_div(g.n, kGemmCols<T>), max_of(1, 32768 / (kGemmCols<T> * max_of(g.k, 1))), 0, false};
   }
   static void run(const PackB& g, void*, int64_t begin, int64_t end) {
-    using P = typename Packed<T>::type;
-    const int64_t panel_size = packed_k<T>(g.k) * kGemmCols<T>;
+    const int64_t panels = ceil_div(g.n, kGemmCols<T>);
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t column = panel * kGemmCols<T>;
-      pack_panel(static_cast<const T*>(g.b) + column * g.n_stride, g.k_stride, g.n_stride, g.k,
-                 min_of(kGemmCols<T>, g.n - column), static_cast<P*>(g.packed) + panel * panel_size);
+      for (int64_t k = 0; k < g.k; k += kBlockK<T>) {
+        const int64_t depth = min_of(g.k - k, kBlockK<T>);
+        pack_panel(static_cast<const T*>(g.b) + column * g.n_stride + k * g.k_stride, g.k_stride, g.n_stride, depth,
+                   min_of(kGemmCols<T>, g.n - column),
+                   static_cast<typename Packed<T>::type*>(g.packed) + panel_offset<T>(panels, panel, k, depth));
+      }
     }
   }
 };
