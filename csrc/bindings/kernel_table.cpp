@@ -143,6 +143,30 @@ void define_attention(py::module_& m) {
   KERNEL(attention_bwd);
 }
 
+// Runs on all of torch's threads, unlike the run_ functions: these are for measuring what the machine can do.
+void define_limits(py::module_& m) {
+  const auto entry = [](const std::string& isa, int dtype) {
+    if (dtype < 0 || dtype >= kDTypes) throw std::invalid_argument("dtype must be an index of `dtypes`");
+    return isa_named(isa).table;
+  };
+  m.def("peak", [entry](const std::string& isa, int dtype, int64_t steps) {
+    const KernelTable* table = entry(isa, dtype);
+    const int64_t threads = torch::stable::get_num_threads();
+    std::vector<double> out(threads);
+    launch(table->peak[dtype], Peak{threads, steps, out.data()});
+    return table->peak_step_flops[dtype] * steps * threads;
+  }, py::arg("isa"), py::arg("dtype"), py::arg("steps"),
+        "Multiply-adds on registers, `steps` loops on every thread of PyTorch's; returns how many FLOP they were.");
+  m.def("read", [entry](const std::string& isa, int dtype, uintptr_t address, int64_t count) {
+    const Kernel<Read>& kernel = entry(isa, dtype)->read[dtype];
+    Read args{reinterpret_cast<const void*>(address), count, nullptr};
+    std::vector<double> sums(kernel.plan(args).items);
+    args.sums = sums.data();
+    launch(kernel, args);
+  }, py::arg("isa"), py::arg("dtype"), py::arg("address"), py::arg("count"),
+        "Reads this many values once, on PyTorch's threads.");
+}
+
 }  // namespace
 
 void define_kernels(py::module_& m) {
@@ -156,6 +180,7 @@ void define_kernels(py::module_& m) {
   define_softmax(m);
   define_products(m);
   define_attention(m);
+  define_limits(m);
 }
 
 }  // namespace fasttx::bindings

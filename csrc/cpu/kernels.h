@@ -204,6 +204,19 @@ struct Gemm {
   Dropout dropout;
 };
 
+// Multiply-adds that stay in registers: what no product can exceed. Items are one thread's share each.
+struct Peak {
+  int64_t items, steps;
+  void* out;  // A (items)
+};
+
+// Sums of chunks of x: the rate at which memory can be read.
+struct Read {
+  const void* x;  // T (count), the part that fills whole chunks
+  int64_t count;
+  void* sums;  // A (items)
+};
+
 constexpr int kDTypes = 4;  // in the order of DType
 
 struct KernelTable {
@@ -224,6 +237,9 @@ struct KernelTable {
   Kernel<AttentionPack> attention_pack[kDTypes];
   Kernel<AttentionFwd> attention_fwd[kDTypes];
   Kernel<AttentionBwd> attention_bwd[kDTypes];
+  Kernel<Peak> peak[kDTypes];
+  double peak_step_flops[kDTypes];
+  Kernel<Read> read[kDTypes];
 };
 
 // Rows are summed in chunks whose number depends on the rows alone, so that sums do not depend on the threads. Chunks are
