@@ -1,12 +1,12 @@
 """What this machine can do at most, measured in the same run as everything else, and on as many threads."""
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fasttx.dispatch import extension
 from fasttx.measure import interleave
@@ -72,9 +72,18 @@ def measure(seconds: float = 0.5) -> Machine:
 
 def _multiply_adds(isa: str, dtype: torch.dtype) -> Limit:
     index = extension.dtypes.index(dtype_name(dtype))
-    once = interleave({"loop": lambda: extension.peak(isa, index, _STEPS)}, seconds=0.0, warm_up=0.0).median("loop")
-    steps = max(_STEPS, int(_STEPS * _LOOP_SECONDS / once.value))
-    return Limit(lambda: extension.peak(isa, index, steps), extension.peak(isa, index, steps))
+    threads = torch.get_num_threads()
+    out = torch.empty(threads, dtype=torch.float64)
+    args = extension.Peak()
+    args.items, args.steps, args.out = threads, _STEPS, out.data_ptr()
+
+    def call() -> Tensor:
+        extension.launch_peak(isa, index, args)
+        return out
+
+    once = interleave({"loop": call}, seconds=0.0, warm_up=0.0).median("loop").value
+    args.steps = max(_STEPS, int(_STEPS * _LOOP_SECONDS / once))
+    return Limit(call, extension.peak_step_flops(isa, index) * args.steps * threads)
 
 
 def _copying(size: int) -> Limit:
@@ -85,8 +94,17 @@ def _copying(size: int) -> Limit:
 
 
 def _reading(size: int) -> Limit:
-    source = torch.ones(size // 4)
-    return Limit(lambda: extension.read(extension.isa(), 0, source.data_ptr(), source.numel()), size)
+    """`size` bytes, or the whole chunks in them."""
+    chunks = size // (4 * extension.read_chunk)
+    source, sums = torch.ones(chunks * extension.read_chunk), torch.empty(chunks)
+    args = extension.Read()
+    args.x, args.count, args.sums = source.data_ptr(), source.numel(), sums.data_ptr()
+
+    def call() -> tuple[Tensor, Tensor]:
+        extension.launch_read(extension.isa(), 0, args)
+        return source, sums
+
+    return Limit(call, source.nbytes)
 
 
 class OtherLoad:
@@ -104,10 +122,10 @@ class OtherLoad:
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
-        """Seconds of all processors busy, and idle, and busy for this process."""
+        """Seconds of all processors busy, and idle, and busy for this process and its children."""
         if not _STAT.exists():
             return 0.0, 0.0, 0.0
         # user nice system idle iowait irq softirq steal, in ticks; the last is the host's other guests.
         ticks = [int(count) / os.sysconf("SC_CLK_TCK") for count in _STAT.read_text().split(maxsplit=9)[1:9]]
         idle = ticks[3] + ticks[4]
-        return sum(ticks) - idle, idle, time.process_time()
+        return sum(ticks) - idle, idle, sum(os.times()[:4])

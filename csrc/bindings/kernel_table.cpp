@@ -43,14 +43,18 @@ class Fields {
 };
 #define FIELD(args, name) add(#name, &args::name)
 
+int checked_dtype(int dtype) {
+  if (dtype < 0 || dtype >= kDTypes) throw std::invalid_argument("dtype must be an index of `dtypes`");
+  return dtype;
+}
+
 // run_<op>(isa, dtype, args, begin, end): one range of a kernel's items on the calling thread; end < 0 means all. Returns
 // how many items there are.
 template <class Args>
 void kernel(py::module_& m, const char* name, Kernel<Args> (KernelTable::*entry)[kDTypes]) {
   m.def((std::string("run_") + name).c_str(),
         [entry](const std::string& isa, int dtype, const Args& args, int64_t begin, int64_t end) {
-          if (dtype < 0 || dtype >= kDTypes) throw std::invalid_argument("dtype must be an index of `dtypes`");
-          const Kernel<Args>& k = (isa_named(isa).table->*entry)[dtype];
+          const Kernel<Args>& k = (isa_named(isa).table->*entry)[checked_dtype(dtype)];
           const Plan plan = k.plan(args);
           if (end < 0) end = plan.items;
           if (begin < 0 || begin > end || end > plan.items) {
@@ -143,28 +147,27 @@ void define_attention(py::module_& m) {
   KERNEL(attention_bwd);
 }
 
-// Runs on all of torch's threads, unlike the run_ functions: these are for measuring what the machine can do.
+// launch_<op>(isa, dtype, args): all items on PyTorch's threads, for what is timed by itself.
+template <class Args>
+void launcher(py::module_& m, const char* name, Kernel<Args> (KernelTable::*entry)[kDTypes]) {
+  m.def((std::string("launch_") + name).c_str(), [entry](const std::string& isa, int dtype, const Args& args) {
+    launch((isa_named(isa).table->*entry)[checked_dtype(dtype)], args);
+  }, py::arg("isa"), py::arg("dtype"), py::arg("args"));
+}
+
 void define_limits(py::module_& m) {
-  const auto entry = [](const std::string& isa, int dtype) {
-    if (dtype < 0 || dtype >= kDTypes) throw std::invalid_argument("dtype must be an index of `dtypes`");
-    return isa_named(isa).table;
-  };
-  m.def("peak", [entry](const std::string& isa, int dtype, int64_t steps) {
-    const KernelTable* table = entry(isa, dtype);
-    const int64_t threads = torch::stable::get_num_threads();
-    std::vector<double> out(threads);
-    launch(table->peak[dtype], Peak{threads, steps, out.data()});
-    return table->peak_step_flops[dtype] * steps * threads;
-  }, py::arg("isa"), py::arg("dtype"), py::arg("steps"),
-        "Multiply-adds on registers, `steps` loops on every thread of PyTorch's; returns how many FLOP they were.");
-  m.def("read", [entry](const std::string& isa, int dtype, uintptr_t address, int64_t count) {
-    const Kernel<Read>& kernel = entry(isa, dtype)->read[dtype];
-    Read args{reinterpret_cast<const void*>(address), count, nullptr};
-    std::vector<double> sums(kernel.plan(args).items);
-    args.sums = sums.data();
-    launch(kernel, args);
-  }, py::arg("isa"), py::arg("dtype"), py::arg("address"), py::arg("count"),
-        "Reads this many values once, on PyTorch's threads.");
+  using P = Peak;
+  Fields<P>(m, "Peak").FIELD(P, items).FIELD(P, steps).FIELD(P, out);
+  using R = Read;
+  Fields<R>(m, "Read").FIELD(R, x).FIELD(R, count).FIELD(R, sums);
+  m.def("peak_step_flops", [](const std::string& isa, int dtype) {
+    return isa_named(isa).table->peak_step_flops[checked_dtype(dtype)];
+  }, py::arg("isa"), py::arg("dtype"), "FLOP of one step of the peak loop, in each item.");
+  m.attr("read_chunk") = kReadChunk;
+  KERNEL(peak);
+  KERNEL(read);
+  launcher(m, "peak", &KernelTable::peak);
+  launcher(m, "read", &KernelTable::read);
 }
 
 }  // namespace

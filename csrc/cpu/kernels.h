@@ -204,18 +204,19 @@ struct Gemm {
   Dropout dropout;
 };
 
-// Multiply-adds that stay in registers: what no product can exceed. Items are one thread's share each.
+// Multiply-adds that stay in registers, which no product can outrun; each item is one thread's.
 struct Peak {
   int64_t items, steps;
-  void* out;  // A (items)
+  void* out;  // A (items): of no use but that it depends on all of them
 };
 
-// Sums of chunks of x: the rate at which memory can be read.
+// The sum of every chunk of x: how fast memory can be read.
 struct Read {
-  const void* x;  // T (count), the part that fills whole chunks
+  const void* x;  // T (count); what is left after the last whole chunk of kReadChunk is not read
   int64_t count;
   void* sums;  // A (items)
 };
+constexpr int64_t kReadChunk = 1 << 14;
 
 constexpr int kDTypes = 4;  // in the order of DType
 
@@ -238,7 +239,7 @@ struct KernelTable {
   Kernel<AttentionFwd> attention_fwd[kDTypes];
   Kernel<AttentionBwd> attention_bwd[kDTypes];
   Kernel<Peak> peak[kDTypes];
-  double peak_step_flops[kDTypes];
+  double peak_step_flops[kDTypes];  // of one step, in one item
   Kernel<Read> read[kDTypes];
 };
 

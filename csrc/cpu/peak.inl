@@ -91,17 +91,17 @@ struct PeakKernel {
 template <class T>
 struct ReadKernel {
   using V = Vec<accum_t<T>>;
-  static constexpr int64_t kChunk = 1 << 14, kStreams = 8;
+  static constexpr int64_t kStreams = 8;
 
-  static Plan plan(const Read& r) { return {r.count / kChunk, 4, 0, false}; }
+  static Plan plan(const Read& r) { return {r.count / kReadChunk, 4, 0, false}; }
 
   static void run(const Read& r, void*, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const T* x = static_cast<const T*>(r.x) + i * kChunk;
+      const T* x = static_cast<const T*>(r.x) + i * kReadChunk;
       V sum[kStreams];
 #pragma GCC unroll 8
       for (int j = 0; j < kStreams; ++j) sum[j] = V::zero();
-      for (int64_t at = 0; at < kChunk; at += kStreams * V::kWidth) {
+      for (int64_t at = 0; at < kReadChunk; at += kStreams * V::kWidth) {
 #pragma GCC unroll 8
         for (int j = 0; j < kStreams; ++j) sum[j] = sum[j] + V::load(x + at + j * V::kWidth);
       }
