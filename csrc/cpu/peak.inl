@@ -3,7 +3,7 @@
 // Independent sums: more than any unit's latency times the units, and few enough for 16 registers with two operands.
 constexpr int kPeakSums = 12;
 
-// Multiply-adds of matrices of T, all in registers. The sums are returned, so that nothing can be left out.
+// Multiply-adds as products of T are made of, all in registers. A sum is returned, so that nothing can be left out.
 template <class T>
 struct PeakLoop {
   using A = accum_t<T>;
@@ -27,34 +27,18 @@ struct PeakLoop {
 #if defined(__AMX_BF16__)
 template <>
 struct PeakLoop<bf16> {
-  // Four tiles of 16 x 16 sums, each plus 16 x 32 times 32 x 16.
-  static constexpr double kStepFlops = 4 * 2.0 * 16 * 16 * 32;
+  static constexpr double kStepFlops = 4 * 2.0 * kAmxRows * kAmxCols * kAmxK;
 
   static float run(int64_t steps) {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
-    _tile_loadconfig(&config);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_zero(4);
-    _tile_zero(5);
-    _tile_zero(6);
-    _tile_zero(7);
+    AmxTiles tiles;  // all zero
     for (int64_t i = 0; i < steps; ++i) {
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      amx_multiply<0, 4, 6>();
+      amx_multiply<1, 4, 7>();
+      amx_multiply<2, 5, 6>();
+      amx_multiply<3, 5, 7>();
     }
-    alignas(64) float sums[16 * 16];
-    _tile_stored(0, sums, 64);
-    _tile_release();
+    float sums[kAmxRows * kAmxCols];
+    amx_store<0>(sums, kAmxCols * sizeof(float));
     return sums[0];
   }
 };
