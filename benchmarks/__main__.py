@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="current: whatever this process runs under; both: the system's, then tcmalloc",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, help="file to write everything to")
+    parser.add_argument("--show", type=Path, nargs="+", help="measure nothing: show what --json wrote to these files")
     given = parser.parse_args(arguments)
     stems = [stem for name in given.stems for stem in (OPS if name == "ops" else (name,))]
     unknown = set(stems) - set(STEMS)
@@ -43,8 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 220
-    reports = {}
-    for name in allocators.LIBRARIES if given.allocators == "both" else (given.allocators,):
+    runs = tuple(allocators.LIBRARIES) if given.allocators == "both" else (given.allocators,)
+    reports = report.joined(json.loads(path.read_text()) for path in given.show or ())
+    for name in () if given.show else runs:
         environment = dict(os.environ) if name == "current" else allocators.environment(name)
         if environment is None:
             console.print(f"{name}: not measured: {allocators.MISSING}")

@@ -1,6 +1,6 @@
 """The tables: what was measured under each allocator, beside the bars."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from rich.table import Table
 
@@ -8,6 +8,17 @@ from .row import passed
 
 _OTHERS = 0.1  # of the processors' time, from which on other processes are worth a word
 Report = Mapping[str, Mapping]  # by allocator, what conftest.py wrote
+
+
+def joined(runs: Iterable[Report]) -> dict[str, dict]:
+    """Several runs as one: of a row that was measured twice, the later; the machine as the first run found it."""
+    reports = {}
+    for run in runs:
+        for name, report in run.items():
+            first = reports.setdefault(name, {**report, "rows": []})
+            rows = {row["id"]: row for row in (*first["rows"], *report["rows"])}
+            first["rows"] = list(rows.values())
+    return reports
 
 
 def met(check: Mapping, at_least: bool = True) -> bool:

@@ -257,6 +257,16 @@ def test_bars_are_held_against_tcmalloc_where_it_was_measured():
     assert "0 of 2 bars met under tcmalloc" in text and "2 of 2 bars met under default" in printed({"default": default})
 
 
+def test_runs_are_joined_and_shown(tmp_path, capsys):
+    first, second, other = measured(1.4), measured(1.7), measured(1.6) | {"id": "other", "name": "bwd"}
+    for name, lines in (("a", [first, other]), ("b", [second])):
+        (tmp_path / name).write_text(json.dumps({"default": report_of(*lines)}))
+    assert command.main(["--show", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    output = capsys.readouterr().out
+    assert "1.70 [1.60, 1.80]" in output and "1.60 [1.50, 1.70]" in output and "1.40 [" not in output
+    assert "2 of 2 bars met" in output
+
+
 def test_growth_must_stay_below_its_bar():
     case = Growth("op", "memory", "(3)", torch.float32, "MiB", lambda seconds: (63.0, 62.0, 64.5), bar=64.0)
     good = run(case)
