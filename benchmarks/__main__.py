@@ -2,7 +2,7 @@
 
 Each allocator's rows are measured in a process of their own, by pytest-benchmark (`pytest benchmarks`). A row whose
 error is over budget shows no speed. `of machine` is the larger share of two limits measured in the same run: the
-multiply-add peak in that dtype, and the bandwidth of memory. Exits with 1 where an error is over budget.
+multiply-add peak in that dtype, and moving as many bytes. Exits with 1 where an error is over budget.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def measure(options: list[str], environment: dict[str, str]) -> dict | None:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--benchmark-quiet", "-p",
-                   "no:cacheprovider", "-v", "--tb=line", f"--rows={rows}", *options]  # fmt: skip
+                   "no:cacheprovider", "-v", "--tb=line", "--disable-warnings", f"--rows={rows}", *options]  # fmt: skip
         # The report is this process's output; how it is going is not.
         subprocess.run(command, cwd=_ROOT, env=environment, stdout=sys.stderr)
         return json.loads(rows.read_text()) if rows.exists() else None

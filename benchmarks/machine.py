@@ -16,6 +16,7 @@ from .case import DTYPES, Case, dtype_name
 _STEPS = 10_000  # of the multiply-add loop, to see how long they take
 _LOOP_SECONDS = 2e-3  # long beside the waking of threads
 _BLOCK = 2**28  # bytes: more than caches hold
+_BRIEFLY = 0.05  # seconds
 _STAT = Path("/proc/stat")
 
 
@@ -29,7 +30,10 @@ class Limit:
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates in FLOP and bytes a second; `isas` names, by dtype, the instruction set whose products are fastest."""
+    """Rates in FLOP and bytes a second, the latter of a block that no cache holds.
+
+    `isas` names, by dtype, the instruction set whose products are fastest.
+    """
 
     peak: dict[torch.dtype, float]
     isas: dict[torch.dtype, str]
@@ -37,21 +41,23 @@ class Machine:
     read: float
 
     def least_seconds(self, case: Case) -> float:
-        """No faster than its multiply-adds, nor than reading and writing everything once."""
-        return max(case.flops / self.peak[case.dtype], case.bytes / (self.read if case.limit == "read" else self.copy))
+        """No faster than its multiply-adds, nor than moving a block as large as all that it reads and writes once."""
+        return max(case.flops / self.peak[case.dtype], case.bytes / _rate(_moving(case), _BRIEFLY))
 
     def limit(self, case: Case) -> Limit:
-        """What a row with a roofline bar is timed beside: memory limits on blocks as large as the row's own data."""
-        if case.limit == "flops":
-            return _multiply_adds(self.isas[case.dtype], case.dtype)
-        return {"copy": _copying, "read": _reading}[case.limit](int(case.bytes))
+        """What a row with a roofline bar is timed beside: its limit, for memory on a block as large as its own data."""
+        return _multiply_adds(self.isas[case.dtype], case.dtype) if case.limit == "flops" else _moving(case)
 
     def as_dict(self) -> dict[str, object]:
         """For the report."""
         peak = {
             dtype_name(dtype): {"flops_per_second": rate, "isa": self.isas[dtype]} for dtype, rate in self.peak.items()
         }
-        return {"peak": peak, "copy_bytes_per_second": self.copy, "read_bytes_per_second": self.read}
+        return {
+            "peak": peak,
+            "copy_bytes_per_second": self.copy,
+            "read_bytes_per_second": self.read,
+        }
 
 
 def measure(seconds: float = 0.5) -> Machine:
@@ -64,10 +70,15 @@ def measure(seconds: float = 0.5) -> Machine:
         rates = {isa: loop.amount / timed.median(isa).value for isa, loop in loops.items()}
         fastest[dtype] = max(rates, key=rates.get)
         peak[dtype] = rates[fastest[dtype]]
-    moves = {"copy": _copying(_BLOCK), "read": _reading(_BLOCK)}
-    timed = interleave({name: move.call for name, move in moves.items()}, seconds=seconds, warm_up=0.2)
-    rates = {name: move.amount / timed.median(name).value for name, move in moves.items()}
-    return Machine(peak, fastest, **rates)
+    return Machine(peak, fastest, copy=_rate(_copying(_BLOCK), seconds), read=_rate(_reading(_BLOCK), seconds))
+
+
+def _rate(limit: Limit, seconds: float) -> float:
+    return limit.amount / interleave({"it": limit.call}, seconds=seconds, warm_up=seconds).median("it").value
+
+
+def _moving(case: Case) -> Limit:
+    return (_reading if case.limit == "read" else _copying)(int(case.bytes))
 
 
 def _multiply_adds(isa: str, dtype: torch.dtype) -> Limit:
@@ -90,12 +101,12 @@ def _copying(size: int) -> Limit:
     """`size` bytes, half of them read and half written."""
     source = torch.ones(size // 8)
     target = torch.empty_like(source)
-    return Limit(lambda: target.copy_(source), size)
+    return Limit(lambda: target.copy_(source), 2 * source.nbytes)
 
 
 def _reading(size: int) -> Limit:
-    """`size` bytes, or the whole chunks in them."""
-    chunks = size // (4 * extension.read_chunk)
+    """About `size` bytes: whole chunks."""
+    chunks = max(1, size // (4 * extension.read_chunk))
     source, sums = torch.ones(chunks * extension.read_chunk), torch.empty(chunks)
     args = extension.Read()
     args.x, args.count, args.sums = source.data_ptr(), source.numel(), sums.data_ptr()
