@@ -2,7 +2,8 @@
 
 Each allocator's rows are measured in a process of their own, by pytest-benchmark (`pytest benchmarks`). A row whose
 error is over budget shows no speed. `of machine` is the larger share of two limits measured in the same run: the
-multiply-add peak in that dtype, and moving as many bytes. Exits with 1 where an error is over budget.
+multiply-add peak in that dtype, and moving as many bytes. Exits with 1 where an error is over budget, with 2 where a
+run broke off.
 """
 
 import argparse
@@ -58,6 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     if given.json is not None:
         given.json.write_text(json.dumps(reports, indent=1))
     show(console, reports)
+    if any("ended" in found for found in reports.values()):
+        return 2
     return 0 if all(passed(row) for found in reports.values() for row in found["rows"]) else 1
 
 
@@ -77,8 +80,12 @@ def measure(options: list[str], environment: dict[str, str]) -> dict | None:
         command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--benchmark-quiet", "-p",
                    "no:cacheprovider", "-v", "--tb=line", "--disable-warnings", f"--rows={rows}", *options]  # fmt: skip
         # The report is this process's output; how it is going is not.
-        subprocess.run(command, cwd=_ROOT, env=environment, stdout=sys.stderr)
-        return json.loads(rows.read_text()) if rows.exists() else None
+        code = subprocess.run(command, cwd=_ROOT, env=environment, stdout=sys.stderr).returncode
+        if not rows.exists():
+            return None
+        found = json.loads(rows.read_text())
+        # 0 and 1 are pytest's for tests that passed and that failed: all of them ran.
+        return found if code in (0, 1) else found | {"ended": f"exit code {code}"}
 
 
 def show(console: Console, reports: dict) -> None:

@@ -12,6 +12,7 @@ from fasttx.measure import Verdict, judge
 
 from .case import DTYPES, Case, NotMeasured, Work, item_size
 from .encoder_layer import layer_flops, lengths
+from .openvino_bert import OpenVINO
 
 _LAYERS = 2
 _LAYER_WEIGHTS = 12 * 768 * 768
@@ -41,51 +42,30 @@ def cases() -> Iterator[Case]:
             )
 
 
-def _model(dtype: torch.dtype) -> torch.nn.Module:
+def model_and_tokens(shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """The same weights, but for rounding, and the same tokens on every call."""
     try:
         from transformers import BertConfig, BertModel
     except ImportError as error:
         raise NotMeasured("transformers is not installed") from error
     torch.manual_seed(0)
     config = BertConfig(num_hidden_layers=_LAYERS, attn_implementation="sdpa")
-    return BertModel(config, add_pooling_layer=False).eval().to(dtype)
+    model = BertModel(config, add_pooling_layer=False).eval().to(dtype)
+    valid = torch.arange(shape[1]) < lengths(*shape)[:, None]
+    return model, {"input_ids": torch.randint(config.vocab_size, shape), "attention_mask": valid.long()}
 
 
 def _work(rival: str, shape: tuple[int, int], dtype: torch.dtype) -> Work:
-    model = _model(dtype)
-    generator = torch.Generator().manual_seed(0)
-    valid = torch.arange(shape[1]) < lengths(*shape)[:, None]
-    tokens = {
-        "input_ids": torch.randint(model.config.vocab_size, shape, generator=generator),
-        "attention_mask": valid.long(),
-    }
+    model, tokens = model_and_tokens(shape, dtype)
+    valid = tokens["attention_mask"].bool()
     ours, theirs = (_calling(m, tokens) for m in (fasttx.optimize(copy.deepcopy(model)), model))
 
     def verdict() -> Verdict:
         truth = _calling(copy.deepcopy(model).double(), tokens)
         return judge(ours()[valid], theirs()[valid], truth()[valid])
 
-    rivals = {"eager": theirs} if rival == "eager" else {rival: _openvino(model, tokens, dtype)}
-    return Work(rivals, ours, verdict)
+    return Work({rival: theirs if rival == "eager" else OpenVINO(shape, dtype)}, ours, verdict)
 
 
 def _calling(model: torch.nn.Module, tokens: dict[str, Tensor]) -> Callable[[], Tensor]:
     return torch.no_grad()(lambda: model(**tokens).last_hidden_state)
-
-
-def _openvino(model: torch.nn.Module, tokens: dict[str, Tensor], dtype: torch.dtype) -> Callable[[], object]:
-    """The same weights on the same padded input; OpenVINO takes them in float32 and is told what to compute in."""
-    try:
-        import openvino
-    except ImportError as error:
-        raise NotMeasured("openvino is not installed") from error
-    converted = openvino.convert_model(copy.deepcopy(model).float(), example_input=tokens)
-    converted.reshape({port.any_name: list(tokens[port.any_name].shape) for port in converted.inputs})
-    options = {
-        "INFERENCE_PRECISION_HINT": "f32" if dtype == torch.float32 else "bf16",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    request = openvino.Core().compile_model(converted, "CPU", options).create_infer_request()
-    request.set_tensors({name: openvino.Tensor(x.numpy()) for name, x in tokens.items()})
-    return request.infer

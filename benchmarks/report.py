@@ -1,6 +1,6 @@
 """The tables: what was measured under each allocator, beside the bars."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from rich.table import Table
 
@@ -34,7 +34,7 @@ def judging(reports: Report) -> str:
 def outcomes(reports: Report) -> list[tuple[str, bool]]:
     """For every bar that was measured, its row's id with what is barred, and whether it is met."""
     found = []
-    for row in reports[judging(reports)]["rows"]:
+    for row, _ in _aligned(reports):
         for what in ("ratio", "roofline", "growth"):
             check = row.get(what)
             if check is not None and check["bar"] is not None:
@@ -52,18 +52,23 @@ def speed_table(reports: Report) -> Table:
     for heading in ("bar", "met", "of machine", "bar", "met"):
         table.add_column(heading, no_wrap=True)
 
-    main = judging(reports)
-    others = {name: {row["id"]: row for row in report["rows"]} for name, report in reports.items()}
     previous = None
-    for row in reports[main]["rows"]:
+    for row, same in _aligned(reports):
         if "growth" in row:
             continue
         if previous not in (None, row["op"]):
             table.add_section()
         previous = row["op"]
-        cells = _speed_cells(row, [others[name].get(row["id"], {}) for name in reports])
-        table.add_row(*cells, style=None if passed(row) else "red")
+        table.add_row(*_speed_cells(row, same), style=None if passed(row) else "red")
     return table
+
+
+def _aligned(reports: Report) -> Iterator[tuple[Mapping, list[Mapping]]]:
+    """Every row as it is judged, and as each allocator has it: empty where it was not run."""
+    by_id = {name: {row["id"]: row for row in report["rows"]} for name, report in reports.items()}
+    first = [by_id[judging(reports)], *by_id.values()]
+    for id in dict.fromkeys(id for rows in first for id in rows):
+        yield next(rows[id] for rows in first if id in rows), [rows.get(id, {}) for rows in by_id.values()]
 
 
 def _speed_cells(row: Mapping, by_allocator: list[Mapping]) -> list[str]:
@@ -95,15 +100,13 @@ def _bar(check: Mapping, spec: str, at_least: bool = True) -> list[str]:
 
 def growth_table(reports: Report) -> Table | None:
     """Memory and time per token, which must not grow; None where there are no such rows."""
-    rows = [row for row in reports[judging(reports)]["rows"] if "growth" in row]
+    rows = [(row, same) for row, same in _aligned(reports) if "growth" in row]
     if not rows:
         return None
     table = Table("row", "shape", "dtype", *reports, "at most", "met", title="growth", title_justify="left")
-    by_id = {name: {row["id"]: row for row in report["rows"]} for name, report in reports.items()}
-    for row in rows:
-        found = [by_id[name].get(row["id"], {}).get("growth") for name in reports]
+    for row, same in rows:
         unit = row["growth"]["unit"]
-        cells = [f"{_interval(check)} {unit}" if check else "" for check in found]
+        cells = [f"{_interval(found['growth'])} {unit}" if "growth" in found else "" for found in same]
         table.add_row(
             f"{row['op']} {row['name']}", row["shape"], row["dtype"], *cells, *_bar(row["growth"], "g", at_least=False)
         )
@@ -133,6 +136,9 @@ def summary(reports: Report) -> str:
     missed = [name for name, cleared in checks if not cleared]
     text = f"{len(checks) - len(missed)} of {len(checks)} bars met under {judging(reports)}"
     text += "; not met: " + ", ".join(missed) if missed else ""
+    for name, report in reports.items():
+        if "ended" in report:
+            text += f"\n{name}: the run ended early: {report['ended']}"
     disturbed = sorted({row["id"] for report in reports.values() for row in report["rows"] if _disturbed(row)})
     return text + ("\nother processes were busy during: " + ", ".join(disturbed) if disturbed else "")
 

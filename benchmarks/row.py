@@ -12,6 +12,7 @@ Row = dict[str, object]
 Rounds = Callable[[Call, int], object]
 
 _WARM_UP = 0.2
+_PRIMED = 2  # calls a sample, of those that are not repeated anyway
 _LEAST, _MOST = 7, 1000
 _HOPELESS = 1.5  # a rival this many times slower than the fastest is not timed further
 
@@ -51,14 +52,14 @@ def _error(verdict: Verdict) -> Row:
 def _speed(
     case: Case, rivals: Mapping[str, Call], fasttx: Call, machine: Machine, seconds: float, rounds: Rounds
 ) -> Row:
-    once = Interleaving(rivals).warm_up(_WARM_UP)
+    once = Interleaving(rivals, primed=True).warm_up(_WARM_UP)
     fast = min(once.values())
     variants = {name: call for name, call in rivals.items() if once[name] <= _HOPELESS * fast} | {"fasttx": fasttx}
     limit = machine.limit(case) if case.roofline is not None else None
     if limit is not None:
         variants["limit"] = limit.call
-    running = Interleaving(variants)
-    round_seconds = sum(running.warm_up(_WARM_UP).values())
+    running = Interleaving(variants, primed=True)
+    round_seconds = _PRIMED * sum(running.warm_up(_WARM_UP).values())
     with no_garbage_collection():
         rounds(running.round, min(max(int(seconds / round_seconds), _LEAST), _MOST))
     timed = running.measurement()

@@ -74,7 +74,8 @@ class Interleaving:
     """Variants that are timed once a round, in random order.
 
     A call shorter than `shortest_sample` seconds is repeated within one sample, so that the clock does not count.
-    `synchronize` waits for an asynchronous device and is timed with each sample.
+    `synchronize` waits for an asynchronous device and is timed with each sample. `primed`: before each sample its
+    variant runs once untimed, so that none pays for what another left in the caches.
     """
 
     def __init__(
@@ -83,10 +84,12 @@ class Interleaving:
         *,
         shortest_sample: float = 1e-4,
         synchronize: Callable[[], object] | None = None,
+        primed: bool = False,
     ):
         if not variants:
             raise ValueError("nothing to time: variants is empty")
         self._variants, self._synchronize, self._shortest = dict(variants), synchronize, shortest_sample
+        self._primed = primed
         self._order, self._shuffle = list(variants), random.Random(0).shuffle
         self._repeats = dict.fromkeys(variants, 1)
         self._samples: dict[str, list[float]] = {name: [] for name in variants}
@@ -114,6 +117,10 @@ class Interleaving:
 
     def _sample(self, name: str) -> float:
         call, repeats = self._variants[name], self._repeats[name]
+        if self._primed:
+            call()
+            if self._synchronize is not None:
+                self._synchronize()
         start = time.perf_counter()
         for _ in range(repeats):
             call()

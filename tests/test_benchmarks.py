@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import time
 from functools import partial
 
@@ -354,6 +355,27 @@ def test_an_error_over_budget_is_the_exit_code(fake_runs, monkeypatch):
     wrong["error"]["passed"] = False
     monkeypatch.setattr(command, "measure", lambda options, environment: report_of(measured(1.6), wrong))
     assert command.main([]) == 1
+
+
+def test_a_run_that_breaks_off_shows_what_it_has(monkeypatch, tmp_path, capsys):
+    def run(command, **options):
+        path = next(part for part in command if part.startswith("--rows=")).removeprefix("--rows=")
+        (tmp_path / path).write_text(json.dumps(report_of(measured(1.6))))
+        return subprocess.CompletedProcess(command, -6)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert command.main([]) == 2
+    output = capsys.readouterr().out
+    assert "1.60 [1.50, 1.70]" in output and "current: the run ended early: exit code -6" in output
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 4))
+    assert command.main([]) == 2
+
+
+def test_a_row_that_one_allocator_lacks_is_shown(capsys):
+    second = measured(1.7) | {"id": "other", "name": "bwd"}
+    reports = {"default": report_of(measured(1.6), second), "tcmalloc": report_of(measured(1.4))}
+    assert "1.70 [1.60, 1.80]" in printed(reports)
+    assert report.outcomes(reports)[1] == ("other ratio", True)
 
 
 def test_an_unknown_op_is_refused(capsys):
