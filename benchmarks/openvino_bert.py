@@ -1,7 +1,7 @@
 """OpenVINO on the BERT of bert.py, in a process of its own: it cannot run under a preloaded allocator.
 
-`python -m benchmarks.openvino_bert 8 128 float32 2` says that it is ready, and then runs the model on 2 threads, once for
-every line that it reads.
+`python -m benchmarks.openvino_bert 8 128 float32 2` says that it is ready, and then runs the model on 2 threads, once
+for every line that it reads.
 """
 
 import importlib.util

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+import sys
 import time
 from functools import partial
 
@@ -293,6 +294,16 @@ def test_other_processes_are_noticed():
     load = machine.OtherLoad()
     wait(0.05)()
     assert 0.0 <= load.share() <= 1.0
+
+    # A child's work is this process's own, before and after its end.
+    before = machine.OtherLoad._now()[2]
+    spin = "import time\nwhile time.process_time() < 0.3: pass\nprint('spun', flush=True)\ninput()"
+    child = subprocess.Popen([sys.executable, "-c", spin], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child.stdout.readline()
+    assert machine.OtherLoad._now()[2] - before >= 0.25
+    child.communicate("\n")
+    assert machine.OtherLoad._now()[2] - before >= 0.25
+
     calm, busy = measured(1.6) | {"others": 0.05}, measured(1.6) | {"others": 0.3}
     assert "other processes" not in printed({"default": report_of(calm)})
     assert "other processes were busy during: op-fwd" in printed({"default": report_of(busy)})
