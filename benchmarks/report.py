@@ -135,12 +135,12 @@ def summary(reports: Report) -> str:
     checks = outcomes(reports)
     missed = [name for name, cleared in checks if not cleared]
     text = f"{len(checks) - len(missed)} of {len(checks)} bars met under {judging(reports)}"
-    text += "; not met: " + ", ".join(missed) if missed else ""
+    text += "".join(f"\n  not met: {name}" for name in missed)
     for name, report in reports.items():
         if "ended" in report:
             text += f"\n{name}: the run ended early: {report['ended']}"
     disturbed = sorted({row["id"] for report in reports.values() for row in report["rows"] if _disturbed(row)})
-    return text + ("\nother processes were busy during: " + ", ".join(disturbed) if disturbed else "")
+    return text + "".join(f"\n  other processes were busy during: {name}" for name in disturbed)
 
 
 def _disturbed(row: Mapping) -> bool:
