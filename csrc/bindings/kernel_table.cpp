@@ -43,14 +43,18 @@ class Fields {
 };
 #define FIELD(args, name) add(#name, &args::name)
 
+int checked_dtype(int dtype) {
+  if (dtype < 0 || dtype >= kDTypes) throw std::invalid_argument("dtype must be an index of `dtypes`");
+  return dtype;
+}
+
 // run_<op>(isa, dtype, args, begin, end): one range of a kernel's items on the calling thread; end < 0 means all. Returns
 // how many items there are.
 template <class Args>
 void kernel(py::module_& m, const char* name, Kernel<Args> (KernelTable::*entry)[kDTypes]) {
   m.def((std::string("run_") + name).c_str(),
         [entry](const std::string& isa, int dtype, const Args& args, int64_t begin, int64_t end) {
-          if (dtype < 0 || dtype >= kDTypes) throw std::invalid_argument("dtype must be an index of `dtypes`");
-          const Kernel<Args>& k = (isa_named(isa).table->*entry)[dtype];
+          const Kernel<Args>& k = (isa_named(isa).table->*entry)[checked_dtype(dtype)];
           const Plan plan = k.plan(args);
           if (end < 0) end = plan.items;
           if (begin < 0 || begin > end || end > plan.items) {
@@ -143,6 +147,29 @@ void define_attention(py::module_& m) {
   KERNEL(attention_bwd);
 }
 
+// launch_<op>(isa, dtype, args): all items on PyTorch's threads, for what is timed by itself.
+template <class Args>
+void launcher(py::module_& m, const char* name, Kernel<Args> (KernelTable::*entry)[kDTypes]) {
+  m.def((std::string("launch_") + name).c_str(), [entry](const std::string& isa, int dtype, const Args& args) {
+    launch((isa_named(isa).table->*entry)[checked_dtype(dtype)], args);
+  }, py::arg("isa"), py::arg("dtype"), py::arg("args"));
+}
+
+void define_limits(py::module_& m) {
+  using P = Peak;
+  Fields<P>(m, "Peak").FIELD(P, items).FIELD(P, steps).FIELD(P, out);
+  using R = Read;
+  Fields<R>(m, "Read").FIELD(R, x).FIELD(R, count).FIELD(R, sums);
+  m.def("peak_step_flops", [](const std::string& isa, int dtype) {
+    return isa_named(isa).table->peak_step_flops[checked_dtype(dtype)];
+  }, py::arg("isa"), py::arg("dtype"), "FLOP of one step of the peak loop, in each item.");
+  m.attr("read_chunk") = kReadChunk;
+  KERNEL(peak);
+  KERNEL(read);
+  launcher(m, "peak", &KernelTable::peak);
+  launcher(m, "read", &KernelTable::read);
+}
+
 }  // namespace
 
 void define_kernels(py::module_& m) {
@@ -156,6 +183,7 @@ void define_kernels(py::module_& m) {
   define_softmax(m);
   define_products(m);
   define_attention(m);
+  define_limits(m);
 }
 
 }  // namespace fasttx::bindings

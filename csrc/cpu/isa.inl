@@ -15,6 +15,7 @@
 #include "attention_decode.inl"
 #include "attention.inl"
 #include "attention_bwd.inl"
+#include "peak.inl"
 
 #define FASTTX_STRING_(name) #name
 #define FASTTX_STRING(name) FASTTX_STRING_(name)
@@ -42,4 +43,8 @@ inline constexpr KernelTable kTable = {
     .attention_pack = FASTTX_KERNEL(AttentionPackKernel),
     .attention_fwd = FASTTX_KERNEL(AttentionFwdKernel),
     .attention_bwd = FASTTX_KERNEL(AttentionBwdKernel),
+    .peak = FASTTX_KERNEL(PeakKernel),
+    .peak_step_flops = {PeakLoop<float>::kStepFlops, PeakLoop<bf16>::kStepFlops, PeakLoop<fp16>::kStepFlops,
+                        PeakLoop<double>::kStepFlops},
+    .read = FASTTX_KERNEL(ReadKernel),
 };

@@ -204,6 +204,20 @@ struct Gemm {
   Dropout dropout;
 };
 
+// Multiply-adds that stay in registers, which no product can outrun; each item is one thread's.
+struct Peak {
+  int64_t items, steps;
+  void* out;  // A (items): of no use but that it depends on all of them
+};
+
+// The sum of every chunk of x: how fast memory can be read.
+struct Read {
+  const void* x;  // T (count); what is left after the last whole chunk of kReadChunk is not read
+  int64_t count;
+  void* sums;  // A (items)
+};
+constexpr int64_t kReadChunk = 1 << 14;
+
 constexpr int kDTypes = 4;  // in the order of DType
 
 struct KernelTable {
@@ -224,6 +238,9 @@ struct KernelTable {
   Kernel<AttentionPack> attention_pack[kDTypes];
   Kernel<AttentionFwd> attention_fwd[kDTypes];
   Kernel<AttentionBwd> attention_bwd[kDTypes];
+  Kernel<Peak> peak[kDTypes];
+  double peak_step_flops[kDTypes];  // of one step, in one item
+  Kernel<Read> read[kDTypes];
 };
 
 // Rows are summed in chunks whose number depends on the rows alone, so that sums do not depend on the threads. Chunks are
