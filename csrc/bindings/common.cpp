@@ -48,6 +48,14 @@ Tensor allocate(const Sizes& sizes, ScalarType dtype) {
                               torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
+Tensor allocate_like(const Tensor& like, const int64_t* sizes, int64_t dims) {
+  AtenTensorHandle made;
+  STD_TORCH_CHECK(aoti_torch_aten_new_empty(like.get(), sizes, dims, nullptr, nullptr, nullptr, 0, nullptr, &made) ==
+                      AOTI_TORCH_SUCCESS,
+                  "no memory for a result");
+  return Tensor(made);
+}
+
 Dropout make_dropout(double probability, const OptionalTensor& seed) {
   if (probability == 0.0) return {0, 0, 1.0, false};
   STD_TORCH_CHECK(probability > 0.0 && probability < 1.0, "dropout_p must be in [0, 1), got ", probability);

@@ -102,10 +102,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx, CPU, m) {
-  m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));
-  m.impl("layer_norm_bwd", TORCH_BOX(&layer_norm_bwd));
-  m.impl("add_layer_norm_fwd", TORCH_BOX(&add_layer_norm_fwd));
-  m.impl("add_layer_norm_bwd", TORCH_BOX(&add_layer_norm_bwd));
+  FASTTX_IMPL(m, layer_norm_fwd);
+  FASTTX_IMPL(m, layer_norm_bwd);
+  FASTTX_IMPL(m, add_layer_norm_fwd);
+  FASTTX_IMPL(m, add_layer_norm_bwd);
 }
 
 }  // namespace fasttx::bindings
