@@ -4,6 +4,10 @@ import torch
 from torch import Tensor
 
 
+# GELU's variants, as torch.nn.functional.gelu names them.
+APPROXIMATIONS = ("none", "tanh")
+
+
 def shape(tensor: Tensor) -> str:
     """A shape as it reads in a message."""
     return str(tuple(tensor.shape))
@@ -51,7 +55,7 @@ def require_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...], m
 
 def require_approximation(value: str) -> None:
     """GELU's variant, as torch.nn.functional.gelu names it."""
-    if value not in ("none", "tanh"):
+    if value not in APPROXIMATIONS:
         raise ValueError(f"approximate must be 'none' or 'tanh', got {value!r}")
 
 

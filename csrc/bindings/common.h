@@ -40,6 +40,7 @@ inline Sizes sizes_of(const Tensor& tensor) {
 Tensor allocate(const Sizes& sizes, ScalarType dtype);
 // The same on the way that costs least per call: the dispatcher finds aten::new_empty without looking up its name.
 Tensor allocate_like(const Tensor& like, const int64_t* sizes, int64_t dims);
+Tensor allocate_like(const Tensor& like, const Sizes& sizes, ScalarType dtype);
 inline Tensor allocate_like(const Tensor& like) {
   const auto sizes = like.sizes();
   return allocate_like(like, sizes.data(), like.dim());
