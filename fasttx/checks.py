@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-
 # GELU's variants, as torch.nn.functional.gelu names them.
 APPROXIMATIONS = ("none", "tanh")
 

@@ -14,8 +14,9 @@ _LIBRARY = torch.library.Library("fasttx", "DEF")
 class Operator:
     """One op of the library, in the three ways that it can be called.
 
-    The default overload knows its gradient everywhere: under torch.compile, torch.export and functorch too. Its wrapper takes 20 us a
-    call, so eager calls go around it, to the overload `raw`, which has no gradient, or to an autograd.Function of the same formula.
+    The default overload knows its gradient everywhere: under torch.compile, torch.export and functorch too. Its wrapper
+    takes 20 us a call, so eager calls go around it: to the overload `raw`, which has no gradient, or to an
+    autograd.Function of the same formula.
     """
 
     def __init__(self, name: str):
