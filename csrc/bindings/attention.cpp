@@ -236,8 +236,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx, CPU, m) {
-  m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
-  m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
+  FASTTX_IMPL(m, attention_fwd);
+  FASTTX_IMPL(m, attention_bwd);
 }
 
 }  // namespace fasttx::bindings

@@ -72,18 +72,19 @@ void kernel(py::module_& m, const char* name, Kernel<Args> (KernelTable::*entry)
 void define_norms(py::module_& m) {
   using F = LayerNormFwd;
   Fields<F>(m, "LayerNormFwd").FIELD(F, x).FIELD(F, residual).FIELD(F, weight).FIELD(F, bias).FIELD(F, y).FIELD(F, sum)
-      .FIELD(F, mean).FIELD(F, rstd).FIELD(F, rows).FIELD(F, width).FIELD(F, eps).FIELD(F, dropout);
+      .FIELD(F, rows).FIELD(F, width).FIELD(F, eps).FIELD(F, dropout);
   using B = LayerNormBwd;
-  Fields<B>(m, "LayerNormBwd").FIELD(B, dy).FIELD(B, dsum).FIELD(B, x).FIELD(B, mean).FIELD(B, rstd).FIELD(B, weight)
+  Fields<B>(m, "LayerNormBwd").FIELD(B, dy).FIELD(B, dsum).FIELD(B, x).FIELD(B, weight)
       .FIELD(B, dx).FIELD(B, dinput).FIELD(B, dweight_partial).FIELD(B, dbias_partial).FIELD(B, rows).FIELD(B, width)
-      .FIELD(B, dropout);
+      .FIELD(B, partial_stride).FIELD(B, eps).FIELD(B, dropout);
   KERNEL(layer_norm_fwd);
   KERNEL(layer_norm_bwd);
 }
 
 void define_sums(py::module_& m) {
   using R = ReduceRows;
-  Fields<R>(m, "ReduceRows").FIELD(R, partial).FIELD(R, out).FIELD(R, rows).FIELD(R, width);
+  Fields<R>(m, "ReduceRows").FIELD(R, partial).FIELD(R, out).FIELD(R, rows).FIELD(R, width).FIELD(R, tail)
+      .FIELD(R, split);
   using S = ColumnSum;
   Fields<S>(m, "ColumnSum").FIELD(S, x).FIELD(S, partial).FIELD(S, rows).FIELD(S, width).FIELD(S, x_stride);
   m.def("sum_chunks", &sum_chunks, py::arg("rows"), "Chunks that this many rows are summed in.");

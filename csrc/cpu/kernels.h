@@ -47,34 +47,33 @@ struct LayerNormFwd {
   const void* bias;      // T (width) or null
   void* y;               // T (rows, width)
   void* sum;             // T (rows, width) or null
-  void* mean;            // A (rows) or null: of what the backward will read, so of `sum` as it was stored
-  void* rstd;            // A (rows) or null
   int64_t rows, width;
   double eps;
   Dropout dropout;
 };
 
-// Items are chunks of rows; each writes its own line of the partial sums, which layer_norm_reduce adds in order.
+// Items are chunks of rows; each writes its own line of the partial sums, which reduce_rows adds in order.
 struct LayerNormBwd {
   const void* dy;      // T (rows, width)
   const void* dsum;    // T (rows, width) or null: gradient that reaches the sum by another way
   const void* x;       // T (rows, width): what was normalised
-  const void* mean;    // A (rows)
-  const void* rstd;    // A (rows)
   const void* weight;  // T (width) or null
   void* dx;            // T (rows, width) or null: gradient of what was normalised (with dsum)
   void* dinput;        // T (rows, width) or null: dx through the dropout
   void* dweight_partial;  // A (chunks, width) or null
   void* dbias_partial;    // A (chunks, width) or null
-  int64_t rows, width;
+  int64_t rows, width, partial_stride;
+  double eps;
   Dropout dropout;
 };
 
-// out[j] = sum over i of partial[i][j], in the order of i.
+// out[j] = sum over i of partial[i][j], in the order of i; with `tail`, the columns from `split` on go there.
 struct ReduceRows {
   const void* partial;  // A (rows, width)
-  void* out;            // T (width)
+  void* out;            // T (width), or T (split)
   int64_t rows, width;
+  void* tail;  // T (width - split) or null
+  int64_t split;
 };
 
 // partial[c][j] = sum of x[i][j] over the rows of chunk c; items are chunks, as many as column_sum_chunks(rows).
