@@ -161,12 +161,29 @@ Tensor allocate_gradient(const Tensor& like) {
   return has_unit_rows(gradient) ? gradient : allocate_tokens_first(like, like.size(like.dim() - 1));
 }
 
+// Whether there are so few (sequence, kv head) pairs that threads share them.
+bool threads_share_pairs(const AttentionShape& shape) {
+  return shape.batch * shape.kv_heads < 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+}
+
+// Calls run() for all pairs in turn, so many at a time that `bytes`, of all of them, come to 32 MiB.
+template <class F>
+void for_waves(AttentionShape& shape, int64_t bytes, const F& run) {
+  constexpr int64_t kMostBytes = int64_t{32} << 20;
+  const int64_t pairs = shape.batch * shape.kv_heads, waves = std::min(pairs, (bytes + kMostBytes - 1) / kMostBytes);
+  for (int64_t wave = 0; wave < waves; ++wave) {
+    shape.first_pair = pairs * wave / waves;
+    shape.pairs = pairs * (wave + 1) / waves - shape.first_pair;
+    run();
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
                                          const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
                                          const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                          const OptionalTensor& alibi_slopes, bool is_causal, int64_t query_offset,
                                          int64_t window_left, int64_t window_right, double dropout_p,
-                                         const OptionalTensor& seed, double scale) {
+                                         const OptionalTensor& seed, double scale, bool with_lse) {
   const int dtype = dtype_index(query, "query");
   const Problem problem = make_problem(query, key, value,
                                        {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal,
@@ -174,29 +191,30 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& query, const Tens
   const AttentionShape& shape = problem.shape;
   const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
   Tensor output = allocate_tokens_first(query, shape.value_width);
-  Tensor lse = allocate(lse_sizes(problem), accumulate_type(query));
-  Tensor stats = allocate(stats_sizes(problem), accumulate_type(query));
-  if (lse.numel() == 0) return {output, lse, stats};
+  Tensor lse = allocate(with_lse ? lse_sizes(problem) : Sizes{0}, accumulate_type(query));
+  Tensor stats = allocate(with_lse ? stats_sizes(problem) : Sizes{0}, accumulate_type(query));
+  if (shape.batch * shape.heads * shape.queries == 0) return {output, lse, stats};
 
   AttentionFwd args = {shape, data(q), data(k), data(v), strides_of(q), strides_of(k), strides_of(v),
-                       strides_of(output), out(output), out(lse), out(stats), nullptr, nullptr};
-  // Where there are few (sequence, kv head) pairs, threads share one and its packed keys; else each packs its own, in
-  // memory that it uses again.
+                       strides_of(output), out(output), out_or_null(lse), out_or_null(stats), nullptr, nullptr};
   const KernelTable& kernels = table();
-  OptionalTensor k_packed, v_packed;
-  const bool one_tile = shape.queries * (shape.heads / shape.kv_heads) <= 32;
-  if (!one_tile && shape.batch * shape.kv_heads < 4 * static_cast<int64_t>(torch::stable::get_num_threads())) {
-    const auto bytes = [&](int64_t width) {
-      return allocate({static_cast<int64_t>(kernels.attention_packed_bytes[dtype](shape, width))}, ScalarType::Byte);
-    };
-    k_packed = bytes(shape.width);
-    v_packed = bytes(shape.value_width);
-    args.k_packed = out(*k_packed);
-    args.v_packed = out(*v_packed);
-    launch(kernels.attention_pack[dtype],
-           AttentionPack{shape, args.k, args.v, args.k_strides, args.v_strides, args.k_packed, args.v_packed});
+  if (shape.queries * (shape.heads / shape.kv_heads) <= 32 || !threads_share_pairs(shape)) {
+    launch(kernels.attention_fwd[dtype], args);
+    return {output, lse, stats};
   }
-  launch(kernels.attention_fwd[dtype], args);
+  // Threads share packed keys; else each packs its own, in memory that it uses again.
+  const auto packed_bytes = [&](int64_t width) {
+    return static_cast<int64_t>(kernels.attention_packed_bytes[dtype](args.shape, width));
+  };
+  for_waves(args.shape, packed_bytes(shape.width) + packed_bytes(shape.value_width), [&] {
+    Tensor k_packed = allocate({packed_bytes(shape.width)}, ScalarType::Byte);
+    Tensor v_packed = allocate({packed_bytes(shape.value_width)}, ScalarType::Byte);
+    args.k_packed = out(k_packed);
+    args.v_packed = out(v_packed);
+    launch(kernels.attention_pack[dtype], AttentionPack{args.shape, args.k, args.v, args.k_strides, args.v_strides,
+                                                        args.k_packed, args.v_packed});
+    launch(kernels.attention_fwd[dtype], args);
+  });
   return {output, lse, stats};
 }
 
@@ -226,10 +244,21 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
   const Tensor o = with_unit_rows(output), g = with_unit_rows(grad), s = dense(stats);
   const OptionalTensor dl = dense(grad_lse);
   Tensor dq = allocate_gradient(q), dk = allocate_gradient(k), dv = allocate_gradient(v);
-  launch(table().attention_bwd[dtype],
-         AttentionBwd{shape, data(g), data(q), data(k), data(v), data(o), strides_of(g), strides_of(q), strides_of(k),
-                      strides_of(v), strides_of(o), strides_of(dq), strides_of(dk), strides_of(dv), data(s), data(dl),
-                      out(dq), out(dk), out(dv)});
+  AttentionBwd args = {shape, data(g), data(q), data(k), data(v), data(o), strides_of(g), strides_of(q), strides_of(k),
+                       strides_of(v), strides_of(o), strides_of(dq), strides_of(dk), strides_of(dv), data(s), data(dl),
+                       out(dq), out(dk), out(dv), nullptr};
+  const KernelTable& kernels = table();
+  const int64_t bytes = static_cast<int64_t>(kernels.attention_dq_bytes[dtype](shape));
+  if (bytes == 0 || !threads_share_pairs(shape)) {
+    launch(kernels.attention_bwd[dtype], args);
+    return {dq, dk, dv};
+  }
+  for_waves(args.shape, bytes * shape.batch * shape.kv_heads, [&] {
+    Tensor partial = allocate({bytes * args.shape.pairs}, ScalarType::Byte);
+    args.dq_partial = out(partial);
+    launch(kernels.attention_bwd[dtype], args);
+    launch(kernels.attention_dq[dtype], args);
+  });
   return {dq, dk, dv};
 }
 

@@ -130,7 +130,7 @@ void define_attention(py::module_& m) {
   Fields<S>(m, "AttentionShape").FIELD(S, batch).FIELD(S, heads).FIELD(S, kv_heads).FIELD(S, queries).FIELD(S, keys)
       .FIELD(S, width).FIELD(S, value_width).FIELD(S, key_lengths).FIELD(S, cu_queries).FIELD(S, cu_keys)
       .FIELD(S, query_offset).FIELD(S, window_left).FIELD(S, window_right).FIELD(S, is_causal).FIELD(S, scale)
-      .FIELD(S, mask).FIELD(S, alibi_slopes).FIELD(S, dropout);
+      .FIELD(S, mask).FIELD(S, alibi_slopes).FIELD(S, dropout).FIELD(S, first_pair).FIELD(S, pairs);
   using P = AttentionPack;
   Fields<P>(m, "AttentionPack").FIELD(P, shape).FIELD(P, k).FIELD(P, v).FIELD(P, k_strides).FIELD(P, v_strides)
       .FIELD(P, k_packed).FIELD(P, v_packed);
@@ -142,10 +142,11 @@ void define_attention(py::module_& m) {
   Fields<B>(m, "AttentionBwd").FIELD(B, shape).FIELD(B, dout).FIELD(B, q).FIELD(B, k).FIELD(B, v).FIELD(B, out)
       .FIELD(B, dout_strides).FIELD(B, q_strides).FIELD(B, k_strides).FIELD(B, v_strides).FIELD(B, out_strides)
       .FIELD(B, dq_strides).FIELD(B, dk_strides).FIELD(B, dv_strides).FIELD(B, stats).FIELD(B, dlse).FIELD(B, dq)
-      .FIELD(B, dk).FIELD(B, dv);
+      .FIELD(B, dk).FIELD(B, dv).FIELD(B, dq_partial);
   KERNEL(attention_pack);
   KERNEL(attention_fwd);
   KERNEL(attention_bwd);
+  KERNEL(attention_dq);
 }
 
 // launch_<op>(isa, dtype, args): all items on PyTorch's threads, for what is timed by itself.

@@ -147,6 +147,7 @@ struct AttentionShape {
   Mask mask;
   const void* alibi_slopes;  // A (heads) or null
   Dropout dropout;
+  int64_t first_pair, pairs;  // the (sequence, kv head) pairs of this launch; pairs 0: all of them
 };
 
 struct AttentionFwd {
@@ -154,8 +155,9 @@ struct AttentionFwd {
   const void *q, *k, *v;  // T
   Strides q_strides, k_strides, v_strides, out_strides;
   void* out;                       // T
-  void* lse;                       // A: (batch, heads, queries), or packed (heads, total queries)
-  void* stats;                     // A, two for each lse: the largest score, and 1 / the sum of exponentials above it
+  void* lse;                       // A: (batch, heads, queries), or packed (heads, total queries); or null
+  void* stats;                     // A, two for each lse: the largest score as the kernel keeps it, and 1 / the sum of
+                                   // exponentials above it; null with lse
   void *k_packed, *v_packed;       // from attention_pack, or null: items pack their own, and are fewer
 };
 
@@ -174,6 +176,8 @@ struct AttentionBwd {
   const void* stats;   // A, from the forward: the sum of lse's two parts would round off what they hold
   const void* dlse;    // A or null: gradient that reaches lse itself
   void *dq, *dk, *dv;  // T
+  void* dq_partial;    // attention_dq_bytes for each pair of the launch: items are chunks of keys, and attention_dq
+                       // makes dq of their shares; or null: items are pairs
 };
 
 // Copies a (k, n) matrix, given by its strides, to panels of the tile's width: [panel][k][column], zero-padded.
@@ -223,6 +227,7 @@ struct KernelTable {
   const char* isa;
   size_t (*packed_b_bytes[kDTypes])(int64_t k, int64_t n);
   size_t (*attention_packed_bytes[kDTypes])(const AttentionShape&, int64_t width);
+  size_t (*attention_dq_bytes[kDTypes])(const AttentionShape&);  // 0 where there is one chunk
 
   Kernel<LayerNormFwd> layer_norm_fwd[kDTypes];
   Kernel<LayerNormBwd> layer_norm_bwd[kDTypes];
@@ -237,6 +242,7 @@ struct KernelTable {
   Kernel<AttentionPack> attention_pack[kDTypes];
   Kernel<AttentionFwd> attention_fwd[kDTypes];
   Kernel<AttentionBwd> attention_bwd[kDTypes];
+  Kernel<AttentionBwd> attention_dq[kDTypes];
   Kernel<Peak> peak[kDTypes];
   double peak_step_flops[kDTypes];  // of one step, in one item
   Kernel<Read> read[kDTypes];
