@@ -38,8 +38,8 @@ struct KeyTile {
   static constexpr int kStep = Packed<P>::kStep, kLeftStep = Packed<P>::kLeftStep, kCols = kTileCols<P>;
   static constexpr int64_t kRows = kUsesAmx<P> ? 64 : 48;  // tiles read and write the sums once for so many queries
 
-  // A matrix of at most `most` rows as both operands of a product: `left`, and `right` in panels of `most` rows; one and
-  // the same where their layouts agree and `left` does not change its sign.
+  // A matrix of at most `most` rows as both operands of a product: `left`, and `right` in panels of `most` rows; one
+  // and the same where their layouts agree and `left` does not change its sign.
   struct Rows {
     P *left, *right;
     int64_t left_stride, pitch, width;

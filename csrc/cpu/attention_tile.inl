@@ -111,7 +111,8 @@ struct TileRows {
   }
 };
 
-// How scores become exponents of 2. They are kept as the product leaves them, of queries with the scale's sign; only where something is added to scores are they scaled first: then for every tile, so that all rows round alike.
+// How scores become exponents of 2. They are kept as the product leaves them, of queries with the scale's sign; only
+// where something is added to scores are they scaled first: then for every tile, so that all rows round alike.
 template <class A>
 struct ScoreScale {
   bool added;  // a bias is added

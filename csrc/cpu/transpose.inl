@@ -85,8 +85,8 @@ struct StepVector<bf16> {
 };
 #endif
 
-// panel = from^T for `rows` <= kCols rows of `width` values, as the tile's right operand. Zero up to the next whole vector
-// of columns, and beyond `width` up to a whole step of the left operand.
+// panel = from^T for `rows` <= kCols rows of `width` values, as the tile's right operand. Zero up to the next whole
+// vector of columns, and beyond `width` up to a whole step of the left operand.
 template <class P, int kCols = kTileCols<P>, class T>
 static void pack_transposed(const T* from, int64_t row_stride, int64_t rows, int64_t width, P* panel) {
   using V = Vec<accum_t<P>>;
