@@ -1,6 +1,6 @@
 """The fused steps that transformer layers are made of, each with its way out for children that must be called."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from fasttx import functional
 
-from ._plain import is_plain, why_not_plain
+from ._plain import adopt, is_plain, why_not_plain
+from .attention import MultiheadAttention
 from .gelu import GELU
 from .layer_norm import LayerNorm
 
@@ -25,6 +26,38 @@ _POINTWISE = dict.fromkeys([
     torch.nn.Sigmoid, torch.nn.Softplus, torch.nn.Tanh, F.elu, F.hardswish, F.leaky_relu, F.mish,
     F.selu, F.silu, F.softplus, torch.sigmoid, torch.tanh,
 ], True)  # fmt: skip
+
+
+def adopt_children(layer: Module) -> None:
+    """Turns a layer's attentions and norms into fasttx's, in place."""
+    for child in layer.children():
+        adopt(child, MultiheadAttention)
+        adopt(child, LayerNorm)
+
+
+def parts(layer: Module) -> Iterator[tuple[str, str | None]]:
+    """The name of each child of a torch.nn layer, and why it is not fused, or None where it is."""
+    for name, child in layer.named_children():
+        if name.endswith("attn"):
+            yield name, why_not_plain(child, MultiheadAttention)
+        elif name.startswith("linear"):
+            yield name, why_not_plain(child, *LINEARS)
+        elif name.startswith("norm"):
+            yield name, why_not_plain(child, *NORMS)
+        elif name.startswith("dropout"):
+            yield name, why_no_dropout(child)
+    known = activation_name(layer.activation) is not None
+    yield "activation", None if known else "it is neither a plain relu nor a plain gelu"
+
+
+def can_pack(layer: Module) -> bool:
+    """Whether a torch.nn layer may see packed tokens: nobody who expects a batch looks on."""
+    fused = (reason is None for name, reason in parts(layer) if name != "activation")
+    return (
+        all(fused)
+        and all(child.can_pack() for child in layer.children() if type(child) is MultiheadAttention)
+        and (activation_name(layer.activation) is not None or is_pointwise(layer.activation))
+    )
 
 
 def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
