@@ -407,10 +407,10 @@ def test_packing_happens(needs_extension):
     dispatch.listeners.append(listen)
     try:
         encoder(batch(), src_key_padding_mask=paddings()["holes"])
-        assert {d.op for d in heard if "attention" in d.op} == {"attention_varlen"}
+        assert {d.op for d in heard if "attention" in d.op} == {"attention_block_varlen"}
         heard.clear()
         encoder(batch(), src_key_padding_mask=paddings()["none"])
-        assert {d.op for d in heard if "attention" in d.op} == {"attention"}
+        assert {d.op for d in heard if "attention" in d.op} == {"attention_block"}
         assert {d.backend for d in heard} == {"cpu"}
     finally:
         dispatch.listeners.remove(listen)

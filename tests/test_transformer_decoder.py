@@ -169,10 +169,11 @@ def test_packing_happens(needs_extension):
     dispatch.listeners.append(heard.append)
     try:
         decoder(**inputs(), tgt_key_padding_mask=of_tgt, memory_key_padding_mask=of_memory)
-        assert {d.op for d in heard if "attention" in d.op} == {"attention_varlen"}
+        packed = {"attention_block_varlen", "attention_varlen"}
+        assert {d.op for d in heard if "attention" in d.op} == packed
         heard.clear()
         decoder(**inputs(), tgt_key_padding_mask=torch.zeros(B, T, dtype=torch.bool))
-        assert {d.op for d in heard if "attention" in d.op} == {"attention"}
+        assert {d.op for d in heard if "attention" in d.op} == {"attention_block", "attention"}
         assert {d.backend for d in heard} == {"cpu"}
     finally:
         dispatch.listeners.pop()

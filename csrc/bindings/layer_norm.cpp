@@ -1,4 +1,4 @@
-#include "common.h"
+#include "layers.h"
 
 namespace fasttx::bindings {
 namespace {
@@ -69,6 +69,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Op
           needs_bias ? reduce(db, input, dtype) : nothing(input)};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& input, int64_t width, const OptionalTensor& weight,
                                                   const OptionalTensor& bias, double eps) {
   auto [y, sum, mean, rstd] =
@@ -98,8 +100,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
   return backward(grad, grad_sum, sum, mean, rstd, weight, width, make_dropout(dropout_p, seed), needs_residual,
                   needs_input, needs_weight, needs_bias);
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx, CPU, m) {
   m.impl("layer_norm_fwd", TORCH_BOX(&layer_norm_fwd));

@@ -39,7 +39,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        refusal = self._refusal(query, key, value, key_padding_mask, attn_mask, is_causal)
+        refusal = self.refusal(query, key, value, key_padding_mask, attn_mask, is_causal)
         if refusal is not None:
             step_aside("multihead_attention", refusal)
             return super().forward(
@@ -48,7 +48,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )  # fmt: skip
         # The hint stands for the mask where torch lets it: without weights and without padding.
         is_causal = is_causal and key_padding_mask is None and not need_weights
-        mask = self._mask(None if is_causal else attn_mask, key_padding_mask, query.dtype)
+        mask = self.mask(None if is_causal else attn_mask, key_padding_mask, query.dtype)
         q, k, v = map(self._split_heads, self._project(query, key, value))
         k, v, mask = self._extend(k, v, mask)
         dropout_p = self.dropout if self.training else 0.0
@@ -94,7 +94,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Each child's name, and why it is not fused: torch, too, reads out_proj's weight without calling it."""
         yield "out_proj", None
 
-    def _refusal(
+    def refusal(
         self,
         query: Tensor,
         key: Tensor,
@@ -152,7 +152,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _length(self, x: Tensor) -> int:
         return x.shape[1 if self.batch_first and x.dim() == 3 else 0]
 
-    def _mask(
+    def mask(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, dtype: torch.dtype
     ) -> Tensor | None:
         """torch.nn's two masks as the one of fasttx.functional, broadcastable to (B, H, Tq, Tk)."""

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from ._blocks import (
     adopt_children,
     can_pack,
     feed_forward,
+    feed_forward_half,
     parts,
+    self_attention_half,
 )
 from ._padding import packings_of
 from ._plain import adopt, is_plain, step_aside
@@ -65,21 +68,10 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
                 need_weights=False, is_causal=memory_is_causal,
             )[0]  # fmt: skip
 
-        return self.run(tgt, attend, attend_memory)
-
-    def run(
-        self, x: Tensor, attend: Callable[[Tensor], Tensor], attend_memory: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """The layer on tokens in any layout (..., width), given the attention among them and to the memory."""
-        if self.norm_first:
-            attended = attend(self.norm1(x))
-            normed, x = add_norm_and_sum(self.norm2, self.dropout1, attended, x)
-            attended = attend_memory(normed)
-            normed, x = add_norm_and_sum(self.norm3, self.dropout2, attended, x)
-            return x + self.dropout3(self._feed_forward(normed))
-        x = add_norm(self.norm1, self.dropout1, attend(x), x)
-        x = add_norm(self.norm2, self.dropout2, attend_memory(x), x)
-        return add_norm(self.norm3, self.dropout3, self._feed_forward(x), x)
+        half = self._attention_half(
+            tgt, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask, is_causal=tgt_is_causal
+        )
+        return self._run(tgt, half, attend, attend_memory)
 
     def run_packed(
         self, x: Tensor, memory: Tensor, cu_seqlens: Tensor, cu_seqlens_memory: Tensor, is_causal: bool
@@ -93,11 +85,37 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             attention = self.multihead_attn
             return attention.attend_packed(x, memory, cu_seqlens, cu_seqlens_memory, False)
 
-        return self.run(x, attend, attend_memory)
+        half = self._attention_half(x, cu_seqlens=cu_seqlens, is_causal=is_causal)
+        return self._run(x, half, attend, attend_memory)
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
+    def _attention_half(self, x: Tensor, **options: Any) -> Tensor | None:
+        return self_attention_half(
+            self.self_attn, self.norm1, self.dropout1, x, norm_first=self.norm_first, **options
+        )
+
+    def _run(
+        self,
+        x: Tensor,
+        half: Tensor | None,
+        attend: Callable[[Tensor], Tensor],
+        attend_memory: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The layer on tokens in any layout (..., width), given the attention among them and to the memory.
+
+        half: what the self-attention's half made of x, where that was one operation.
+        """
         name = activation_name(self.activation)
-        return feed_forward(self.linear1, self.activation, self.dropout, self.linear2, x, name)
+        ends = (self.linear1, self.activation, self.dropout, self.linear2)
+        if not self.norm_first:
+            x = add_norm(self.norm1, self.dropout1, attend(x), x) if half is None else half
+            x = add_norm(self.norm2, self.dropout2, attend_memory(x), x)
+            return feed_forward_half(*ends, self.dropout3, self.norm3, x, name)
+        if half is None:
+            normed, x = add_norm_and_sum(self.norm2, self.dropout1, attend(self.norm1(x)), x)
+        else:
+            normed, x = self.norm2(half), half
+        normed, x = add_norm_and_sum(self.norm3, self.dropout2, attend_memory(normed), x)
+        return x + self.dropout3(feed_forward(*ends, normed, name))
 
     def can_pack(self) -> bool:
         """Whether the layer may see packed tokens."""

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from ._blocks import (
     adopt_children,
     can_pack,
     feed_forward,
+    feed_forward_half,
     parts,
+    self_attention_half,
 )
 from ._padding import packings_of
 from ._plain import adopt, is_plain, step_aside
@@ -45,6 +48,11 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         if src.is_nested:
             step_aside("transformer_encoder_layer", "src is nested")
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        x = self._attention_half(
+            src, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal
+        )
+        if x is not None:
+            return self._feed_forward_half(x)
         if type(self.self_attn) is not MultiheadAttention:
             # Another module gets what torch's layer hands over: masks to be added.
             src_mask = additive(src_mask, src)
@@ -56,28 +64,39 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
                 need_weights=False, is_causal=is_causal,
             )[0]  # fmt: skip
 
-        return self.run(src, attend)
-
-    def run(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """The layer on tokens in any layout (..., width), given the self-attention over them."""
-        if self.norm_first:
-            attended = attend(self.norm1(x))
-            normed, x = add_norm_and_sum(self.norm2, self.dropout1, attended, x)
-            return x + self.dropout2(self._feed_forward(normed))
-        x = add_norm(self.norm1, self.dropout1, attend(x), x)
-        return add_norm(self.norm2, self.dropout2, self._feed_forward(x), x)
+        return self._run(src, attend)
 
     def run_packed(self, x: Tensor, cu_seqlens: Tensor, is_causal: bool) -> Tensor:
         """The layer on packed sequences (tokens, width)."""
+        half = self._attention_half(x, cu_seqlens=cu_seqlens, is_causal=is_causal)
+        if half is not None:
+            return self._feed_forward_half(half)
 
         def attend(x: Tensor) -> Tensor:
             return self.self_attn.attend_packed(x, x, cu_seqlens, cu_seqlens, is_causal)
 
-        return self.run(x, attend)
+        return self._run(x, attend)
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
+    def _attention_half(self, x: Tensor, **options: Any) -> Tensor | None:
+        return self_attention_half(
+            self.self_attn, self.norm1, self.dropout1, x, norm_first=self.norm_first, **options
+        )
+
+    def _feed_forward_half(self, x: Tensor) -> Tensor:
+        return feed_forward_half(
+            self.linear1, self.activation, self.dropout, self.linear2, self.dropout2, self.norm2, x,
+            activation_name(self.activation), self.norm_first,
+        )  # fmt: skip
+
+    def _run(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """The layer on tokens in any layout (..., width), given the self-attention over them."""
+        if not self.norm_first:
+            return self._feed_forward_half(add_norm(self.norm1, self.dropout1, attend(x), x))
+        normed, x = add_norm_and_sum(self.norm2, self.dropout1, attend(self.norm1(x)), x)
         name = activation_name(self.activation)
-        return feed_forward(self.linear1, self.activation, self.dropout, self.linear2, x, name)
+        return x + self.dropout2(
+            feed_forward(self.linear1, self.activation, self.dropout, self.linear2, normed, name)
+        )
 
     def can_pack(self) -> bool:
         """Whether the layer may see packed tokens."""

@@ -1,0 +1,66 @@
+// What the bindings of one operation lend to those that are made of several.
+#pragma once
+
+#include "common.h"
+
+namespace fasttx::bindings {
+
+inline const OptionalTensor kNone = std::nullopt;
+
+inline int64_t width_of(const Tensor& x) { return x.size(x.dim() - 1); }
+
+// What happens to a result on its way to memory: residual + dropout(result).
+struct Ending {
+  const OptionalTensor& residual;
+  double dropout_p;
+  const OptionalTensor& seed;
+};
+
+Tensor linear_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                      const OptionalTensor& packed, const Ending& ending);
+// `residual` is added to dinput.
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                                   const OptionalTensor& residual, bool needs_input, bool needs_weight,
+                                                   bool needs_bias);
+
+std::tuple<Tensor, Tensor> feed_forward_forward(const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1,
+                                                const Tensor& weight2, const OptionalTensor& bias2, int64_t activation,
+                                                double dropout_p, const OptionalTensor& seed, bool store_preact,
+                                                const OptionalTensor& packed1, const OptionalTensor& packed2,
+                                                const Ending& ending);
+// `residual` is added to dinput.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& preact, const Tensor& weight1, const Tensor& weight2,
+    int64_t activation, double dropout_p, const OptionalTensor& seed, const OptionalTensor& residual, bool needs_input,
+    bool needs_weight1, bool needs_bias1, bool needs_weight2, bool needs_bias2);
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& input, int64_t width, const OptionalTensor& weight,
+                                                  const OptionalTensor& bias, double eps);
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& input, const Tensor& residual,
+                                                              int64_t width, const OptionalTensor& weight,
+                                                              const OptionalTensor& bias, double eps, double dropout_p,
+                                                              const OptionalTensor& seed, bool store_sum);
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
+    const Tensor& grad, const OptionalTensor& grad_sum, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
+    const OptionalTensor& weight, int64_t width, double dropout_p, const OptionalTensor& seed, bool needs_input,
+    bool needs_residual, bool needs_weight, bool needs_bias);
+
+// Everything but the tensors that both directions of attention take, as the ops' schemas list it.
+struct AttentionOptions {
+  const OptionalTensor &attn_mask, &key_lengths, &cu_queries, &cu_keys, &alibi_slopes;
+  bool is_causal;
+  int64_t query_offset, window_left, window_right;
+  double dropout_p;
+  const OptionalTensor& seed;
+  double scale;
+};
+
+// Writes the output, which has unit rows, and returns (lse, stats).
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                             const AttentionOptions& options, Tensor& output);
+// Writes the gradients, which have unit rows.
+void attention_backward(const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+                        const Tensor& value, const Tensor& output, const Tensor& stats, const AttentionOptions& options,
+                        Tensor& dquery, Tensor& dkey, Tensor& dvalue);
+
+}  // namespace fasttx::bindings
