@@ -96,7 +96,7 @@ def test_everything_runs_on_the_kernels(pretrained, batch, needs_extension):
     rows = fasttx.explain(model, **batch).rows
     assert {row.backend for row in rows} == {"cpu"}
     ops = [row.op for row in rows if row.module == "encoder.layer.3"]
-    assert ops == ["linear", "attention_varlen", "add_layer_norm", "feed_forward"]
+    assert ops == ["attention_block_varlen", "feed_forward_block"]
     fused = [row for row in fasttx.explain(model).rows if "fused into" in row.reason]
     assert sum(row.class_name == "Linear" for row in fused) == 6 * 6
 
