@@ -62,8 +62,8 @@ def assert_equal(actual, expected, what):
     assert torch.equal(actual, expected), f"{what}: {(actual != expected).sum()} values differ"
 
 
-# What becomes of the padding, and where it stands. Where it is kept to the left of a token or between tokens, the keys stand
-# in other places, and a sum over them has other partial sums.
+# What becomes of the padding, and where it stands. Where it is kept to the left of a token or between tokens, the keys
+# stand in other places, and a sum over them has other partial sums.
 BATCHES = [("remove", "right"), ("remove", "left"), ("remove", "holes"), ("keep", "right")]
 
 
