@@ -84,6 +84,7 @@ def _save(ctx, inputs, output):
         input, weight_in, weight_out, norm_weight, *output[1:], mask, cu_seqlens, attention_seed, seed
     )
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, *_):

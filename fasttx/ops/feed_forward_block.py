@@ -74,6 +74,7 @@ def _save(ctx, inputs, output):
     ctx.activation, ctx.dropout1_p, seed1, ctx.dropout2_p, seed2 = options
     ctx.save_for_backward(input, weight1, weight2, norm_weight, *output[1:], seed1, seed2)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, *_):
