@@ -24,8 +24,7 @@ struct Tokens {
     const Sizes sizes = packed ? Sizes{length, count, head} : Sizes{batch, count, length, head};
     const Sizes strides = packed ? Sizes{row, head, 1} : Sizes{stride_b * row, head, stride_t * row, 1};
     char* first = static_cast<char*>(x.mutable_data_ptr()) + part * width * x.element_size();
-    return torch::stable::from_blob(first, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                    x.scalar_type());
+    return view_of(first, sizes, strides, x);
   }
 };
 
@@ -44,25 +43,28 @@ AttentionBlock attention_block_fwd(const Tensor& input, const Tensor& weight_in,
                                    bool norm_first, int64_t heads, bool batch_first, const OptionalTensor& attn_mask,
                                    const OptionalTensor& cu_seqlens, bool is_causal, double scale, double attention_p,
                                    const OptionalTensor& attention_seed, double dropout_p, const OptionalTensor& seed,
-                                   const OptionalTensor& packed_in, const OptionalTensor& packed_out) {
+                                   bool store, const OptionalTensor& packed_in, const OptionalTensor& packed_out) {
   const Tensor x = dense(input);
   const Tokens tokens(x, batch_first, cu_seqlens);
   STD_TORCH_CHECK(heads > 0 && weight_in.dim() == 2 && weight_in.size(0) % (3 * heads) == 0,
                   "weight_in must be (3 * heads * head width, in)");
   const Tensor y = norm_first ? std::get<0>(layer_norm_fwd(x, width_of(x), norm_weight, norm_bias, eps)) : x;
-  const Tensor qkv = linear_forward(y, weight_in, bias_in, packed_in, {kNone, 0.0, kNone});
-  const Heads h(tokens, qkv, heads);
   Sizes sizes = sizes_of(x);
-  sizes.back() = weight_in.size(0) / 3;
-  const Tensor attended = allocate(sizes, x.scalar_type());
-  Tensor output = tokens.heads(attended, 0, 1, heads);
+  sizes.back() = weight_in.size(0);
+  Intermediate qkv(sizes, x, store);
+  linear_forward(y, weight_in, bias_in, packed_in, {kNone, 0.0, kNone}, *qkv);
+  const Heads h(tokens, *qkv, heads);
+  sizes.back() /= 3;
+  Intermediate attended(sizes, x, store);
+  Tensor output = tokens.heads(*attended, 0, 1, heads);
   const AttentionOptions options = {attn_mask, kNone, cu_seqlens, cu_seqlens, kNone, is_causal, 0, -1, -1,
                                     attention_p, attention_seed, scale};
   auto [lse, stats] = attention_forward(h.query, h.key, h.value, options, output);
-  const Tensor sum = linear_forward(attended, weight_out, bias_out, packed_out, {x, dropout_p, seed});
-  if (norm_first) return {sum, nothing(x), nothing(x), nothing(x), nothing(x), nothing(x), nothing(x)};
-  auto [normed, mean, rstd] = layer_norm_fwd(sum, width_of(sum), norm_weight, norm_bias, eps);
-  return {normed, qkv, attended, stats, sum, mean, rstd};
+  Intermediate sum(sizes_of(x), x, store || norm_first);
+  linear_forward(*attended, weight_out, bias_out, packed_out, {x, dropout_p, seed}, *sum);
+  if (norm_first) return {*sum, nothing(x), nothing(x), nothing(x), nothing(x), nothing(x), nothing(x)};
+  auto [normed, mean, rstd] = layer_norm_fwd(*sum, width_of(x), norm_weight, norm_bias, eps);
+  return {normed, qkv.returned(), attended.returned(), stats, sum.returned(), mean, rstd};
 }
 
 // Gradients of input, weight_in, bias_in, weight_out, bias_out, norm_weight and norm_bias.
@@ -91,17 +93,18 @@ AttentionBlockGradients attention_block_bwd(
   auto [dsum, dinput, dnorm_weight, dnorm_bias] =
       add_layer_norm_bwd(grad, kNone, sum, mean, rstd, norm_weight, width_of(sum), dropout_p, seed, dropped, true,
                          needs_norm_weight, needs_norm_bias);
-  auto [dattended, dweight_out, dbias_out] =
-      linear_backward(dropped ? dinput : dsum, attended, weight_out, kNone, true, needs_weight_out, needs_bias_out);
-  const Tensor dqkv = allocate_like(qkv);
+  Intermediate dattended(sizes_of(attended), x, false), dqkv(sizes_of(qkv), x, false);
+  auto [dweight_out, dbias_out] = linear_backward(dropped ? dinput : dsum, attended, weight_out, kNone, &*dattended,
+                                                  needs_weight_out, needs_bias_out);
   const Heads h(tokens, qkv, heads);
-  Heads d(tokens, dqkv, heads);
+  Heads d(tokens, *dqkv, heads);
   const AttentionOptions options = {attn_mask, kNone, cu_seqlens, cu_seqlens, kNone, is_causal, 0, -1, -1,
                                     attention_p, attention_seed, scale};
-  attention_backward(tokens.heads(dattended, 0, 1, heads), kNone, h.query, h.key, h.value,
+  attention_backward(tokens.heads(*dattended, 0, 1, heads), kNone, h.query, h.key, h.value,
                      tokens.heads(attended, 0, 1, heads), stats, options, d.query, d.key, d.value);
-  auto [dx, dweight_in, dbias_in] =
-      linear_backward(dqkv, x, weight_in, dsum, needs_input, needs_weight_in, needs_bias_in);
+  Tensor dx = needs_input ? allocate_like(x) : nothing(x);
+  auto [dweight_in, dbias_in] =
+      linear_backward(*dqkv, x, weight_in, dsum, needs_input ? &dx : nullptr, needs_weight_in, needs_bias_in);
   return {dx, dweight_in, dbias_in, dweight_out, dbias_out, dnorm_weight, dnorm_bias};
 }
 

@@ -43,8 +43,11 @@ std::tuple<Tensor, Tensor> feed_forward_fwd(const Tensor& input, const Tensor& w
                                             const Tensor& weight2, const OptionalTensor& bias2, int64_t activation,
                                             double dropout_p, const OptionalTensor& seed, bool store_preact,
                                             const OptionalTensor& packed1, const OptionalTensor& packed2) {
-  return feed_forward_forward(input, weight1, bias1, weight2, bias2, activation, dropout_p, seed, store_preact,
-                              packed1, packed2, {std::nullopt, 0.0, std::nullopt});
+  const Shape s = check(input, weight1, weight2);
+  Tensor y = allocate(s.sizes(s.out), input.scalar_type());
+  const Tensor preact = feed_forward_forward(input, weight1, bias1, weight2, bias2, activation, dropout_p, seed,
+                                             store_preact, packed1, packed2, {std::nullopt, 0.0, std::nullopt}, y);
+  return {y, preact};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_bwd(
@@ -57,15 +60,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_bwd(
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> feed_forward_forward(const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1,
-                                                const Tensor& weight2, const OptionalTensor& bias2, int64_t activation,
-                                                double dropout_p, const OptionalTensor& seed, bool store_preact,
-                                                const OptionalTensor& packed1, const OptionalTensor& packed2,
-                                                const Ending& ending) {
+Tensor feed_forward_forward(const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1,
+                            const Tensor& weight2, const OptionalTensor& bias2, int64_t activation, double dropout_p,
+                            const OptionalTensor& seed, bool store_preact, const OptionalTensor& packed1,
+                            const OptionalTensor& packed2, const Ending& ending, Tensor& output) {
   const Shape s = check(input, weight1, weight2);
   check_like(bias1, input, "bias1", {s.hidden});
   check_like(bias2, input, "bias2", {s.out});
   check_like(ending.residual, input, "residual", s.sizes(s.out));
+  check_like(output, input, "output", s.sizes(s.out));
   const Dropout dropout = make_dropout(dropout_p, seed), dropout2 = make_dropout(ending.dropout_p, ending.seed);
   if (packed1.has_value()) check_packed(*packed1, s.dtype, s.in, s.hidden, "packed1");
   if (packed2.has_value()) check_packed(*packed2, s.dtype, s.hidden, s.out, "packed2");
@@ -74,7 +77,6 @@ std::tuple<Tensor, Tensor> feed_forward_forward(const Tensor& input, const Tenso
 
   const Tensor x = dense(input);
   const OptionalTensor b1 = dense(bias1), b2 = dense(bias2), r = dense(ending.residual);
-  Tensor y = allocate(s.sizes(s.out), input.scalar_type());
   Tensor preact = store_preact ? allocate(s.sizes(s.hidden), input.scalar_type()) : nothing(input);
   const Workspace hidden(std::min(s.rows, kChunkRows) * s.hidden * input.element_size());
   for (int64_t row = 0; row < s.rows; row += kChunkRows) {
@@ -84,10 +86,10 @@ std::tuple<Tensor, Tensor> feed_forward_forward(const Tensor& input, const Tenso
               .preact = at_row(out_or_null(preact), row, s.hidden, x), .c = hidden.data(), .c_stride = s.hidden,
               .row_offset = row, .dropout = dropout});
     multiply(s.dtype, {hidden.data(), rows, s.hidden, s.hidden, 1}, w2,
-             {.bias = data(b2), .residual = at_row(data(r), row, s.out, x), .c = at_row(out(y), row, s.out, x),
+             {.bias = data(b2), .residual = at_row(data(r), row, s.out, x), .c = at_row(out(output), row, s.out, x),
               .c_stride = s.out, .row_offset = row, .dropout = dropout2});
   }
-  return {y, preact};
+  return preact;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward(

@@ -12,11 +12,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_block_fwd(
     const OptionalTensor& seed2, bool store, const OptionalTensor& packed1, const OptionalTensor& packed2) {
   const Tensor x = dense(input);
   const Tensor y = norm_first ? std::get<0>(layer_norm_fwd(x, width_of(x), norm_weight, norm_bias, eps)) : x;
-  auto [sum, preact] = feed_forward_forward(y, weight1, bias1, weight2, bias2, activation, dropout1_p, seed1, store,
-                                            packed1, packed2, {x, dropout2_p, seed2});
-  if (norm_first) return {sum, nothing(x), nothing(x), nothing(x), nothing(x)};
-  auto [normed, mean, rstd] = layer_norm_fwd(sum, width_of(sum), norm_weight, norm_bias, eps);
-  return {normed, preact, sum, mean, rstd};
+  Intermediate sum(sizes_of(x), x, store || norm_first);
+  const Tensor preact = feed_forward_forward(y, weight1, bias1, weight2, bias2, activation, dropout1_p, seed1, store,
+                                             packed1, packed2, {x, dropout2_p, seed2}, *sum);
+  if (norm_first) return {*sum, nothing(x), nothing(x), nothing(x), nothing(x)};
+  auto [normed, mean, rstd] = layer_norm_fwd(*sum, width_of(x), norm_weight, norm_bias, eps);
+  return {normed, preact, sum.returned(), mean, rstd};
 }
 
 // Gradients of input, weight1, bias1, weight2, bias2, norm_weight and norm_bias.

@@ -9,6 +9,23 @@ inline const OptionalTensor kNone = std::nullopt;
 
 inline int64_t width_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
+// A result within an op: a tensor of its own where that is `kept` for the backward, else in a workspace.
+class Intermediate {
+ public:
+  Intermediate(const Sizes& sizes, const Tensor& like, bool kept);
+  Tensor& operator*() { return tensor_; }
+  // What the op returns of it.
+  Tensor returned() const { return kept_ ? tensor_ : nothing(tensor_); }
+
+ private:
+  bool kept_;
+  Workspace workspace_;
+  Tensor tensor_;
+};
+
+// A view of memory with these sizes and strides, of `like`'s dtype.
+Tensor view_of(void* data, const Sizes& sizes, const Sizes& strides, const Tensor& like);
+
 // What happens to a result on its way to memory: residual + dropout(result).
 struct Ending {
   const OptionalTensor& residual;
@@ -16,18 +33,19 @@ struct Ending {
   const OptionalTensor& seed;
 };
 
-Tensor linear_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                      const OptionalTensor& packed, const Ending& ending);
-// `residual` is added to dinput.
-std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
-                                                   const OptionalTensor& residual, bool needs_input, bool needs_weight,
-                                                   bool needs_bias);
+// Writes the output, which is dense.
+void linear_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& packed,
+                    const Ending& ending, Tensor& output);
+// Writes dinput, which is dense, with `residual` added to it, unless it is null; returns (dweight, dbias).
+std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                           const OptionalTensor& residual, Tensor* dinput, bool needs_weight,
+                                           bool needs_bias);
 
-std::tuple<Tensor, Tensor> feed_forward_forward(const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1,
-                                                const Tensor& weight2, const OptionalTensor& bias2, int64_t activation,
-                                                double dropout_p, const OptionalTensor& seed, bool store_preact,
-                                                const OptionalTensor& packed1, const OptionalTensor& packed2,
-                                                const Ending& ending);
+// Writes the output, which is dense, and returns preact.
+Tensor feed_forward_forward(const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1,
+                            const Tensor& weight2, const OptionalTensor& bias2, int64_t activation, double dropout_p,
+                            const OptionalTensor& seed, bool store_preact, const OptionalTensor& packed1,
+                            const OptionalTensor& packed2, const Ending& ending, Tensor& output);
 // `residual` is added to dinput.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward(
     const Tensor& grad, const Tensor& input, const Tensor& preact, const Tensor& weight1, const Tensor& weight2,

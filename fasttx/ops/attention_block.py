@@ -20,7 +20,7 @@ from ._library import (
 def _attention_block_fwd(
     input, weight_in, bias_in, weight_out, bias_out, norm_weight, norm_bias, eps, norm_first, heads,
     batch_first, attn_mask, cu_seqlens, is_causal, scale, attention_p, attention_seed, dropout_p,
-    seed, packed_in, packed_out,
+    seed, store, packed_in, packed_out,
 ):  # fmt: skip
     outer = input.shape[:-1]
     if norm_first:
@@ -31,10 +31,10 @@ def _attention_block_fwd(
     statistics = accumulate_dtype(input.dtype)
     return (
         input.new_empty(input.shape),
-        input.new_empty((*outer, weight_in.shape[0])),
-        input.new_empty((*outer, weight_in.shape[0] // 3)),
+        input.new_empty((*outer, weight_in.shape[0]) if store else (0,)),
+        input.new_empty((*outer, weight_in.shape[0] // 3) if store else (0,)),
         input.new_empty((*rows, 2), dtype=statistics),
-        input.new_empty(input.shape),
+        input.new_empty(input.shape if store else (0,)),
         input.new_empty((outer.numel(),), dtype=statistics),
         input.new_empty((outer.numel(),), dtype=statistics),
     )
@@ -59,7 +59,7 @@ _OPTIONS = (
 attention_block_fwd = define(
     "attention_block_fwd(Tensor input, Tensor weight_in, Tensor? bias_in, Tensor weight_out,"
     " Tensor? bias_out, Tensor? norm_weight, Tensor? norm_bias, float eps, bool norm_first,"
-    f" {_OPTIONS}, Tensor? packed_in, Tensor? packed_out)"
+    f" {_OPTIONS}, bool store, Tensor? packed_in, Tensor? packed_out)"
     " -> (Tensor output, Tensor qkv, Tensor attended, Tensor stats, Tensor sum, Tensor mean, Tensor rstd)",
     _attention_block_fwd,
 )
@@ -75,9 +75,9 @@ attention_block_bwd = define(
 
 
 def _save(ctx, inputs, output):
-    input, weight_in, _, weight_out, _, norm_weight, _, _, norm_first, *options, _, _ = inputs
-    if norm_first:
-        raise RuntimeError("attention_block_fwd has no gradient with norm_first=True")
+    input, weight_in, _, weight_out, _, norm_weight, _, _, norm_first, *options, store, _, _ = inputs
+    if norm_first or not store:
+        raise RuntimeError("attention_block_fwd has gradients with norm_first=False, store=True")
     ctx.heads, ctx.batch_first, mask, cu_seqlens, ctx.is_causal, ctx.scale, *dropouts = options
     ctx.attention_p, attention_seed, ctx.dropout_p, seed = dropouts
     ctx.save_for_backward(
@@ -94,7 +94,7 @@ def _backward(ctx, grad, *_):
         grad, *tensors, ctx.heads, ctx.batch_first, mask, cu_seqlens, ctx.is_causal, ctx.scale,
         ctx.attention_p, attention_seed, ctx.dropout_p, seed, *needs,
     )  # fmt: skip
-    return (*map(given, gradients, needs), *[None] * 14)
+    return (*map(given, gradients, needs), *[None] * 15)
 
 
 differentiate(attention_block_fwd, _backward, _save)
@@ -126,8 +126,10 @@ def attention_block(
     from fasttx.packing import packed
 
     tensors = (input, weight_in, bias_in, weight_out, bias_out, norm_weight, norm_bias)
+    differentiable = wants_grad(*tensors)
     return run(
-        attention_block_fwd, wants_grad(*tensors),
+        attention_block_fwd, differentiable,
         *tensors, eps, norm_first, heads, batch_first, attn_mask, cu_seqlens, is_causal, scale,
-        attention_p, attention_seed, dropout_p, seed, packed(weight_in), packed(weight_out),
+        attention_p, attention_seed, dropout_p, seed, differentiable, packed(weight_in),
+        packed(weight_out),
     )[0]  # fmt: skip

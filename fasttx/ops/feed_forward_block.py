@@ -28,7 +28,7 @@ def _feed_forward_block_fwd(
     return (
         input.new_empty(input.shape),
         input.new_empty((*outer, weight1.shape[0]) if store else (0,)),
-        input.new_empty(input.shape),
+        input.new_empty(input.shape if store else (0,)),
         input.new_empty((outer.numel(),), dtype=statistics),
         input.new_empty((outer.numel(),), dtype=statistics),
     )
