@@ -8,7 +8,8 @@ import pytest
 import torch
 from budget import DTYPES, assert_within_budget
 from module_checks import assert_gradients_within_budget
-from properties import assert_refuses_second_derivatives, draw
+from properties import assert_compiles, assert_refuses_second_derivatives, draw
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fasttx import philox, reference
 from fasttx.dispatch import extension
@@ -228,14 +229,36 @@ def test_one_derivative(half):
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_operator_contract(half):
-    """Schema, shapes and gradients as torch.library checks them."""
+def test_compiles(half):
+    fused, _, make = HALVES[half]
+    assert_compiles(fused, {name: value.float() for name, value in make(2, 3).items()})
+
+
+class Calls(TorchDispatchMode):
+    """Checks every half that runs, in either direction, as torch.library does: schema, shapes, gradients."""
+
+    checked = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "fasttx" and "block" in op._schema.name:
+            self.checked += 1
+            fresh = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
+            with _disable_current_modes():
+                torch.library.opcheck(op, tuple(fresh), test_utils=("test_schema", "test_faketensor"))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("half", HALVES)
+def test_opcheck(half, dropout):
     fused, _, make = HALVES[half]
     inputs = {name: value.float() for name, value in make(2, 3).items()}
-    for gradients in (False, True):
-        leaves = {name: value.requires_grad_(gradients) for name, value in inputs.items()}
-        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(compiled(**leaves), fused(**leaves))
+    with Calls() as calls:
+        fused(**inputs, dropout=dropout)
+        fused(**inputs, norm_first=True)
+        leaves = {name: value.requires_grad_() for name, value in inputs.items()}
+        fused(**leaves, dropout=dropout).sum().backward()
+    assert calls.checked == 4
 
 
 def test_shapes_are_checked_before_memory_is_touched():
