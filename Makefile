@@ -19,7 +19,7 @@ lint: install
 	$(PY) -m ruff check .
 
 bench: install
-	$(PY) -m benchmarks
+	$(PY) -m benchmarks --allocators both
 
 clean:
 	rm -rf $(VENV) build *.egg-info fasttx/*.so

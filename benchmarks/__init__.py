@@ -1,1 +1,1 @@
-"""Speed of every op against PyTorch's own, with its error beside it: `python -m benchmarks`. One file an op."""
+"""Speed of every op, layer and model against PyTorch's own, its error and bar beside it: `python -m benchmarks`."""

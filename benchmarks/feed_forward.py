@@ -1,43 +1,82 @@
 """Linear layers, and the feed-forward half of a transformer layer."""
 
 from collections.abc import Iterator
+from functools import partial
 
+import torch
+from torch import Tensor
 from torch.nn.functional import gelu
 from torch.nn.functional import linear as torch_linear
 
 from fasttx import functional, reference
 
-from .case import DTYPES, Case, size, tensors
+from .case import DTYPES, Case, Growth, Work, item_size, op_work, tensors
+from .growth import FLAT, GROWN, time_per_token
 
 _WIDTH, _HIDDEN = 768, 3072
 
+# (tokens, backward): the bars in float32 and in bfloat16.
+_BARS = {
+    (16, False): (2.5, 1.2),
+    (128, False): (1.6, 1.05),
+    (1024, False): (1.15, 1.02),
+    (4096, False): (1.15, 1.02),
+    (128, True): (1.4, 1.1),
+    (1024, True): (1.12, 1.05),
+}
+_ROOFLINE = (0.88, 0.80)  # of inference, from 128 tokens on
 
-def cases() -> Iterator[Case]:
-    """One linear layer; 768 -> 3072 -> 768 for few and many tokens, forward and backward."""
-    for dtype in DTYPES:
-        inputs = tensors(dtype, input=(1024, _WIDTH), weight=(_WIDTH, _WIDTH), bias=(_WIDTH,))
-        yield Case(
-            "linear", f"({1024},{_WIDTH})", dtype, inputs,
-            torch_linear, functional.linear, reference.linear,
-            flops=2 * 1024 * _WIDTH * _WIDTH, bytes=size(inputs) + inputs["input"].nbytes,
-        )  # fmt: skip
-        for tokens, backward in ((16, False), (128, False), (1024, False), (128, True), (1024, True)):
-            inputs = tensors(
-                dtype, input=(tokens, _WIDTH), weight1=(_HIDDEN, _WIDTH), bias1=(_HIDDEN,),
-                weight2=(_WIDTH, _HIDDEN), bias2=(_WIDTH,),
-            )  # fmt: skip
+
+def cases() -> Iterator[Case | Growth]:
+    """768 -> 3072 -> 768 for few and many tokens, forward and backward; one linear layer; time per token."""
+    for index, dtype in enumerate(DTYPES):
+        for (tokens, backward), bars in _BARS.items():
             yield Case(
-                "feed-forward", f"({tokens},{_WIDTH},{_HIDDEN})", dtype, _scaled(inputs),
-                _torch, functional.feed_forward, reference.feed_forward,
+                "feed_forward",
+                "fwd+bwd" if backward else "fwd",
+                f"({tokens},{_WIDTH},{_HIDDEN})",
+                dtype,
+                partial(_work, tokens, dtype, backward),
                 flops=(3 if backward else 1) * 4 * tokens * _WIDTH * _HIDDEN,
-                bytes=size(inputs) * (3 if backward else 1), backward=backward,
-            )  # fmt: skip
+                bytes=(3 if backward else 1) * 2 * (tokens * _WIDTH + _WIDTH * _HIDDEN) * item_size(dtype),
+                bar=bars[index],
+                roofline=None if backward or tokens < 128 else _ROOFLINE[index],
+            )
+        yield Case(
+            "feed_forward", "linear fwd", f"(1024,{_WIDTH},{_WIDTH})", dtype, partial(_linear, dtype),
+            flops=2 * 1024 * _WIDTH * _WIDTH, bytes=(2 * 1024 + _WIDTH) * _WIDTH * item_size(dtype),
+        )  # fmt: skip
+        yield Growth(
+            "feed_forward", "time per token", GROWN, dtype, "x",
+            partial(time_per_token, partial(_call, dtype)), bar=FLAT,
+        )  # fmt: skip
 
 
-def _scaled(inputs: dict) -> dict:
+def _inputs(tokens: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Weights of the size that keeps activations of order one, as trained ones do."""
+    inputs = tensors(
+        dtype, input=(tokens, _WIDTH), weight1=(_HIDDEN, _WIDTH), bias1=(_HIDDEN,),
+        weight2=(_WIDTH, _HIDDEN), bias2=(_WIDTH,),
+    )  # fmt: skip
     return {n: x / x.shape[1] ** 0.5 if n.startswith("weight") else x for n, x in inputs.items()}
 
 
 def _torch(input, weight1, bias1, weight2, bias2):
     return torch_linear(gelu(torch_linear(input, weight1, bias1)), weight2, bias2)
+
+
+def _work(tokens: int, dtype: torch.dtype, backward: bool) -> Work:
+    return op_work(
+        _inputs(tokens, dtype), {"linear, gelu": _torch}, functional.feed_forward, reference.feed_forward,
+        backward=backward, weights=("weight1", "weight2"),
+    )  # fmt: skip
+
+
+def _linear(dtype: torch.dtype) -> Work:
+    inputs = tensors(dtype, input=(1024, _WIDTH), weight=(_WIDTH, _WIDTH), bias=(_WIDTH,))
+    return op_work(inputs, {"linear": torch_linear}, functional.linear, reference.linear)
+
+
+def _call(dtype: torch.dtype, tokens: int):
+    inputs = _inputs(tokens, dtype)
+    return torch.no_grad()(lambda: functional.feed_forward(**inputs))

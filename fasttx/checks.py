@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+# GELU's variants, as torch.nn.functional.gelu names them.
+APPROXIMATIONS = ("none", "tanh")
+
 
 def shape(tensor: Tensor) -> str:
     """A shape as it reads in a message."""
@@ -51,7 +54,7 @@ def require_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...], m
 
 def require_approximation(value: str) -> None:
     """GELU's variant, as torch.nn.functional.gelu names it."""
-    if value not in ("none", "tanh"):
+    if value not in APPROXIMATIONS:
         raise ValueError(f"approximate must be 'none' or 'tanh', got {value!r}")
 
 

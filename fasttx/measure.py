@@ -5,11 +5,12 @@ machine does falls on all of them alike. Errors are judged against the error tha
 makes in the same dtype on the same input.
 """
 
+import contextlib
 import gc
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,78 @@ class Measurement:
         return Interval(value.item(), low.item(), high.item())
 
 
+class Interleaving:
+    """Variants that are timed once a round, in random order.
+
+    A call shorter than `shortest_sample` seconds is repeated within one sample, so that the clock does not count.
+    `synchronize` waits for an asynchronous device and is timed with each sample. `primed`: before each sample its
+    variant runs once untimed, so that none pays for what another left in the caches.
+    """
+
+    def __init__(
+        self,
+        variants: Mapping[str, Callable[[], object]],
+        *,
+        shortest_sample: float = 1e-4,
+        synchronize: Callable[[], object] | None = None,
+        primed: bool = False,
+    ):
+        if not variants:
+            raise ValueError("nothing to time: variants is empty")
+        self._variants, self._synchronize, self._shortest = dict(variants), synchronize, shortest_sample
+        self._primed = primed
+        self._order, self._shuffle = list(variants), random.Random(0).shuffle
+        self._repeats = dict.fromkeys(variants, 1)
+        self._samples: dict[str, list[float]] = {name: [] for name in variants}
+
+    def warm_up(self, seconds: float) -> dict[str, float]:
+        """Runs every variant, twice at least, for more than `seconds`; returns how long the fastest sample took."""
+        fastest = dict.fromkeys(self._variants, math.inf)
+        start, passes = time.perf_counter(), 0
+        while passes < 2 or time.perf_counter() - start <= seconds:
+            for name in self._variants:
+                fastest[name] = min(fastest[name], self._sample(name))
+            passes += 1
+        self._repeats = {name: max(1, math.ceil(self._shortest / max(once, 1e-7))) for name, once in fastest.items()}
+        return {name: once * self._repeats[name] for name, once in fastest.items()}
+
+    def round(self) -> None:
+        """Times every variant once more."""
+        self._shuffle(self._order)
+        for name in self._order:
+            self._samples[name].append(self._sample(name))
+
+    def measurement(self) -> Measurement:
+        """All rounds so far."""
+        return Measurement({name: torch.tensor(s, dtype=torch.float64) for name, s in self._samples.items()})
+
+    def _sample(self, name: str) -> float:
+        call, repeats = self._variants[name], self._repeats[name]
+        if self._primed:
+            call()
+            if self._synchronize is not None:
+                self._synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        if self._synchronize is not None:
+            self._synchronize()
+        return (time.perf_counter() - start) / repeats
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collects once, and then not before the end."""
+    was_collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_collecting:
+            gc.enable()
+
+
 def interleave(
     variants: Mapping[str, Callable[[], object]],
     *,
@@ -81,50 +154,21 @@ def interleave(
 ) -> Measurement:
     """Times every variant once a round, in random order, for about `seconds` in all.
 
-    Before that they run for more than `warm_up` seconds untimed. A call shorter than
-    `shortest_sample` seconds is repeated within one sample, so that the clock does not count.
-    `synchronize` waits for an asynchronous device and is timed with each sample. At least
-    `least_rounds` and at most `most_rounds` rounds are taken. Python's garbage collector rests
+    Before that they run for more than `warm_up` seconds untimed. `shortest_sample` and `synchronize` are
+    Interleaving's. At least `least_rounds` and at most `most_rounds` rounds are taken. Python's garbage collector rests
     meanwhile.
     """
-    if not variants:
-        raise ValueError("nothing to time: variants is empty")
     if least_rounds < 1 or most_rounds < least_rounds:
         raise ValueError(f"rounds must be 1 <= {least_rounds=} <= {most_rounds=}")
-
-    def sample(call: Callable[[], object], repeats: int) -> float:
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        if synchronize is not None:
-            synchronize()
-        return (time.perf_counter() - start) / repeats
-
-    fastest = dict.fromkeys(variants, math.inf)
-    start, passes = time.perf_counter(), 0
-    while passes < 2 or time.perf_counter() - start <= warm_up:
-        for name, call in variants.items():
-            fastest[name] = min(fastest[name], sample(call, 1))
-        passes += 1
-    repeats = {name: max(1, math.ceil(shortest_sample / max(once, 1e-7))) for name, once in fastest.items()}
-
-    samples: dict[str, list[float]] = {name: [] for name in variants}
-    order, shuffle = list(variants), random.Random(0).shuffle
-    was_collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
+    running = Interleaving(variants, shortest_sample=shortest_sample, synchronize=synchronize)
+    running.warm_up(warm_up)
+    with no_garbage_collection():
         start = time.perf_counter()
         for done in range(most_rounds):
             if done >= least_rounds and time.perf_counter() - start >= seconds:
                 break
-            shuffle(order)
-            for name in order:
-                samples[name].append(sample(variants[name], repeats[name]))
-    finally:
-        if was_collecting:
-            gc.enable()
-    return Measurement({name: torch.tensor(s, dtype=torch.float64) for name, s in samples.items()})
+            running.round()
+    return running.measurement()
 
 
 def _outside(count: int) -> int:

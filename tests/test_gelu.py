@@ -191,10 +191,10 @@ def test_opcheck(dtype):
     x = torch.randn(4, 9, 5).to(dtype).transpose(0, 1).requires_grad_()
     bias = torch.randn(5).to(dtype).requires_grad_()
     for arguments in ((x, None, 2), (x, bias, 3), (x.detach(), bias.detach(), 2)):
-        torch.library.opcheck(ops.gelu_fwd, arguments)
+        torch.library.opcheck(ops.gelu_fwd.registered, arguments)
     slope, x, bias = torch.randn_like(x), x.detach(), bias.detach()
-    torch.library.opcheck(ops.gelu_bwd, (slope, x, bias, 2, True))
-    torch.library.opcheck(ops.gelu_bwd, (slope, x, None, 3, False))
+    torch.library.opcheck(ops.gelu_bwd.registered, (slope, x, bias, 2, True))
+    torch.library.opcheck(ops.gelu_bwd.registered, (slope, x, None, 3, False))
 
 
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)

@@ -135,6 +135,25 @@ def test_interleave_waits_for_an_asynchronous_device():
     assert len(waits) == times.rounds + 2
 
 
+def test_a_primed_sample_follows_an_untimed_call():
+    calls = []
+
+    def call(name):
+        calls.append(name)
+        busy(0.002 if calls[-2:-1] == [name] else 0.02)
+
+    variants = {name: lambda name=name: call(name) for name in "ab"}
+    running = measure.Interleaving(variants, primed=True)
+    warm = running.warm_up(0.0)
+    calls.clear()
+    for _ in range(5):
+        running.round()
+    assert all(calls[i] == calls[i + 1] for i in range(0, len(calls), 2)) and len(calls) == 20
+    # The first call after the other's takes ten times as long, and is not what is timed.
+    times = running.measurement()
+    assert all(0.002 <= times.median(name).value < 0.01 and warm[name] < 0.01 for name in "ab")
+
+
 @pytest.mark.parametrize("options", [{"least_rounds": 0}, {"least_rounds": 9, "most_rounds": 8}])
 def test_interleave_refuses_impossible_rounds(options):
     with pytest.raises(ValueError, match="rounds"):

@@ -42,8 +42,8 @@ std::tuple<Tensor, Tensor> gelu_bwd(const Tensor& grad, const Tensor& input, con
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx, CPU, m) {
-  m.impl("gelu_fwd", TORCH_BOX(&gelu_fwd));
-  m.impl("gelu_bwd", TORCH_BOX(&gelu_bwd));
+  FASTTX_IMPL(m, gelu_fwd);
+  FASTTX_IMPL(m, gelu_bwd);
 }
 
 }  // namespace fasttx::bindings

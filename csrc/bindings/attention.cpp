@@ -151,17 +151,34 @@ Tensor allocate_gradient(const Tensor& like) {
   return has_unit_rows(gradient) ? gradient : allocate_tokens_first(like, like.size(like.dim() - 1));
 }
 
+// Whether there are so few (sequence, kv head) pairs that threads share them.
+bool threads_share_pairs(const AttentionShape& shape) {
+  return shape.batch * shape.kv_heads < 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+}
+
+// Calls run() for all pairs in turn, so many at a time that `bytes`, of all of them, come to 32 MiB.
+template <class F>
+void for_waves(AttentionShape& shape, int64_t bytes, const F& run) {
+  constexpr int64_t kMostBytes = int64_t{32} << 20;
+  const int64_t pairs = shape.batch * shape.kv_heads, waves = std::min(pairs, (bytes + kMostBytes - 1) / kMostBytes);
+  for (int64_t wave = 0; wave < waves; ++wave) {
+    shape.first_pair = pairs * wave / waves;
+    shape.pairs = pairs * (wave + 1) / waves - shape.first_pair;
+    run();
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
                                          const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
                                          const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                          const OptionalTensor& alibi_slopes, bool is_causal, int64_t query_offset,
                                          int64_t window_left, int64_t window_right, double dropout_p,
-                                         const OptionalTensor& seed, double scale) {
+                                         const OptionalTensor& seed, double scale, bool with_lse) {
   Tensor output = allocate_tokens_first(query, value.size(value.dim() - 1));
   auto [lse, stats] = attention_forward(query, key, value,
                                         {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal,
                                          query_offset, window_left, window_right, dropout_p, seed, scale},
-                                        output);
+                                        with_lse, output);
   return {output, lse, stats};
 }
 
@@ -183,34 +200,35 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
 }  // namespace
 
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                             const AttentionOptions& options, Tensor& output) {
+                                             const AttentionOptions& options, bool with_stats, Tensor& output) {
   const int dtype = dtype_index(query, "query");
   const Problem problem = make_problem(query, key, value, options);
   const AttentionShape& shape = problem.shape;
   const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
-  Tensor lse = allocate(lse_sizes(problem), accumulate_type(query));
-  Tensor stats = allocate(stats_sizes(problem), accumulate_type(query));
-  if (lse.numel() == 0) return {lse, stats};
+  Tensor lse = allocate(with_stats ? lse_sizes(problem) : Sizes{0}, accumulate_type(query));
+  Tensor stats = allocate(with_stats ? stats_sizes(problem) : Sizes{0}, accumulate_type(query));
+  if (shape.batch * shape.heads * shape.queries == 0) return {lse, stats};
 
   AttentionFwd args = {shape, data(q), data(k), data(v), strides_of(q), strides_of(k), strides_of(v),
-                       strides_of(output), out(output), out(lse), out(stats), nullptr, nullptr};
-  // Where there are few (sequence, kv head) pairs, threads share one and its packed keys; else each packs its own, in
-  // memory that it uses again.
+                       strides_of(output), out(output), out_or_null(lse), out_or_null(stats), nullptr, nullptr};
   const KernelTable& kernels = table();
-  OptionalTensor k_packed, v_packed;
-  const bool one_tile = shape.queries * (shape.heads / shape.kv_heads) <= 32;
-  if (!one_tile && shape.batch * shape.kv_heads < 4 * static_cast<int64_t>(torch::stable::get_num_threads())) {
-    const auto bytes = [&](int64_t width) {
-      return allocate({static_cast<int64_t>(kernels.attention_packed_bytes[dtype](shape, width))}, ScalarType::Byte);
-    };
-    k_packed = bytes(shape.width);
-    v_packed = bytes(shape.value_width);
-    args.k_packed = out(*k_packed);
-    args.v_packed = out(*v_packed);
-    launch(kernels.attention_pack[dtype],
-           AttentionPack{shape, args.k, args.v, args.k_strides, args.v_strides, args.k_packed, args.v_packed});
+  if (shape.queries * (shape.heads / shape.kv_heads) <= 32 || !threads_share_pairs(shape)) {
+    launch(kernels.attention_fwd[dtype], args);
+    return {lse, stats};
   }
-  launch(kernels.attention_fwd[dtype], args);
+  // Threads share packed keys; else each packs its own, in memory that it uses again.
+  const auto packed_bytes = [&](int64_t width) {
+    return static_cast<int64_t>(kernels.attention_packed_bytes[dtype](args.shape, width));
+  };
+  for_waves(args.shape, packed_bytes(shape.width) + packed_bytes(shape.value_width), [&] {
+    Tensor k_packed = allocate({packed_bytes(shape.width)}, ScalarType::Byte);
+    Tensor v_packed = allocate({packed_bytes(shape.value_width)}, ScalarType::Byte);
+    args.k_packed = out(k_packed);
+    args.v_packed = out(v_packed);
+    launch(kernels.attention_pack[dtype], AttentionPack{args.shape, args.k, args.v, args.k_strides, args.v_strides,
+                                                        args.k_packed, args.v_packed});
+    launch(kernels.attention_fwd[dtype], args);
+  });
   return {lse, stats};
 }
 
@@ -234,15 +252,26 @@ void attention_backward(const Tensor& grad, const OptionalTensor& grad_lse, cons
   const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
   const Tensor o = with_unit_rows(output), g = with_unit_rows(grad), s = dense(stats);
   const OptionalTensor dl = dense(grad_lse);
-  launch(table().attention_bwd[dtype],
-         AttentionBwd{shape, data(g), data(q), data(k), data(v), data(o), strides_of(g), strides_of(q), strides_of(k),
-                      strides_of(v), strides_of(o), strides_of(dquery), strides_of(dkey), strides_of(dvalue), data(s), data(dl),
-                      out(dquery), out(dkey), out(dvalue)});
+  AttentionBwd args = {shape, data(g), data(q), data(k), data(v), data(o), strides_of(g), strides_of(q), strides_of(k),
+                       strides_of(v), strides_of(o), strides_of(dquery), strides_of(dkey), strides_of(dvalue), data(s), data(dl),
+                       out(dquery), out(dkey), out(dvalue), nullptr};
+  const KernelTable& kernels = table();
+  const int64_t bytes = static_cast<int64_t>(kernels.attention_dq_bytes[dtype](shape));
+  if (bytes == 0 || !threads_share_pairs(shape)) {
+    launch(kernels.attention_bwd[dtype], args);
+    return;
+  }
+  for_waves(args.shape, bytes * shape.batch * shape.kv_heads, [&] {
+    Tensor partial = allocate({bytes * args.shape.pairs}, ScalarType::Byte);
+    args.dq_partial = out(partial);
+    launch(kernels.attention_bwd[dtype], args);
+    launch(kernels.attention_dq[dtype], args);
+  });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx, CPU, m) {
-  m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
-  m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
+  FASTTX_IMPL(m, attention_fwd);
+  FASTTX_IMPL(m, attention_bwd);
 }
 
 }  // namespace fasttx::bindings

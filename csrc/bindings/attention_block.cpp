@@ -34,8 +34,8 @@ struct Heads {
       : query(tokens.heads(qkv, 0, 3, count)), key(tokens.heads(qkv, 1, 3, count)), value(tokens.heads(qkv, 2, 3, count)) {}
 };
 
-// (output, qkv, attended, stats, sum, mean, rstd): all but the first are what the backward reads.
-using AttentionBlock = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// (output, qkv, attended, stats, sum): all but the first are what the backward reads.
+using AttentionBlock = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 AttentionBlock attention_block_fwd(const Tensor& input, const Tensor& weight_in, const OptionalTensor& bias_in,
                                    const Tensor& weight_out, const OptionalTensor& bias_out,
@@ -48,7 +48,7 @@ AttentionBlock attention_block_fwd(const Tensor& input, const Tensor& weight_in,
   const Tokens tokens(x, batch_first, cu_seqlens);
   STD_TORCH_CHECK(heads > 0 && weight_in.dim() == 2 && weight_in.size(0) % (3 * heads) == 0,
                   "weight_in must be (3 * heads * head width, in)");
-  const Tensor y = norm_first ? std::get<0>(layer_norm_fwd(x, width_of(x), norm_weight, norm_bias, eps)) : x;
+  const Tensor y = norm_first ? layer_norm_fwd(x, width_of(x), norm_weight, norm_bias, eps) : x;
   Sizes sizes = sizes_of(x);
   sizes.back() = weight_in.size(0);
   Intermediate qkv(sizes, x, store);
@@ -59,12 +59,12 @@ AttentionBlock attention_block_fwd(const Tensor& input, const Tensor& weight_in,
   Tensor output = tokens.heads(*attended, 0, 1, heads);
   const AttentionOptions options = {attn_mask, kNone, cu_seqlens, cu_seqlens, kNone, is_causal, 0, -1, -1,
                                     attention_p, attention_seed, scale};
-  auto [lse, stats] = attention_forward(h.query, h.key, h.value, options, output);
+  auto [lse, stats] = attention_forward(h.query, h.key, h.value, options, store, output);
   Intermediate sum(sizes_of(x), x, store || norm_first);
   linear_forward(*attended, weight_out, bias_out, packed_out, {x, dropout_p, seed}, *sum);
-  if (norm_first) return {*sum, nothing(x), nothing(x), nothing(x), nothing(x), nothing(x), nothing(x)};
-  auto [normed, mean, rstd] = layer_norm_fwd(*sum, width_of(x), norm_weight, norm_bias, eps);
-  return {normed, qkv.returned(), attended.returned(), stats, sum.returned(), mean, rstd};
+  if (norm_first) return {*sum, nothing(x), nothing(x), nothing(x), nothing(x)};
+  return {layer_norm_fwd(*sum, width_of(x), norm_weight, norm_bias, eps), qkv.returned(), attended.returned(), stats,
+          sum.returned()};
 }
 
 // Gradients of input, weight_in, bias_in, weight_out, bias_out, norm_weight and norm_bias.
@@ -73,7 +73,7 @@ using AttentionBlockGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tenso
 AttentionBlockGradients attention_block_bwd(
     const Tensor& grad, const Tensor& input, const Tensor& weight_in, const Tensor& weight_out,
     const OptionalTensor& norm_weight, const Tensor& qkv, const Tensor& attended, const Tensor& stats,
-    const Tensor& sum, const Tensor& mean, const Tensor& rstd, int64_t heads, bool batch_first,
+    const Tensor& sum, double eps, int64_t heads, bool batch_first,
     const OptionalTensor& attn_mask, const OptionalTensor& cu_seqlens, bool is_causal, double scale, double attention_p,
     const OptionalTensor& attention_seed, double dropout_p, const OptionalTensor& seed, bool needs_input,
     bool needs_weight_in, bool needs_bias_in, bool needs_weight_out, bool needs_bias_out, bool needs_norm_weight,
@@ -91,7 +91,7 @@ AttentionBlockGradients attention_block_bwd(
 
   const bool dropped = dropout_p > 0.0;
   auto [dsum, dinput, dnorm_weight, dnorm_bias] =
-      add_layer_norm_bwd(grad, kNone, sum, mean, rstd, norm_weight, width_of(sum), dropout_p, seed, dropped, true,
+      add_layer_norm_bwd(grad, kNone, sum, norm_weight, width_of(sum), eps, dropout_p, seed, dropped, true,
                          needs_norm_weight, needs_norm_bias);
   Intermediate dattended(sizes_of(attended), x, false), dqkv(sizes_of(qkv), x, false);
   auto [dweight_out, dbias_out] = linear_backward(dropped ? dinput : dsum, attended, weight_out, kNone, &*dattended,
@@ -111,8 +111,8 @@ AttentionBlockGradients attention_block_bwd(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx, CPU, m) {
-  m.impl("attention_block_fwd", TORCH_BOX(&attention_block_fwd));
-  m.impl("attention_block_bwd", TORCH_BOX(&attention_block_bwd));
+  FASTTX_IMPL(m, attention_block_fwd);
+  FASTTX_IMPL(m, attention_block_bwd);
 }
 
 }  // namespace fasttx::bindings

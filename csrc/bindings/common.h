@@ -39,9 +39,18 @@ inline Sizes sizes_of(const Tensor& tensor) {
 }
 
 Tensor allocate(const Sizes& sizes, ScalarType dtype);
-inline Tensor allocate_like(const Tensor& tensor) { return allocate(sizes_of(tensor), tensor.scalar_type()); }
+// The same on the way that costs least per call: the dispatcher finds aten::new_empty without looking up its name.
+Tensor allocate_like(const Tensor& like, const int64_t* sizes, int64_t dims);
+Tensor allocate_like(const Tensor& like, const Sizes& sizes, ScalarType dtype);
+inline Tensor allocate_like(const Tensor& like) {
+  const auto sizes = like.sizes();
+  return allocate_like(like, sizes.data(), like.dim());
+}
 // What an op returns in place of a result that was not asked for.
-inline Tensor nothing(const Tensor& like) { return allocate({0}, like.scalar_type()); }
+inline Tensor nothing(const Tensor& like) {
+  const int64_t none = 0;
+  return allocate_like(like, &none, 1);
+}
 
 inline const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
 inline const void* data(const OptionalTensor& tensor) {
@@ -53,6 +62,11 @@ inline void* out_or_null(Tensor& tensor) { return tensor.numel() == 0 ? nullptr 
 // Inactive at probability 0; otherwise a seed tensor (int64, one element, on the CPU) is required.
 Dropout make_dropout(double probability, const OptionalTensor& seed);
 Activation make_activation(int64_t code);
+
+// Registers the function `op` for the operator of that name and for its overload `raw`.
+#define FASTTX_IMPL(m, op)           \
+  m.impl(#op, TORCH_BOX(&op));       \
+  m.impl(#op ".raw", TORCH_BOX(&op))
 
 // Memory for the inside of one call, 64-byte aligned. The thread that ends its life keeps it for the next one that fits, so
 // that repeated calls touch no fresh pages; what it keeps is bounded, and freed by release_workspaces.

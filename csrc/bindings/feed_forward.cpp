@@ -134,8 +134,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward(
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx, CPU, m) {
-  m.impl("feed_forward_fwd", TORCH_BOX(&feed_forward_fwd));
-  m.impl("feed_forward_bwd", TORCH_BOX(&feed_forward_bwd));
+  FASTTX_IMPL(m, feed_forward_fwd);
+  FASTTX_IMPL(m, feed_forward_bwd);
 }
 
 }  // namespace fasttx::bindings

@@ -43,14 +43,18 @@ class Fields {
 };
 #define FIELD(args, name) add(#name, &args::name)
 
+int checked_dtype(int dtype) {
+  if (dtype < 0 || dtype >= kDTypes) throw std::invalid_argument("dtype must be an index of `dtypes`");
+  return dtype;
+}
+
 // run_<op>(isa, dtype, args, begin, end): one range of a kernel's items on the calling thread; end < 0 means all. Returns
 // how many items there are.
 template <class Args>
 void kernel(py::module_& m, const char* name, Kernel<Args> (KernelTable::*entry)[kDTypes]) {
   m.def((std::string("run_") + name).c_str(),
         [entry](const std::string& isa, int dtype, const Args& args, int64_t begin, int64_t end) {
-          if (dtype < 0 || dtype >= kDTypes) throw std::invalid_argument("dtype must be an index of `dtypes`");
-          const Kernel<Args>& k = (isa_named(isa).table->*entry)[dtype];
+          const Kernel<Args>& k = (isa_named(isa).table->*entry)[checked_dtype(dtype)];
           const Plan plan = k.plan(args);
           if (end < 0) end = plan.items;
           if (begin < 0 || begin > end || end > plan.items) {
@@ -68,18 +72,19 @@ void kernel(py::module_& m, const char* name, Kernel<Args> (KernelTable::*entry)
 void define_norms(py::module_& m) {
   using F = LayerNormFwd;
   Fields<F>(m, "LayerNormFwd").FIELD(F, x).FIELD(F, residual).FIELD(F, weight).FIELD(F, bias).FIELD(F, y).FIELD(F, sum)
-      .FIELD(F, mean).FIELD(F, rstd).FIELD(F, rows).FIELD(F, width).FIELD(F, eps).FIELD(F, dropout);
+      .FIELD(F, rows).FIELD(F, width).FIELD(F, eps).FIELD(F, dropout);
   using B = LayerNormBwd;
-  Fields<B>(m, "LayerNormBwd").FIELD(B, dy).FIELD(B, dsum).FIELD(B, x).FIELD(B, mean).FIELD(B, rstd).FIELD(B, weight)
+  Fields<B>(m, "LayerNormBwd").FIELD(B, dy).FIELD(B, dsum).FIELD(B, x).FIELD(B, weight)
       .FIELD(B, dx).FIELD(B, dinput).FIELD(B, dweight_partial).FIELD(B, dbias_partial).FIELD(B, rows).FIELD(B, width)
-      .FIELD(B, dropout);
+      .FIELD(B, partial_stride).FIELD(B, eps).FIELD(B, dropout);
   KERNEL(layer_norm_fwd);
   KERNEL(layer_norm_bwd);
 }
 
 void define_sums(py::module_& m) {
   using R = ReduceRows;
-  Fields<R>(m, "ReduceRows").FIELD(R, partial).FIELD(R, out).FIELD(R, rows).FIELD(R, width);
+  Fields<R>(m, "ReduceRows").FIELD(R, partial).FIELD(R, out).FIELD(R, rows).FIELD(R, width).FIELD(R, tail)
+      .FIELD(R, split);
   using S = ColumnSum;
   Fields<S>(m, "ColumnSum").FIELD(S, x).FIELD(S, partial).FIELD(S, rows).FIELD(S, width).FIELD(S, x_stride);
   m.def("sum_chunks", &sum_chunks, py::arg("rows"), "Chunks that this many rows are summed in.");
@@ -125,7 +130,7 @@ void define_attention(py::module_& m) {
   Fields<S>(m, "AttentionShape").FIELD(S, batch).FIELD(S, heads).FIELD(S, kv_heads).FIELD(S, queries).FIELD(S, keys)
       .FIELD(S, width).FIELD(S, value_width).FIELD(S, key_lengths).FIELD(S, cu_queries).FIELD(S, cu_keys)
       .FIELD(S, query_offset).FIELD(S, window_left).FIELD(S, window_right).FIELD(S, is_causal).FIELD(S, scale)
-      .FIELD(S, mask).FIELD(S, alibi_slopes).FIELD(S, dropout);
+      .FIELD(S, mask).FIELD(S, alibi_slopes).FIELD(S, dropout).FIELD(S, first_pair).FIELD(S, pairs);
   using P = AttentionPack;
   Fields<P>(m, "AttentionPack").FIELD(P, shape).FIELD(P, k).FIELD(P, v).FIELD(P, k_strides).FIELD(P, v_strides)
       .FIELD(P, k_packed).FIELD(P, v_packed);
@@ -137,10 +142,34 @@ void define_attention(py::module_& m) {
   Fields<B>(m, "AttentionBwd").FIELD(B, shape).FIELD(B, dout).FIELD(B, q).FIELD(B, k).FIELD(B, v).FIELD(B, out)
       .FIELD(B, dout_strides).FIELD(B, q_strides).FIELD(B, k_strides).FIELD(B, v_strides).FIELD(B, out_strides)
       .FIELD(B, dq_strides).FIELD(B, dk_strides).FIELD(B, dv_strides).FIELD(B, stats).FIELD(B, dlse).FIELD(B, dq)
-      .FIELD(B, dk).FIELD(B, dv);
+      .FIELD(B, dk).FIELD(B, dv).FIELD(B, dq_partial);
   KERNEL(attention_pack);
   KERNEL(attention_fwd);
   KERNEL(attention_bwd);
+  KERNEL(attention_dq);
+}
+
+// launch_<op>(isa, dtype, args): all items on PyTorch's threads, for what is timed by itself.
+template <class Args>
+void launcher(py::module_& m, const char* name, Kernel<Args> (KernelTable::*entry)[kDTypes]) {
+  m.def((std::string("launch_") + name).c_str(), [entry](const std::string& isa, int dtype, const Args& args) {
+    launch((isa_named(isa).table->*entry)[checked_dtype(dtype)], args);
+  }, py::arg("isa"), py::arg("dtype"), py::arg("args"));
+}
+
+void define_limits(py::module_& m) {
+  using P = Peak;
+  Fields<P>(m, "Peak").FIELD(P, items).FIELD(P, steps).FIELD(P, out);
+  using R = Read;
+  Fields<R>(m, "Read").FIELD(R, x).FIELD(R, count).FIELD(R, sums);
+  m.def("peak_step_flops", [](const std::string& isa, int dtype) {
+    return isa_named(isa).table->peak_step_flops[checked_dtype(dtype)];
+  }, py::arg("isa"), py::arg("dtype"), "FLOP of one step of the peak loop, in each item.");
+  m.attr("read_chunk") = kReadChunk;
+  KERNEL(peak);
+  KERNEL(read);
+  launcher(m, "peak", &KernelTable::peak);
+  launcher(m, "read", &KernelTable::read);
 }
 
 }  // namespace
@@ -156,6 +185,7 @@ void define_kernels(py::module_& m) {
   define_softmax(m);
   define_products(m);
   define_attention(m);
+  define_limits(m);
 }
 
 }  // namespace fasttx::bindings

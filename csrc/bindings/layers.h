@@ -52,16 +52,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward(
     int64_t activation, double dropout_p, const OptionalTensor& seed, const OptionalTensor& residual, bool needs_input,
     bool needs_weight1, bool needs_bias1, bool needs_weight2, bool needs_bias2);
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_fwd(const Tensor& input, int64_t width, const OptionalTensor& weight,
-                                                  const OptionalTensor& bias, double eps);
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(const Tensor& input, const Tensor& residual,
-                                                              int64_t width, const OptionalTensor& weight,
-                                                              const OptionalTensor& bias, double eps, double dropout_p,
-                                                              const OptionalTensor& seed, bool store_sum);
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(
-    const Tensor& grad, const OptionalTensor& grad_sum, const Tensor& sum, const Tensor& mean, const Tensor& rstd,
-    const OptionalTensor& weight, int64_t width, double dropout_p, const OptionalTensor& seed, bool needs_input,
-    bool needs_residual, bool needs_weight, bool needs_bias);
+Tensor layer_norm_fwd(const Tensor& input, int64_t width, const OptionalTensor& weight, const OptionalTensor& bias,
+                      double eps);
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const Tensor& grad, const OptionalTensor& grad_sum,
+                                                              const Tensor& sum, const OptionalTensor& weight,
+                                                              int64_t width, double eps, double dropout_p,
+                                                              const OptionalTensor& seed, bool needs_input,
+                                                              bool needs_residual, bool needs_weight, bool needs_bias);
 
 // Everything but the tensors that both directions of attention take, as the ops' schemas list it.
 struct AttentionOptions {
@@ -73,9 +70,9 @@ struct AttentionOptions {
   double scale;
 };
 
-// Writes the output, which has unit rows, and returns (lse, stats).
+// Writes the output, which has unit rows, and returns (lse, stats), empty without `with_stats`.
 std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                             const AttentionOptions& options, Tensor& output);
+                                             const AttentionOptions& options, bool with_stats, Tensor& output);
 // Writes the gradients, which have unit rows.
 void attention_backward(const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
                         const Tensor& value, const Tensor& output, const Tensor& stats, const AttentionOptions& options,

@@ -81,9 +81,9 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& inp
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx, CPU, m) {
-  m.impl("pack_weight", TORCH_BOX(&pack_weight));
-  m.impl("linear_fwd", TORCH_BOX(&linear_fwd));
-  m.impl("linear_bwd", TORCH_BOX(&linear_bwd));
+  FASTTX_IMPL(m, pack_weight);
+  FASTTX_IMPL(m, linear_fwd);
+  FASTTX_IMPL(m, linear_bwd);
 }
 
 }  // namespace fasttx::bindings

@@ -59,8 +59,8 @@ Tensor softmax_bwd(const Tensor& grad, const Tensor& output) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx, CPU, m) {
-  m.impl("softmax_fwd", TORCH_BOX(&softmax_fwd));
-  m.impl("softmax_bwd", TORCH_BOX(&softmax_bwd));
+  FASTTX_IMPL(m, softmax_fwd);
+  FASTTX_IMPL(m, softmax_bwd);
 }
 
 }  // namespace fasttx::bindings

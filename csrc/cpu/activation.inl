@@ -5,6 +5,13 @@ constexpr int64_t kActivationChunk = 4096;
 // Elements that are worth waking a thread for.
 constexpr int64_t kActivationGrain = 16384;
 
+// Bytes ahead of the vector at work that memory is asked for.
+constexpr int64_t kActivationAhead = 2048;
+template <class T>
+static FASTTX_INLINE T* ahead(T* p) {
+  return p + kActivationAhead / static_cast<int64_t>(sizeof(T));
+}
+
 // Args is ActivationFwd or ActivationBwd.
 template <class Args>
 static inline Plan activation_plan(const Args& g) {
@@ -23,6 +30,7 @@ static inline void for_activation_items(const Args& g, int64_t begin, int64_t en
       const int64_t first = begin * kActivationChunk;
       const int64_t size = min_of(end * kActivationChunk, g.rows * g.width) - first;
       for_vectors<V>(size, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+        prefetch(ahead(x + first + i));
         f.template operator()<kActivation>(first + i, lanes, load_lanes<V>(x + first + i, lanes));
       });
       return;
@@ -30,6 +38,7 @@ static inline void for_activation_items(const Args& g, int64_t begin, int64_t en
     for (int64_t row = begin; row < end; ++row) {
       const int64_t first = row * g.width;
       for_vectors<V>(g.width, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+        prefetch(ahead(x + first + i));
         const V value = load_lanes<V>(x + first + i, lanes) + load_lanes<V>(bias + i, lanes);
         f.template operator()<kActivation>(first + i, lanes, value);
       });
@@ -46,6 +55,7 @@ struct ActivationFwdKernel {
     for_activation_items<T>(
         g, begin, end,
         [&]<Activation kActivation>(int64_t i, int lanes, V value) __attribute__((always_inline)) {
+          prefetch_to_write(ahead(y + i));
           store_lanes(y + i, gelu<kActivation>(value), lanes);
         });
   }
@@ -61,6 +71,8 @@ struct ActivationBwdKernel {
     for_activation_items<T>(
         g, begin, end,
         [&]<Activation kActivation>(int64_t i, int lanes, V value) __attribute__((always_inline)) {
+          prefetch(ahead(dy + i));
+          prefetch_to_write(ahead(dx + i));
           const V grad = load_lanes<V>(dy + i, lanes);
           store_lanes(dx + i, grad * gelu_grad<kActivation>(value), lanes);
         });

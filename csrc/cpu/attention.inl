@@ -14,30 +14,37 @@ struct PackedKeys {
 };
 template <class P>
 static inline int64_t key_panel_size(const AttentionShape& g) {
-  return round_up(g.width, Packed<P>::kStep) * kTileCols<P>;
+  return round_up(g.width, Packed<P>::kLeftStep) * kTileCols<P>;
 }
 template <class P>
 static inline int64_t value_panels(const AttentionShape& g) {
   return ceil_div(g.value_width, kTileCols<P>);
 }
 
-// Panels before sequence b's in the buffers of the whole batch; packed sequences each waste less than one.
+// Panels before those of a (sequence, kv head) pair, counted from the launch's first; packed sequences each waste less
+// than one.
 template <class P>
-static inline int64_t panels_before(const AttentionShape& g, int64_t b) {
-  if (g.cu_keys != nullptr) return g.cu_keys[b] / kTileCols<P> + b;
-  return b * ceil_div(g.keys, kTileCols<P>);
+static inline int64_t panels_before(const AttentionShape& g, int64_t pair) {
+  const auto before_sequence = [&](int64_t b) {
+    return g.cu_keys != nullptr ? g.cu_keys[b] / kTileCols<P> + b : b * ceil_div(g.keys, kTileCols<P>);
+  };
+  const auto before = [&](int64_t i) {
+    const int64_t b = i / g.kv_heads, rest = i % g.kv_heads, panels = before_sequence(b);
+    return panels * g.kv_heads + (rest == 0 ? 0 : rest * (before_sequence(b + 1) - panels));
+  };
+  return before(pair) - before(g.first_pair);
 }
 
 template <class T>
 static size_t attention_packed_bytes(const AttentionShape& g, int64_t width) {
   using P = typename Packed<T>::type;
-  return sizeof(P) * g.kv_heads * panels_before<P>(g, g.batch) * kTileCols<P> * round_up(width, kTileCols<P>);
+  return sizeof(P) * panels_before<P>(g, g.first_pair + pair_count(g)) * kTileCols<P> * round_up(width, kTileCols<P>);
 }
 
 template <class P>
-static inline PackedKeys<P> packed_of(const AttentionShape& g, void* keys, void* values, int64_t b, int64_t kv_head) {
-  const int64_t before = kv_head * panels_before<P>(g, g.batch) + panels_before<P>(g, b);
-  const int64_t pitch = (panels_before<P>(g, b + 1) - panels_before<P>(g, b)) * kTileCols<P>;
+static inline PackedKeys<P> packed_of(const AttentionShape& g, void* keys, void* values, int64_t pair) {
+  const int64_t before = panels_before<P>(g, pair);
+  const int64_t pitch = (panels_before<P>(g, pair + 1) - before) * kTileCols<P>;
   return {static_cast<P*>(keys) + before * key_panel_size<P>(g),
           static_cast<P*>(values) + before * value_panels<P>(g) * kTileCols<P> * kTileCols<P>, pitch};
 }
@@ -62,18 +69,19 @@ struct AttentionPackKernel {
 
   static Plan plan(const AttentionPack& g) {
     const int64_t work = kTileCols<P> * (g.shape.width + g.shape.value_width);
-    return {g.shape.batch * g.shape.kv_heads * panels(g), max_of(1, 32768 / max_of(1, work)), 0, false};
+    return {pair_count(g.shape) * panels(g), max_of(1, 32768 / max_of(1, work)), 0, false};
   }
 
   static void run(const AttentionPack& g, void*, int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t key = item % panels(g) * kTileCols<P>, kv_head = item / panels(g) % g.shape.kv_heads;
-      const Sequence sequence = sequence_of(g.shape, item / panels(g) / g.shape.kv_heads);
+      const int64_t key = item % panels(g) * kTileCols<P>, pair = item / panels(g) + g.shape.first_pair;
+      const int64_t kv_head = pair % g.shape.kv_heads;
+      const Sequence sequence = sequence_of(g.shape, pair / g.shape.kv_heads);
       if (key >= sequence.keys) continue;
       pack_keys<T>(g.shape, first_row<T>(g.k, g.k_strides, g.shape, sequence.batch, kv_head, sequence.first_key),
                    first_row<T>(g.v, g.v_strides, g.shape, sequence.batch, kv_head, sequence.first_key), g.k_strides,
                    g.v_strides, key, min_of(kTileCols<P>, sequence.keys - key),
-                   packed_of<P>(g.shape, g.k_packed, g.v_packed, sequence.batch, kv_head), key);
+                   packed_of<P>(g.shape, g.k_packed, g.v_packed, pair), key);
     }
   }
 };
@@ -83,60 +91,87 @@ template <class P>
 struct QueryTile {
   using A = accum_t<P>;
   using V = Vec<A>;
+  static constexpr int64_t kRows = kQueryTile<P>;
   int64_t q_stride, out_stride;
-  P* q;        // (kQueryTile, q_stride)
-  A* scores;   // (kQueryTile, kKeyTile); then, as P in the same rows, the probabilities
-  A* out;      // (kQueryTile, out_stride)
-  A* largest;  // (kQueryTile): of the scores so far
-  A* shift;    // (kQueryTile): the same, 0 in place of -inf
-  A* decay;    // (kQueryTile): what the sums so far are worth under the new maximum
-  A* sums;     // (kQueryTile, kWidth)
-  A* bias;     // (kKeyTile)
-  A* keep;     // (kKeyTile)
+  ScoreScale<A> scale;
+  ProductUnit<P>* unit = nullptr;  // set while the kernel runs
+  P* q;        // (kRows, q_stride)
+  A* scores;   // (kRows, kKeyTile<P>); then, as P in the same rows, the probabilities
+  A* ahead;    // (kRows, kKeyTile<P>): scores of the next tile of keys, or null
+  A* out;      // (kRows, out_stride)
+  A* largest;  // (kRows): of the scores so far
+  A* shift;    // (kRows): the same, 0 in place of -inf
+  A* decay;    // (kRows): what the sums so far are worth under the new maximum
+  A* sums;     // (kRows, kWidth)
+  A* bias;     // (kKeyTile<P>)
+  A* keep;     // (kKeyTile<P>)
 
   QueryTile(const AttentionShape& g, ScratchPieces& pieces)
-      : q_stride(round_up(g.width, Packed<P>::kStep)), out_stride(value_panels<P>(g) * kTileCols<P>) {
-    q = pieces.take<P>(kQueryTile * q_stride);
-    scores = pieces.take<A>(kQueryTile * kKeyTile);
-    out = pieces.take<A>(kQueryTile * out_stride);
-    largest = pieces.take<A>(kQueryTile);
-    shift = pieces.take<A>(kQueryTile);
-    decay = pieces.take<A>(kQueryTile);
-    sums = pieces.take<A>(kQueryTile * V::kWidth);
-    bias = pieces.take<A>(kKeyTile);
-    keep = pieces.take<A>(kKeyTile);
+      : q_stride(round_up(g.width, Packed<P>::kLeftStep)), out_stride(value_panels<P>(g) * kTileCols<P>), scale(g) {
+    q = pieces.take<P>(kRows * q_stride);
+    scores = pieces.take<A>(kRows * kKeyTile<P>);
+    ahead = kUsesAmx<P> ? pieces.take<A>(kRows * kKeyTile<P>) : nullptr;
+    out = pieces.take<A>(kRows * out_stride);
+    largest = pieces.take<A>(kRows);
+    shift = pieces.take<A>(kRows);
+    decay = pieces.take<A>(kRows);
+    sums = pieces.take<A>(kRows * V::kWidth);
+    bias = pieces.take<A>(kKeyTile<P>);
+    keep = pieces.take<A>(kKeyTile<P>);
   }
 
   void start() {
-    for (int64_t i = 0; i < kQueryTile; ++i) largest[i] = -kInfinity<A>;
-    memset(sums, 0, sizeof(A) * kQueryTile * V::kWidth);
+    for (int64_t i = 0; i < kRows; ++i) largest[i] = -kInfinity<A>;
+    memset(sums, 0, sizeof(A) * kRows * V::kWidth);
   }
 
   void score(const AttentionShape& g, int64_t rows, const P* keys, int64_t n) {
-    multiply<P>({q, q_stride, Packed<P>::kStep, keys, key_panel_size<P>(g), q_stride, scores, kKeyTile, false, nullptr,
-                 static_cast<A>(g.scale)},
+    multiply<P>(*unit, {q, q_stride, Packed<P>::kLeftStep, keys, key_panel_size<P>(g), q_stride, scores, kKeyTile<P>,
+                        false, nullptr},
                 rows, n);
   }
 
-  // Scores to probabilities, not yet divided by their sum.
+  // The r-th part, of as many as there are rows, of the scores of n keys, into `ahead`: among the exponentials of
+  // another tile, products on tiles take less time than all at once (a ninth of the whole kernel's).
+  void score_ahead([[maybe_unused]] const AttentionShape& g, [[maybe_unused]] int64_t rows,
+                   [[maybe_unused]] const P* keys, [[maybe_unused]] int64_t n, [[maybe_unused]] int64_t r) {
+#if defined(__AMX_BF16__)
+    if constexpr (kUsesAmx<P>) {
+      constexpr int64_t kBlock = 2 * kAmxCols, kInPanel = kTileCols<P> / kBlock;
+      const int64_t blocks = ceil_div(n, kBlock);
+      for (int64_t i = blocks * r / rows; i < blocks * (r + 1) / rows; ++i) {
+        const P* panel = keys + i / kInPanel * key_panel_size<P>(g) + i % kInPanel * kBlock * Packed<P>::kStep;
+        amx_product<kTileCols<P>>(*unit, q, q_stride, Packed<P>::kLeftStep, panel, q_stride, round_up(rows, kAmxRows),
+                                  min_of(kBlock, n - i * kBlock), false, ahead + i * kBlock, kKeyTile<P>);
+      }
+    }
+#endif
+  }
+
+  // Scores to probabilities, not yet divided by their sum; n is a multiple of kKeyStep. Calls between(r) at each row.
+  template <class F>
   __attribute__((noinline)) void softmax(const AttentionShape& g, int64_t batch, const TileRows& rows, int64_t key,
-                                         int64_t n) {
-    const V lowest = V::set1(-kInfinity<A>);
+                                         int64_t n, const F& between) {
+    const V lowest = V::set1(-kInfinity<A>), exponent = V::set1(scale.exponent);
     for (int64_t r = 0; r < rows.count; ++r) {
-      V top = lowest;
-      for (int64_t i = 0; i < n; i += V::kWidth) top = max(top, V::load(scores + r * kKeyTile + i));
-      shift[r] = reduce_max(top);
+      V top[2] = {lowest, lowest};
+      for (int64_t i = 0; i < n; i += 2 * V::kWidth) {
+        top[0] = max(top[0], V::load(scores + r * kKeyTile<P> + i));
+        if (i + V::kWidth < n) top[1] = max(top[1], V::load(scores + r * kKeyTile<P> + i + V::kWidth));
+      }
+      shift[r] = reduce_max(max(top[0], top[1]));
     }
     for (int64_t r = 0; r < rows.count; r += V::kWidth) {
       const V before = V::load(largest + r), now = max(before, V::load(shift + r));
       const V base = select(eq(now, lowest), V::zero(), now);
       now.store(largest + r);
       base.store(shift + r);
-      exp(before - base).store(decay + r);
+      exp2((before - base) * exponent).store(decay + r);
     }
     for (int64_t r = 0; r < rows.count; ++r) {
-      const A* row = scores + r * kKeyTile;
-      P* probabilities = reinterpret_cast<P*>(scores + r * kKeyTile);
+      between(r);
+      const A* row = scores + r * kKeyTile<P>;
+      P* probabilities = reinterpret_cast<P*>(scores + r * kKeyTile<P>);
       if (g.dropout.active)
         dropout_keep(keep, n, g.dropout.seed, static_cast<uint32_t>(batch), static_cast<uint32_t>(rows.rows[r].head),
                      rows.rows[r].query, key, g.dropout.threshold, static_cast<A>(g.dropout.scale));
@@ -147,7 +182,7 @@ struct QueryTile {
         for (int j = 0; j < 4; ++j) {
           const int64_t i = first + j * V::kWidth;
           if (i >= n) break;
-          const V p = exp(V::load(row + i) - base);
+          const V p = exp2((V::load(row + i) - base) * exponent);
           sum[j] = sum[j] + p;
           store_operand(g.dropout.active ? p * V::load(keep + i) : p, probabilities + i);
         }
@@ -158,9 +193,9 @@ struct QueryTile {
   }
 
   void add_values(const AttentionShape& g, int64_t rows, const P* values, int64_t pitch, int64_t n, bool first) {
-    multiply<P>({reinterpret_cast<const P*>(scores), static_cast<int64_t>(kKeyTile * sizeof(A) / sizeof(P)),
-                 Packed<P>::kStep, values, pitch * kTileCols<P>, round_up(n, Packed<P>::kStep), out, out_stride, !first,
-                 decay, A(1)},
+    multiply<P>(*unit, {reinterpret_cast<const P*>(scores), static_cast<int64_t>(kKeyTile<P> * sizeof(A) / sizeof(P)),
+                        Packed<P>::kLeftStep, values, pitch * kTileCols<P>, round_up(n, Packed<P>::kLeftStep), out,
+                       out_stride, !first, decay},
                 rows, g.value_width);
   }
 };
@@ -174,10 +209,10 @@ struct AttentionFwdKernel {
 
   // Several heads of one kv head share a tile where they have few queries.
   static int64_t heads_in_tile(const AttentionShape& g, int64_t queries) {
-    return max_of(1, min_of(g.heads / g.kv_heads, kQueryTile / max_of(1, queries)));
+    return max_of(1, min_of(g.heads / g.kv_heads, kQueryTile<P> / max_of(1, queries)));
   }
   static int64_t query_tiles(const AttentionShape& g, int64_t queries) {
-    return ceil_div(g.heads / g.kv_heads, heads_in_tile(g, queries)) * ceil_div(queries, kQueryTile);
+    return ceil_div(g.heads / g.kv_heads, heads_in_tile(g, queries)) * ceil_div(queries, kQueryTile<P>);
   }
 
   struct Scratch {
@@ -187,7 +222,7 @@ struct AttentionFwdKernel {
     Scratch(const AttentionFwd& g, void* base) : pieces{static_cast<char*>(base)}, tile(g.shape, pieces), packed{} {
       if (g.k_packed != nullptr) return;
       const bool whole = query_tiles(g.shape, g.shape.queries) > 1;
-      packed.pitch = max_of(kKeyTile, whole ? round_up(g.shape.keys, kTileCols<P>) : 0);
+      packed.pitch = max_of(kKeyTile<P>, whole ? round_up(g.shape.keys, kTileCols<P>) : 0);
       packed.keys = pieces.take<P>(packed.pitch / kTileCols<P> * key_panel_size<P>(g.shape));
       packed.values = pieces.take<P>(packed.pitch * value_panels<P>(g.shape) * kTileCols<P>);
     }
@@ -196,8 +231,8 @@ struct AttentionFwdKernel {
   static Plan plan(const AttentionFwd& g) {
     const AttentionShape& shape = g.shape;
     if (shape.kv_heads == 0) return {0, 1, 0, false};
-    const int64_t tiles = query_tiles(shape, shape.queries), pairs = shape.batch * shape.kv_heads;
-    const int64_t rows = g.k_packed != nullptr ? kQueryTile : shape.queries * (shape.heads / shape.kv_heads);
+    const int64_t tiles = query_tiles(shape, shape.queries), pairs = pair_count(shape);
+    const int64_t rows = g.k_packed != nullptr ? kQueryTile<P> : shape.queries * (shape.heads / shape.kv_heads);
     const int64_t work = (rows + 1) * (shape.keys + 1) * (shape.width + shape.value_width + 1);
     return {g.k_packed != nullptr ? pairs * tiles : pairs, max_of(1, (int64_t{1} << 18) / work),
             Scratch(g, nullptr).pieces.used, true};
@@ -206,17 +241,19 @@ struct AttentionFwdKernel {
   static void run(const AttentionFwd& g, void* base, int64_t begin, int64_t end) {
     const AttentionShape& shape = g.shape;
     Scratch scratch(g, base);
+    ProductUnit<P> unit;
+    scratch.tile.unit = &unit;
     const int64_t most = g.k_packed != nullptr ? query_tiles(shape, shape.queries) : 1;
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t kv_head = item / most % shape.kv_heads;
-      const Sequence sequence = sequence_of(shape, item / most / shape.kv_heads);
+      const int64_t pair = item / most + shape.first_pair, kv_head = pair % shape.kv_heads;
+      const Sequence sequence = sequence_of(shape, pair / shape.kv_heads);
       const int64_t tiles = query_tiles(shape, sequence.queries);
       if (g.k_packed != nullptr) {
         // The last tiles first: under a causal mask they take the longest.
         const int64_t index = most - 1 - item % most;
         if (index < tiles)
           run_tile(g, sequence, kv_head, index, scratch.tile,
-                   packed_of<P>(shape, g.k_packed, g.v_packed, sequence.batch, kv_head), false);
+                   packed_of<P>(shape, g.k_packed, g.v_packed, pair), false);
         continue;
       }
       if (tiles > 1) pack(g, sequence, kv_head, 0, sequence.keys, scratch.packed);
@@ -240,26 +277,39 @@ struct AttentionFwdKernel {
     tile.start();
     const bool direct = reads_keys_directly(shape, sequence.queries, sequence.keys);
     bool first = true;
-    for (int64_t key = rows.first / kKeyTile * kKeyTile; key < rows.last; key += kKeyTile) {
-      TileMask<T> mask(shape, rows, sequence.batch, key, min_of(kKeyTile, rows.last - key), tile.bias);
+    int64_t ready = -1;  // the key whose tile's scores are there already
+    for (int64_t key = rows.first / kKeyTile<P> * kKeyTile<P>; key < rows.last; key += kKeyTile<P>) {
+      TileMask<T> mask(shape, rows, sequence.batch, key, min_of(kKeyTile<P>, rows.last - key), tile.bias);
       const int64_t n = mask.n;
       if (n == 0) continue;
       const int64_t at = pack_each ? 0 : key;
       if (direct) {
         const T* keys = first_row<T>(g.k, g.k_strides, shape, sequence.batch, kv_head, sequence.first_key + key);
         for (int64_t r = 0; r < rows.count; ++r)
-          score_directly(tile.q + r * tile.q_stride, keys, g.k_strides.t, n, shape.width, static_cast<A>(shape.scale),
-                         tile.scores + r * kKeyTile);
+          score_directly(tile.q + r * tile.q_stride, keys, g.k_strides.t, n, shape.width,
+                         tile.scores + r * kKeyTile<P>);
       } else {
         if (pack_each) pack(g, sequence, kv_head, key, n, packed);
-        tile.score(shape, rows.count, packed.keys + at / kTileCols<P> * key_panel_size<P>(shape), n);
+        if (key == ready) {
+          A* scores = tile.ahead;
+          tile.ahead = tile.scores;
+          tile.scores = scores;
+        } else {
+          tile.score(shape, rows.count, packed.keys + at / kTileCols<P> * key_panel_size<P>(shape), n);
+        }
       }
-      mask.apply(tile.scores, kKeyTile);
-      tile.softmax(shape, sequence.batch, rows, key, n);
+      mask.apply(tile.scores, kKeyTile<P>);
+      const int64_t next = key + kKeyTile<P>, coming = min_of(kKeyTile<P>, rows.last - next);
+      const bool ahead = tile.ahead != nullptr && !direct && !pack_each && coming > 0;
+      if (ahead) ready = next;
+      tile.softmax(shape, sequence.batch, rows, key, round_up(n, kKeyStep<P>), [&](int64_t r) {
+        if (ahead)
+          tile.score_ahead(shape, rows.count, packed.keys + next / kTileCols<P> * key_panel_size<P>(shape), coming, r);
+      });
       if (direct) {
         const T* values = first_row<T>(g.v, g.v_strides, shape, sequence.batch, kv_head, sequence.first_key + key);
         for (int64_t r = 0; r < rows.count; ++r) {
-          copy_as(reinterpret_cast<const P*>(tile.scores + r * kKeyTile), tile.keep, n);
+          copy_as(reinterpret_cast<const P*>(tile.scores + r * kKeyTile<P>), tile.keep, n);
           add_values_directly(tile.keep, values, g.v_strides.t, n, shape.value_width, first, tile.decay[r],
                               tile.out + r * tile.out_stride);
         }
@@ -274,9 +324,9 @@ struct AttentionFwdKernel {
   static void load_queries(const AttentionFwd& g, const Sequence& sequence, int64_t kv_head, int64_t index,
                            QueryTile<P>& tile, TileRows& rows) {
     const int64_t group = g.shape.heads / g.shape.kv_heads, together = heads_in_tile(g.shape, sequence.queries);
-    const int64_t slices = ceil_div(sequence.queries, kQueryTile);  // 1 where heads share a tile
-    const int64_t head0 = index / slices * together, query0 = index % slices * kQueryTile;
-    const int64_t queries = min_of(kQueryTile, sequence.queries - query0);
+    const int64_t slices = ceil_div(sequence.queries, kQueryTile<P>);  // 1 where heads share a tile
+    const int64_t head0 = index / slices * together, query0 = index % slices * kQueryTile<P>;
+    const int64_t queries = min_of(kQueryTile<P>, sequence.queries - query0);
     for (int64_t i = head0; i < min_of(group, head0 + together); ++i) {
       const int64_t head = kv_head * group + i;
       pack_left(first_row<T>(g.q, g.q_strides, g.shape, sequence.batch, head, sequence.first_query + query0),
@@ -284,6 +334,7 @@ struct AttentionFwdKernel {
       for (int64_t query = query0; query < query0 + queries; ++query)
         rows.add(tile_row(g.shape, head, query, sequence.keys));
     }
+    sign_queries(g.shape, tile.q, tile.q_stride, rows.count);
   }
 
   static void store(const AttentionFwd& g, const Sequence& sequence, const QueryTile<P>& tile, const TileRows& rows) {
@@ -293,9 +344,11 @@ struct AttentionFwdKernel {
       const bool none = sum == 0;
       const A factor = none ? A(0) : A(1) / sum;
       const int64_t at = lse_index(g.shape, sequence, row.head, row.query);
-      static_cast<A*>(g.lse)[at] = none ? -kInfinity<A> : tile.largest[r] + log(sum);
-      static_cast<A*>(g.stats)[2 * at] = none ? A(0) : tile.largest[r];
-      static_cast<A*>(g.stats)[2 * at + 1] = factor;
+      if (g.lse != nullptr) {
+        static_cast<A*>(g.lse)[at] = none ? -kInfinity<A> : tile.scale.natural(tile.largest[r]) + log(sum);
+        static_cast<A*>(g.stats)[2 * at] = none ? A(0) : tile.largest[r];
+        static_cast<A*>(g.stats)[2 * at + 1] = factor;
+      }
       T* out = first_row<T>(g.out, g.out_strides, g.shape, sequence.batch, row.head, sequence.first_query + row.query);
       const A* from = tile.out + r * tile.out_stride;
       for_vectors<V>(g.shape.value_width, [&](int64_t i, int lanes) {

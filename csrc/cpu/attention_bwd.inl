@@ -2,210 +2,306 @@
 //
 // With P = exp(S - largest) / sum, S = scale Q K^T + bias, and delta = rowsum(dO O):
 //   dV = P^T dO    dP = dO V^T    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q
-// and dropout multiplies P in dV, and dP, by its factors. Every sum runs over the queries or keys in order.
+// and dropout multiplies P in dV, and dP, by its factors. Every sum runs over the queries or keys in order; dQ's is the
+// sum of those over chunks of keys, so that threads can share a sequence.
 
-// A tile of keys on its way over the queries, and the sequence's queries as operands.
+// Keys of one tile.
+constexpr int64_t kKeys = 128;
+
+// Chunks of a sequence, and the keys of each but the last: of its own length alone.
+static inline int64_t chunk_keys(int64_t keys) {
+  constexpr int64_t kMostChunks = 4, kLeastKeys = 2 * kKeys;
+  return max_of(kLeastKeys, round_up(ceil_div(keys, kMostChunks), kKeys));
+}
+static inline int64_t key_chunks(int64_t keys) { return max_of(1, ceil_div(keys, chunk_keys(keys))); }
+
+// dQ in the accumulate type: (heads of the group * head_rows, stride).
+template <class P>
+struct QueryGradient {
+  int64_t head_rows, stride, size;
+  explicit QueryGradient(const AttentionShape& g)
+      : head_rows(round_up(g.queries, kProductRows<P>)),
+        stride(round_up(g.width, kTileCols<P>)),
+        size(g.heads / max_of(1, g.kv_heads) * head_rows * stride) {}
+};
+template <class T>
+static size_t attention_dq_bytes(const AttentionShape& g) {
+  const int64_t chunks = key_chunks(g.keys);
+  return chunks == 1 ? 0 : sizeof(accum_t<T>) * chunks * QueryGradient<typename Packed<T>::type>(g).size;
+}
+
+// A tile of keys on its way over the queries, and the tile of queries that it has come to.
 template <class P>
 struct KeyTile {
   using A = accum_t<P>;
   using V = Vec<A>;
-  static constexpr int kStep = Packed<P>::kStep, kCols = kTileCols<P>;
+  static constexpr int kStep = Packed<P>::kStep, kLeftStep = Packed<P>::kLeftStep, kCols = kTileCols<P>;
+  static constexpr int64_t kRows = kUsesAmx<P> ? 64 : 48;  // tiles read and write the sums once for so many queries
 
-  // A matrix of rows as both operands of a product: `left`, and `right` in panels of `pitch` rows.
+  // A matrix of at most `most` rows as both operands of a product: `left`, and `right` in panels of `most` rows; one and
+  // the same where their layouts agree and `left` does not change its sign.
   struct Rows {
     P *left, *right;
     int64_t left_stride, pitch, width;
     bool one_copy;
 
-    Rows(ScratchPieces& pieces, int64_t rows, int64_t columns) : pitch(rows), width(columns) {
-      one_copy = kStep == 1 && columns <= kCols;
-      left_stride = one_copy ? kCols : round_up(columns, kStep);
-      right = pieces.take<P>(rows * round_up(columns, kCols));
-      left = one_copy ? right : pieces.take<P>(rows * left_stride);
+    Rows(ScratchPieces& pieces, int64_t most, int64_t columns, bool signs = false) : pitch(most), width(columns) {
+      one_copy = kStep == 1 && columns <= kCols && !signs;
+      left_stride = one_copy ? kCols : round_up(columns, kLeftStep);
+      right = pieces.take<P>(most * round_up(columns, kCols));
+      left = one_copy ? right : pieces.take<P>(most * left_stride);
     }
-    // Packs n rows to the ones from `to` on, a multiple of kStep.
     template <class T>
-    void pack(const T* from, int64_t row_stride, int64_t n, int64_t to) {
-      pack_rows(from, row_stride, n, width, right + to * kCols, pitch * kCols);
-      if (!one_copy) pack_left(from, row_stride, n, width, left + to * left_stride, left_stride);
+    void pack(const T* from, int64_t row_stride, int64_t n) {
+      pack_rows(from, row_stride, n, width, right, pitch * kCols);
+      if (!one_copy) pack_left(from, row_stride, n, width, left, left_stride);
     }
   };
 
-  int64_t head_rows;  // rows that one head takes below
-  Rows q, dout;       // (heads of the group * head_rows)
-  Rows k;             // (kKeyTile)
+  ScoreScale<A> scale;
+  ProductUnit<P>* unit = nullptr;  // set while the kernel runs
+  Rows q, dout;       // (kRows)
+  Rows k;             // (kKeys)
   P *keys, *values;   // K and V of the tile, transposed, as right operands
-  A* dq;              // (heads of the group * head_rows, dq_stride)
-  A *dk, *dv;         // (kKeyTile, dq_stride), (kKeyTile, dv_stride)
-  int64_t dq_stride, dv_stride;
-  A *stats, *delta;   // (heads of the group * head_rows, 2) and (the same rows)
-  A *p, *ds;          // (kQueryTile, kKeyTile): scores, then probabilities; dP, then dS
+  A *dk, *dv;         // (kKeys, dk_stride), (kKeys, dv_stride)
+  int64_t dk_stride, dv_stride;
+  A *p, *ds;          // (kRows, kKeys): scores, then probabilities; dP, then dS
   P *p_left, *ds_left, *ds_right;  // what the products read of them: P^T, dS^T, dS
-  A *bias, *keep;     // (kKeyTile)
+  A *bias, *keep;     // (kKeys), (kStep, kKeys)
   A* panels;          // (2, value_width, kTileCols<A>): for delta
 
   KeyTile(const AttentionShape& g, ScratchPieces& pieces)
-      : head_rows(round_up(g.queries, kStep)),
-        q(pieces, g.heads / g.kv_heads * head_rows, g.width),
-        dout(pieces, g.heads / g.kv_heads * head_rows, g.value_width),
-        k(pieces, kKeyTile, g.width) {
-    const int64_t rows = g.heads / g.kv_heads * head_rows;
-    dq_stride = round_up(g.width, kCols);
+      : scale(g),
+        q(pieces, kRows, g.width, g.scale < 0),
+        dout(pieces, kRows, g.value_width),
+        k(pieces, kKeys, g.width) {
+    dk_stride = round_up(g.width, kCols);
     dv_stride = round_up(g.value_width, kCols);
-    keys = pieces.take<P>(kKeyTile * round_up(g.width, kStep));
-    values = pieces.take<P>(kKeyTile * round_up(g.value_width, kStep));
-    dq = pieces.take<A>(rows * dq_stride);
-    dk = pieces.take<A>(kKeyTile * dq_stride);
-    dv = pieces.take<A>(kKeyTile * dv_stride);
-    stats = pieces.take<A>(2 * rows);
-    delta = pieces.take<A>(rows);
-    p = pieces.take<A>(kQueryTile * kKeyTile);
-    ds = pieces.take<A>(kQueryTile * kKeyTile);
-    bias = pieces.take<A>(kKeyTile);
-    keep = pieces.take<A>(kKeyTile);
+    keys = pieces.take<P>(kKeys * round_up(g.width, kLeftStep));
+    values = pieces.take<P>(kKeys * round_up(g.value_width, kLeftStep));
+    dk = pieces.take<A>(kKeys * dk_stride);
+    dv = pieces.take<A>(kKeys * dv_stride);
+    p = pieces.take<A>(kRows * kKeys);
+    ds = pieces.take<A>(kRows * kKeys);
+    bias = pieces.take<A>(kKeys);
+    keep = pieces.take<A>(kStep * kKeys);
     panels = pieces.take<A>(2 * kTileCols<A> * g.value_width);
     if constexpr (kStep == 1) {
       p_left = p;
       ds_left = ds_right = ds;
     } else {
-      p_left = pieces.take<P>(kQueryTile * kKeyTile);
-      ds_left = pieces.take<P>(kQueryTile * kKeyTile);
-      ds_right = pieces.take<P>(kQueryTile * kKeyTile);
+      p_left = pieces.take<P>(kRows * kKeys);
+      ds_left = pieces.take<P>(kRows * kKeys);
+      ds_right = pieces.take<P>(kRows * kKeys);
     }
   }
 
-  void multiply_scores(const AttentionShape& g, int64_t row, int64_t rows, int64_t n) {
-    const int64_t steps = round_up(g.width, kStep);
-    multiply<P>({q.left + row * q.left_stride, q.left_stride, kStep, keys, steps * kCols, steps, p, kKeyTile, false,
-                 nullptr, static_cast<A>(g.scale)},
-                rows, n);
+  // out = rows * panels^T.
+  void multiply_keys(const Rows& rows, const P* panels_of_keys, int64_t count, int64_t n, A* out) {
+    const int64_t steps = round_up(rows.width, kLeftStep);
+    multiply<P>(*unit, {rows.left, rows.left_stride, kLeftStep, panels_of_keys, steps * kCols, steps, out, kKeys,
+                       false, nullptr},
+                count, n);
   }
 
-  void multiply_values(const AttentionShape& g, int64_t row, int64_t rows, int64_t n) {
-    const int64_t steps = round_up(g.value_width, kStep);
-    multiply<P>({dout.left + row * dout.left_stride, dout.left_stride, kStep, values, steps * kCols, steps, ds,
-                 kKeyTile, false, nullptr, A(1)},
-                rows, n);
-  }
-
-  // Scores and dP become the (dropped) probabilities and dS.
+  // Scores and dP become the (dropped) probabilities and dS, as the products read them.
   __attribute__((noinline)) void differentiate(const AttentionShape& g, int64_t batch, const TileRows& rows,
-                                               int64_t row0, int64_t key, int64_t n) {
-    for (int64_t r = 0; r < rows.count; ++r) {
-      A* p_row = p + r * kKeyTile;
-      A* ds_row = ds + r * kKeyTile;
-      const A* row_stats = stats + 2 * (row0 + r);
-      const V largest = V::set1(row_stats[0]), factor = V::set1(row_stats[1]), row_delta = V::set1(delta[row0 + r]);
-      if (g.dropout.active)
-        dropout_keep(keep, n, g.dropout.seed, static_cast<uint32_t>(batch), static_cast<uint32_t>(rows.rows[r].head),
-                     rows.rows[r].query, key, g.dropout.threshold, static_cast<A>(g.dropout.scale));
+                                               const A* stats, const A* delta, int64_t key, int64_t n) {
+    const V exponent = V::set1(scale.exponent);
+    for (int64_t r = 0; r < rows.count; r += kStep) {
+      V largest[kStep], factor[kStep], row_delta[kStep];
+      for (int j = 0; j < kStep; ++j) {
+        const bool present = r + j < rows.count;  // else its probabilities are zero
+        largest[j] = V::set1(present ? stats[2 * (r + j)] : A(0));
+        factor[j] = V::set1(present ? stats[2 * (r + j) + 1] : A(0));
+        row_delta[j] = V::set1(present ? delta[r + j] : A(0));
+        if (present && g.dropout.active)
+          dropout_keep(keep + j * kKeys, n, g.dropout.seed, static_cast<uint32_t>(batch),
+                       static_cast<uint32_t>(rows.rows[r + j].head), rows.rows[r + j].query, key,
+                       g.dropout.threshold, static_cast<A>(g.dropout.scale));
+      }
+      const int present = static_cast<int>(min_of(kStep, rows.count - r));
       for (int64_t i = 0; i < n; i += V::kWidth) {
-        const V probability = exp(V::load(p_row + i) - largest) * factor;
-        const V kept = g.dropout.active ? V::load(keep + i) : V::set1(1);
-        const V dp = V::load(ds_row + i) * kept;
-        (probability * kept).store(p_row + i);
-        (probability * (dp - row_delta)).store(ds_row + i);
+        V probability[kStep], slope[kStep];
+        for (int j = 0; j < kStep; ++j) {
+          if (j >= present) {
+            probability[j] = slope[j] = V::zero();
+            continue;
+          }
+          const int64_t at = (r + j) * kKeys + i;
+          const V exact = exp2((V::load(p + at) - largest[j]) * exponent) * factor[j];
+          V dp = V::load(ds + at);
+          probability[j] = exact;
+          if (g.dropout.active) {
+            const V kept = V::load(keep + j * kKeys + i);
+            dp = dp * kept;
+            probability[j] = exact * kept;
+          }
+          slope[j] = exact * (dp - row_delta[j]);
+        }
+        store(r, i, present, probability, slope);
       }
     }
-    if constexpr (kStep == 2) convert(rows.count, n);
+    finish(rows.count, n);
   }
 
+  FASTTX_INLINE void store(int64_t r, int64_t i, [[maybe_unused]] int present, V (&probability)[kStep],
+                           V (&slope)[kStep]) {
+    if constexpr (kStep == 1) {
+      probability[0].store(p + r * kKeys + i);
+      slope[0].store(ds + r * kKeys + i);
+    }
 #if defined(__AVX512BF16__)
-  void convert(int64_t rows, int64_t n) {
-    for (int64_t r = 0; r < rows; r += 2) {
-      const bool paired = r + 1 < rows;
-      const A *p_row = p + r * kKeyTile, *ds_row = ds + r * kKeyTile;
+    if constexpr (kStep == 2) {
+      // Where they wait for their transposition, they take the place of scores that have been read.
+      store_operand_pair(probability[0], probability[1], pairs(p, p_left) + r * kKeys + 2 * i);
+      store_operand_pair(slope[0], slope[1], pairs(ds, ds_left) + r * kKeys + 2 * i);
+      for (int j = 0; j < present; ++j) store_operand(slope[j], ds_right + (r + j) * kKeys + i);
+    }
+#endif
+  }
+  // Steps of P^T or dS^T: pairs of queries, key by key.
+  static P* pairs(A* scores, P* left) { return kUsesAmx<P> ? reinterpret_cast<P*>(scores) : left; }
+
+  // Tiles take whole rows of the left operand: keys with kRows queries each.
+  void finish([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t n) {
+#if defined(__AMX_BF16__)
+    if constexpr (kUsesAmx<P>) {
+      transpose_pairs(p, rows, n, p_left);
+      transpose_pairs(ds, rows, n, ds_left);
+    }
+#endif
+  }
+#if defined(__AMX_BF16__)
+  static void transpose_pairs(A* scores, int64_t rows, int64_t n, P* left) {
+    const int64_t present = ceil_div(rows, 2), padded = round_up(rows, kLeftStep) / 2;
+    memset(scores + present * kKeys, 0, sizeof(A) * (padded - present) * kKeys);
+    for (int64_t pair = 0; pair < padded; pair += V::kWidth) {
       for (int64_t i = 0; i < n; i += V::kWidth) {
-        const V ds_even = V::load(ds_row + i), ds_odd = paired ? V::load(ds_row + kKeyTile + i) : V::zero();
-        const V p_odd = paired ? V::load(p_row + kKeyTile + i) : V::zero();
-        store_operand_pair(V::load(p_row + i), p_odd, p_left + r * kKeyTile + 2 * i);
-        store_operand_pair(ds_even, ds_odd, ds_left + r * kKeyTile + 2 * i);
-        store_operand(ds_even, ds_right + r * kKeyTile + i);
-        if (paired) store_operand(ds_odd, ds_right + (r + 1) * kKeyTile + i);
+        V block[V::kWidth];
+#pragma GCC unroll 16
+        for (int j = 0; j < V::kWidth; ++j) block[j] = V::load(scores + (pair + j) * kKeys + i);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int j = 0; j < V::kWidth; ++j) block[j].store(reinterpret_cast<A*>(left + (i + j) * kRows + 2 * pair));
       }
     }
   }
-#else
-  void convert(int64_t, int64_t) {}
 #endif
 
-  void multiply_outputs(const AttentionShape& g, int64_t row, int64_t rows, int64_t n) {
-    const int64_t row_steps = round_up(rows, kStep);
-    multiply<P>({p_left, kStep, kKeyTile * kStep, dout.right + row * kCols, dout.pitch * kCols, row_steps, dv,
-                 dv_stride, true, nullptr, A(1)},
+  void multiply_outputs(const AttentionShape& g, int64_t rows, int64_t n, A* dq, int64_t dq_stride) {
+    constexpr int64_t stride = kUsesAmx<P> ? kRows : kStep, step = kUsesAmx<P> ? kLeftStep : kKeys * kStep;
+    const int64_t row_steps = round_up(rows, kLeftStep);
+    multiply<P>(*unit, {p_left, stride, step, dout.right, dout.pitch * kCols, row_steps, dv, dv_stride, true, nullptr},
                 n, g.value_width);
-    multiply<P>({ds_left, kStep, kKeyTile * kStep, q.right + row * kCols, q.pitch * kCols, row_steps, dk, dq_stride,
-                 true, nullptr, A(1)},
-                n, g.width);
-    multiply<P>({ds_right, kKeyTile, kStep, k.right, k.pitch * kCols, round_up(n, kStep), dq + row * dq_stride,
-                 dq_stride, true, nullptr, A(1)},
+    multiply<P>(*unit, {ds_left, stride, step, q.right, q.pitch * kCols, row_steps, dk, dk_stride, true, nullptr}, n,
+                g.width);
+    multiply<P>(*unit, {ds_right, kKeys, kLeftStep, k.right, k.pitch * kCols, round_up(n, kLeftStep), dq, dq_stride,
+                       true, nullptr},
                 rows, g.width);
   }
 };
 
-// Items are (sequence, kv head).
+// Items are (sequence, kv head); with dq_partial, (sequence, kv head, chunk of keys).
 template <class T>
 struct AttentionBwdKernel {
   using A = accum_t<T>;
   using V = Vec<A>;
   using P = typename Packed<T>::type;
 
+  struct Scratch {
+    ScratchPieces pieces;
+    KeyTile<P> tile;
+    QueryGradient<P> gradient;
+    A* delta;      // (heads of the group, queries)
+    A *dq, *part;  // QueryGradient: over all chunks, and over one of those after the first
+    Scratch(const AttentionBwd& g, void* base)
+        : pieces{static_cast<char*>(base)}, tile(g.shape, pieces), gradient(g.shape), dq(nullptr), part(nullptr) {
+      delta = pieces.take<A>(g.shape.heads / g.shape.kv_heads * g.shape.queries);
+      if (g.dq_partial != nullptr) return;
+      dq = pieces.take<A>(gradient.size);
+      if (key_chunks(g.shape.keys) > 1) part = pieces.take<A>(gradient.size);
+    }
+  };
+
   static Plan plan(const AttentionBwd& g) {
     const AttentionShape& shape = g.shape;
     if (shape.kv_heads == 0 || shape.heads == 0) return {0, 1, 0, false};
     const int64_t rows = shape.queries * (shape.heads / shape.kv_heads);
-    const int64_t work = (rows + 1) * (shape.keys + 1) * (shape.width + shape.value_width + 1);
-    ScratchPieces pieces{nullptr};
-    const KeyTile<P> tile(shape, pieces);
-    return {shape.batch * shape.kv_heads, max_of(1, (int64_t{1} << 17) / work), pieces.used, true};
+    const int64_t chunks = g.dq_partial != nullptr ? key_chunks(shape.keys) : 1;
+    const int64_t work = (rows + 1) * (shape.keys / chunks + 1) * (shape.width + shape.value_width + 1);
+    return {pair_count(shape) * chunks, max_of(1, (int64_t{1} << 17) / work), Scratch(g, nullptr).pieces.used, true};
   }
 
   static void run(const AttentionBwd& g, void* base, int64_t begin, int64_t end) {
-    ScratchPieces pieces{static_cast<char*>(base)};
-    KeyTile<P> tile(g.shape, pieces);
-    for (int64_t item = begin; item < end; ++item)
-      run_item(g, sequence_of(g.shape, item / g.shape.kv_heads), item % g.shape.kv_heads, tile);
+    Scratch scratch(g, base);
+    ProductUnit<P> unit;
+    scratch.tile.unit = &unit;
+    const AttentionShape& shape = g.shape;
+    const int64_t most = g.dq_partial != nullptr ? key_chunks(shape.keys) : 1;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t pair = item / most + shape.first_pair, kv_head = pair % shape.kv_heads;
+      const Sequence sequence = sequence_of(shape, pair / shape.kv_heads);
+      const int64_t chunks = key_chunks(sequence.keys);
+      if (item % most >= chunks) continue;
+      find_delta(g, sequence, kv_head, scratch);
+      if (g.dq_partial != nullptr) {
+        run_chunk(g, sequence, kv_head, item % most, scratch,
+                  static_cast<A*>(g.dq_partial) + item * scratch.gradient.size);
+      } else {
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+          A* dq = chunk == 0 ? scratch.dq : scratch.part;
+          run_chunk(g, sequence, kv_head, chunk, scratch, dq);
+          if (chunk == 0) continue;
+          for (int64_t i = 0; i < scratch.gradient.size; i += V::kWidth)
+            (V::load(scratch.dq + i) + V::load(dq + i)).store(scratch.dq + i);
+        }
+        const int64_t group = shape.heads / shape.kv_heads;
+        for (int64_t i = 0; i < group; ++i)
+          store(first_row<T>(g.dq, g.dq_strides, shape, sequence.batch, kv_head * group + i, sequence.first_query),
+                g.dq_strides.t, scratch.dq + i * scratch.gradient.head_rows * scratch.gradient.stride,
+                scratch.gradient.stride, sequence.queries, shape.width, static_cast<A>(shape.scale));
+      }
+      if (item % most == 0 && shape.cu_keys == nullptr) clear_padding(g, sequence, kv_head);
+    }
   }
 
-  static void run_item(const AttentionBwd& g, const Sequence& sequence, int64_t kv_head, KeyTile<P>& tile) {
+  // dK and dV of one chunk of keys, and its share of dQ.
+  static void run_chunk(const AttentionBwd& g, const Sequence& sequence, int64_t kv_head, int64_t chunk,
+                        Scratch& scratch, A* dq) {
     const AttentionShape& shape = g.shape;
-    const int64_t group = shape.heads / shape.kv_heads;
-    const A scale = static_cast<A>(shape.scale);
-    for (int64_t i = 0; i < group; ++i) load_queries(g, sequence, kv_head * group + i, i * tile.head_rows, tile);
-    for (int64_t key = 0; key < sequence.keys; key += kKeyTile) {
-      const int64_t n = min_of(kKeyTile, sequence.keys - key);
+    KeyTile<P>& tile = scratch.tile;
+    const int64_t group = shape.heads / shape.kv_heads, first = chunk * chunk_keys(sequence.keys);
+    const int64_t last = min_of(sequence.keys, first + chunk_keys(sequence.keys));
+    memset(dq, 0, sizeof(A) * scratch.gradient.size);
+    for (int64_t key = first; key < last; key += kKeys) {
+      const int64_t n = min_of(kKeys, last - key);
       load_keys(g, sequence, kv_head, key, n, tile);
       for (int64_t i = 0; i < group; ++i)
-        for (int64_t query = 0; query < sequence.queries; query += kQueryTile)
-          run_tile(g, sequence, kv_head * group + i, query, i * tile.head_rows + query, key, tile);
+        for (int64_t query = 0; query < sequence.queries; query += KeyTile<P>::kRows)
+          run_tile(g, sequence, kv_head * group + i, query, key, tile, scratch.delta + i * shape.queries + query,
+                   dq + (i * scratch.gradient.head_rows + query) * scratch.gradient.stride, scratch.gradient.stride);
       store(first_row<T>(g.dk, g.dk_strides, shape, sequence.batch, kv_head, sequence.first_key + key), g.dk_strides.t,
-            tile.dk, tile.dq_stride, n, shape.width, scale);
+            tile.dk, tile.dk_stride, n, shape.width, static_cast<A>(shape.scale));
       store(first_row<T>(g.dv, g.dv_strides, shape, sequence.batch, kv_head, sequence.first_key + key), g.dv_strides.t,
             tile.dv, tile.dv_stride, n, shape.value_width, A(1));
     }
-    for (int64_t i = 0; i < group; ++i)
-      store(first_row<T>(g.dq, g.dq_strides, shape, sequence.batch, kv_head * group + i, sequence.first_query),
-            g.dq_strides.t, tile.dq + i * tile.head_rows * tile.dq_stride, tile.dq_stride, sequence.queries,
-            shape.width, scale);
-    if (shape.cu_keys == nullptr) clear_padding(g, sequence, kv_head);
   }
 
-  static void load_queries(const AttentionBwd& g, const Sequence& sequence, int64_t head, int64_t to,
-                           KeyTile<P>& tile) {
+  static void find_delta(const AttentionBwd& g, const Sequence& sequence, int64_t kv_head, Scratch& scratch) {
     const AttentionShape& shape = g.shape;
-    const T* q = first_row<T>(g.q, g.q_strides, shape, sequence.batch, head, sequence.first_query);
-    const T* dout = first_row<T>(g.dout, g.dout_strides, shape, sequence.batch, head, sequence.first_query);
-    const T* out = first_row<T>(g.out, g.out_strides, shape, sequence.batch, head, sequence.first_query);
-    tile.q.pack(q, g.q_strides.t, sequence.queries, to);
-    tile.dout.pack(dout, g.dout_strides.t, sequence.queries, to);
-    memset(tile.dq + to * tile.dq_stride, 0, sizeof(A) * sequence.queries * tile.dq_stride);
-    sum_products(dout, g.dout_strides.t, out, g.out_strides.t, sequence.queries, shape.value_width, tile.panels,
-                 tile.delta + to);
-    for (int64_t query = 0; query < sequence.queries; ++query) {
-      const int64_t at = lse_index(shape, sequence, head, query);
-      memcpy(tile.stats + 2 * (to + query), static_cast<const A*>(g.stats) + 2 * at, 2 * sizeof(A));
+    const int64_t group = shape.heads / shape.kv_heads;
+    for (int64_t i = 0; i < group; ++i) {
+      const int64_t head = kv_head * group + i;
+      A* delta = scratch.delta + i * shape.queries;
+      sum_products(first_row<T>(g.dout, g.dout_strides, shape, sequence.batch, head, sequence.first_query),
+                   g.dout_strides.t,
+                   first_row<T>(g.out, g.out_strides, shape, sequence.batch, head, sequence.first_query),
+                   g.out_strides.t, sequence.queries, shape.value_width, scratch.tile.panels, delta);
       // The gradient of lse is P, so what reaches lse by another way joins delta.
-      if (g.dlse != nullptr) tile.delta[to + query] -= static_cast<const A*>(g.dlse)[at];
+      if (g.dlse == nullptr) continue;
+      const A* dlse = static_cast<const A*>(g.dlse) + lse_index(shape, sequence, head, 0);
+      for (int64_t query = 0; query < sequence.queries; ++query) delta[query] -= dlse[query];
     }
   }
 
@@ -238,44 +334,54 @@ struct AttentionBwdKernel {
     const AttentionShape& shape = g.shape;
     const T* k = first_row<T>(g.k, g.k_strides, shape, sequence.batch, kv_head, sequence.first_key + key);
     const T* v = first_row<T>(g.v, g.v_strides, shape, sequence.batch, kv_head, sequence.first_key + key);
-    constexpr int64_t kStep = Packed<P>::kStep, kCols = kTileCols<P>;
+    constexpr int64_t kLeftStep = Packed<P>::kLeftStep, kCols = kTileCols<P>;
     for (int64_t i = 0; i < n; i += kCols) {
       const int64_t columns = min_of(kCols, n - i);
       pack_transposed(k + i * g.k_strides.t, g.k_strides.t, columns, shape.width,
-                      tile.keys + i * round_up(shape.width, kStep));
+                      tile.keys + i * round_up(shape.width, kLeftStep));
       pack_transposed(v + i * g.v_strides.t, g.v_strides.t, columns, shape.value_width,
-                      tile.values + i * round_up(shape.value_width, kStep));
+                      tile.values + i * round_up(shape.value_width, kLeftStep));
     }
     pack_rows(k, g.k_strides.t, n, shape.width, tile.k.right, tile.k.pitch * kCols);
-    memset(tile.dk, 0, sizeof(A) * n * tile.dq_stride);
-    memset(tile.dv, 0, sizeof(A) * n * tile.dv_stride);
+    memset(tile.dk, 0, sizeof(A) * kKeys * tile.dk_stride);
+    memset(tile.dv, 0, sizeof(A) * kKeys * tile.dv_stride);
   }
 
-  // Queries from `query` on, at `row` of the scratch, against the tile of keys from `key` on.
-  static void run_tile(const AttentionBwd& g, const Sequence& sequence, int64_t head, int64_t query, int64_t row,
-                       int64_t key, KeyTile<P>& tile) {
+  // Queries from `query` on against the tile of keys from `key` on.
+  static void run_tile(const AttentionBwd& g, const Sequence& sequence, int64_t head, int64_t query, int64_t key,
+                       KeyTile<P>& tile, const A* delta, A* dq, int64_t dq_stride) {
     const AttentionShape& shape = g.shape;
     TileRows rows;
-    for (int64_t i = query; i < min_of(sequence.queries, query + kQueryTile); ++i)
+    for (int64_t i = query; i < min_of(sequence.queries, query + KeyTile<P>::kRows); ++i)
       rows.add(tile_row(shape, head, i, sequence.keys));
-    if (rows.last <= key || rows.first >= key + kKeyTile) return;
-    TileMask<T> mask(shape, rows, sequence.batch, key, min_of(kKeyTile, rows.last - key), tile.bias);
+    if (rows.last <= key || rows.first >= key + kKeys) return;
+    TileMask<T> mask(shape, rows, sequence.batch, key, min_of(kKeys, rows.last - key), tile.bias);
     const int64_t n = mask.n;
     if (n == 0) return;
+    tile.q.pack(first_row<T>(g.q, g.q_strides, shape, sequence.batch, head, sequence.first_query + query),
+                g.q_strides.t, rows.count);
+    tile.dout.pack(first_row<T>(g.dout, g.dout_strides, shape, sequence.batch, head, sequence.first_query + query),
+                   g.dout_strides.t, rows.count);
+    sign_queries(shape, tile.q.left, tile.q.left_stride, rows.count);
     if (reads_keys_directly(shape, sequence.queries, sequence.keys)) {
       // As in the forward, to the bit: its numbers fit no other scores.
       const int64_t kv_head = head / (shape.heads / shape.kv_heads);
       const T* keys = first_row<T>(g.k, g.k_strides, shape, sequence.batch, kv_head, sequence.first_key + key);
       for (int64_t i = 0; i < rows.count; ++i)
-        score_directly(tile.q.left + (row + i) * tile.q.left_stride, keys, g.k_strides.t, n, shape.width,
-                       static_cast<A>(shape.scale), tile.p + i * kKeyTile);
+        score_directly(tile.q.left + i * tile.q.left_stride, keys, g.k_strides.t, n, shape.width,
+                       tile.p + i * kKeys);
     } else {
-      tile.multiply_scores(shape, row, rows.count, n);
+      tile.multiply_keys(tile.q, tile.keys, rows.count, n, tile.p);
     }
-    tile.multiply_values(shape, row, rows.count, n);
-    mask.apply(tile.p, kKeyTile);
-    tile.differentiate(shape, sequence.batch, rows, row, key, n);
-    tile.multiply_outputs(shape, row, rows.count, n);
+    tile.multiply_keys(tile.dout, tile.values, rows.count, n, tile.ds);
+    mask.apply(tile.p, kKeys);
+    const int64_t padded = round_up(n, kKeyStep<P>);
+    for (int64_t i = round_up(n, V::kWidth); i < padded; i += V::kWidth)
+      for (int64_t r = 0; r < rows.count; ++r) V::zero().store(tile.ds + r * kKeys + i);
+    tile.differentiate(shape, sequence.batch, rows,
+                       static_cast<const A*>(g.stats) + 2 * lse_index(shape, sequence, head, query), delta, key,
+                       padded);
+    tile.multiply_outputs(shape, rows.count, n, dq, dq_stride);
   }
 
   static void store(T* to, int64_t stride, const A* from, int64_t from_stride, int64_t rows, int64_t width,
@@ -294,6 +400,45 @@ struct AttentionBwdKernel {
     for (int64_t key = sequence.keys; key < g.shape.keys; ++key) {
       memset(dk + key * g.dk_strides.t, 0, sizeof(T) * g.shape.width);
       memset(dv + key * g.dv_strides.t, 0, sizeof(T) * g.shape.value_width);
+    }
+  }
+};
+
+// dQ from the chunks' shares, in their order. Items are (sequence, head, block of queries).
+template <class T>
+struct AttentionDqKernel {
+  using A = accum_t<T>;
+  using V = Vec<A>;
+  static constexpr int64_t kBlock = 64;
+
+  static Plan plan(const AttentionBwd& g) {
+    if (g.shape.kv_heads == 0) return {0, 1, 0, false};
+    const int64_t heads = pair_count(g.shape) * (g.shape.heads / g.shape.kv_heads);
+    return {heads * ceil_div(g.shape.queries, kBlock), 1, 0, false};
+  }
+
+  static void run(const AttentionBwd& g, void*, int64_t begin, int64_t end) {
+    const AttentionShape& shape = g.shape;
+    const QueryGradient<typename Packed<T>::type> gradient(shape);
+    const int64_t blocks = ceil_div(shape.queries, kBlock), group = shape.heads / shape.kv_heads;
+    const V scale = V::set1(static_cast<A>(shape.scale));
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t pair = item / blocks / group, head = item / blocks % group;
+      const Sequence sequence = sequence_of(shape, (pair + shape.first_pair) / shape.kv_heads);
+      const int64_t chunks = key_chunks(sequence.keys);
+      const A* shares = static_cast<const A*>(g.dq_partial) + pair * key_chunks(shape.keys) * gradient.size +
+                        head * gradient.head_rows * gradient.stride;
+      const int64_t first = item % blocks * kBlock;
+      for (int64_t query = first; query < min_of(sequence.queries, first + kBlock); ++query) {
+        T* dq = first_row<T>(g.dq, g.dq_strides, shape, sequence.batch,
+                             (pair + shape.first_pair) % shape.kv_heads * group + head, sequence.first_query + query);
+        for_vectors<V>(shape.width, [&](int64_t i, int lanes) {
+          const A* from = shares + query * gradient.stride + i;
+          V sum = V::load(from);
+          for (int64_t chunk = 1; chunk < chunks; ++chunk) sum = sum + V::load(from + chunk * gradient.size);
+          store_lanes(dq + i, sum * scale, lanes);
+        });
+      }
     }
   }
 };

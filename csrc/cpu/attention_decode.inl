@@ -2,29 +2,28 @@
 
 // Rows of one kv head that are worth it, and keys from which on. A sequence's own sizes decide, not the batch's; within
 // self-attention over short sequences, it never happens.
-constexpr int64_t kDirectRows = 4;
+constexpr int64_t kDirectRows = 4, kDirectKeys = 128;
 static inline bool reads_keys_directly(const AttentionShape& g, int64_t queries, int64_t keys) {
-  return Vec<float>::kWidth > 1 && queries * (g.heads / g.kv_heads) <= kDirectRows && keys > kKeyTile;
+  return Vec<float>::kWidth > 1 && queries * (g.heads / g.kv_heads) <= kDirectRows && keys > kDirectKeys;
 }
 
-// out[i] = scale * the sum of block[i]'s lanes.
+// out[i] = the sum of block[i]'s lanes.
 template <class V, class A>
-static FASTTX_INLINE void store_lane_sums(V (&block)[V::kWidth], V scale, A* out) {
+static FASTTX_INLINE void store_lane_sums(V (&block)[V::kWidth], A* out) {
   if constexpr (V::kWidth > 1 && sizeof(A) == 4) {
     transpose(block);
     V sum = block[0];
 #pragma GCC unroll 16
     for (int i = 1; i < V::kWidth; ++i) sum = sum + block[i];
-    (sum * scale).store(out);
+    sum.store(out);
   } else {
     for (int i = 0; i < V::kWidth; ++i) out[i] = reduce_add(block[i]);
-    (V::load(out) * scale).store(out);
   }
 }
 
-// scores[j] = scale * query . key j, for n keys, and zero up to a whole vector.
+// scores[j] = query . key j, for n keys, and zero up to a whole vector.
 template <class P, class T>
-static void score_directly(const P* query, const T* keys, int64_t stride, int64_t n, int64_t width, accum_t<T> scale,
+static void score_directly(const P* query, const T* keys, int64_t stride, int64_t n, int64_t width,
                            accum_t<T>* scores) {
   using V = Vec<accum_t<T>>;
   for (int64_t key = 0; key < n; key += V::kWidth) {
@@ -48,7 +47,7 @@ static void score_directly(const P* query, const T* keys, int64_t stride, int64_
           if (i < count) block[i] = fma(q, V::load(rows + i * stride + k, lanes), block[i]);
       }
     }
-    store_lane_sums(block, V::set1(scale), scores + key);
+    store_lane_sums(block, scores + key);
   }
 }
 

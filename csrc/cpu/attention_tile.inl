@@ -1,99 +1,57 @@
 // What attention's forward and backward share: sequences, the tile product, and what decides which key a query sees.
 
-// Rows and keys of one tile of scores.
-constexpr int64_t kQueryTile = 48;
-constexpr int64_t kKeyTile = 128;
-
-// Every term rounds twice where nothing is fused: sums of so many make up for it.
-constexpr int64_t kUnfusedBlock = 16;
+// Rows and keys of one tile of scores. Both are whole tiles of the product's unit; a row's keys are padded to kKeyStep.
+template <class P>
+constexpr int64_t kQueryTile = kUsesAmx<P> ? 32 : 48;
+constexpr int64_t kMaxQueryTile = 64;
+template <class P>
+constexpr int64_t kKeyTile = kUsesAmx<P> ? 256 : 128;
+template <class P>
+constexpr int64_t kKeyStep = Vec<accum_t<P>>::kWidth > Packed<P>::kLeftStep ? Vec<accum_t<P>>::kWidth
+                                                                             : Packed<P>::kLeftStep;
 
 template <class A>
 constexpr A kInfinity = __builtin_inf();
 
-// out = scale * a panel; or, where `add`, out = decay * out + a panel, the product being summed up first: long sums are
-// made of short ones. Row i of `a` starts at a + i * a_stride, its steps a_step apart: swapping the two multiplies
-// by the transpose.
-template <class P>
-struct Product {
-  using A = accum_t<P>;
-  const P* a;
-  int64_t a_stride, a_step;
-  const P* panel;
-  int64_t panel_pitch;  // from one panel to the next
-  int64_t k;
-  A* out;
-  int64_t out_stride;
-  bool add;
-  const A* decay;  // one for each row, or null
-  A scale;
+// 2^x for x <= 0, by the minimax fit (Remez exchange) of 2^f, 0 <= f <= 1, with the value at 0 held at 1; its relative
+// error is 8.5e-8 in float, 1.6e-17 in double.
+template <class A>
+struct Exp2Constants;
+template <>
+struct Exp2Constants<float> {
+  static constexpr float kLowest = -126;  // below it the power would be subnormal, and is zero
+  static constexpr float kPolynomial[] = {0.0018671444f, 0.009017031f, 0.055799916f, 0.24016446f, 0.6931513f, 1.0f};
+};
+template <>
+struct Exp2Constants<double> {
+  static constexpr double kLowest = -1022;
+  static constexpr double kPolynomial[] = {
+      6.263466142296021e-10, 6.559529322770528e-09, 1.0253212435721934e-07, 1.320836728895114e-06,
+      1.5253175055562796e-05, 0.0001540351230962866, 0.0013333558629566756, 0.009618129099550796,
+      0.05550410866560225, 0.2402265069590633, 0.693147180559946, 1.0};
 };
 
-template <class P, int kRows, int kVecs>
-static void multiply_rows(const Product<P>& g, const P* panel, int64_t row, int64_t column) {
-  using A = accum_t<P>;
-  using V = Vec<A>;
-  const int64_t stride = g.out_stride;
-  A* out = g.out + row * stride + column;
-  const A* decay = g.decay;
-  V sum[kRows][kVecs];
-  // Unrolled, the sums are registers from the first line to the last.
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) sum[i][j] = V::zero();
-  const P* a = g.a + row * g.a_stride;
-  if constexpr (V::kWidth == 1) {
-    for (int64_t k = 0; k < g.k; k += kUnfusedBlock) {
-      V part[kRows][kVecs] = {};
-      multiply_tile<P, kRows>(a + k * g.a_step, g.a_stride, panel + k * kTileCols<P>, min_of(kUnfusedBlock, g.k - k),
-                              part, g.a_step);
-      for (int i = 0; i < kRows; ++i)
-        for (int j = 0; j < kVecs; ++j) sum[i][j] = sum[i][j] + part[i][j];
-    }
-  } else {
-    multiply_tile<P, kRows>(a, g.a_stride, panel, g.k, sum, g.a_step);
-  }
-  if (g.add) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const V factor = V::set1(decay == nullptr ? A(1) : decay[row + i]);
-#pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) {
-        A* to = out + i * stride + j * V::kWidth;
-        fma(V::load(to), factor, sum[i][j]).store(to);
-      }
-    }
-  } else {
-    const V scale = V::set1(g.scale);
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) (sum[i][j] * scale).store(out + i * stride + j * V::kWidth);
-  }
-}
-
-template <class P, int kVecs>
-static void multiply_columns(const Product<P>& g, const P* panel, int64_t rows, int64_t column) {
-  int64_t row = 0;
-  for (; row + kTileRows <= rows; row += kTileRows) multiply_rows<P, kTileRows, kVecs>(g, panel, row, column);
-  with_rows(rows - row, [&]<int kRows>() { multiply_rows<P, kRows, kVecs>(g, panel, row, column); });
-}
-
-// The whole product; `out` has room for whole vectors of columns.
-template <class P>
-__attribute__((noinline)) static void multiply(const Product<P>& g, int64_t rows, int64_t columns) {
-  const P* panel = g.panel;
-  for (int64_t column = 0; column < columns; column += kTileCols<P>, panel += g.panel_pitch) {
-    switch (min_of(kTileVecs, ceil_div(columns - column, Vec<accum_t<P>>::kWidth))) {
-      case 1: multiply_columns<P, 1>(g, panel, rows, column); break;
-      case 2: multiply_columns<P, 2>(g, panel, rows, column); break;
 #if defined(__AVX512F__)
-      case 3: multiply_columns<P, 3>(g, panel, rows, column); break;
-      case 4: multiply_columns<P, 4>(g, panel, rows, column); break;
+// x - floor(x); 0 for -inf.
+FASTTX_INLINE Vec<float> above_floor(Vec<float> x) { return {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF)}; }
+FASTTX_INLINE Vec<double> above_floor(Vec<double> x) { return {_mm512_reduce_pd(x.v, _MM_FROUND_TO_NEG_INF)}; }
 #endif
-    }
-  }
+
+// A subnormal result costs the processor some hundred cycles: a masked score, -inf, must not make one.
+template <class A>
+FASTTX_INLINE Vec<A> exp2(Vec<A> x) {
+  using K = Exp2Constants<A>;
+  using V = Vec<A>;
+#if defined(__AVX512F__)
+  const V whole = x, fraction = above_floor(x);  // scalef takes the floor itself
+#else
+  const V whole = round(x - V::set1(A(0.5))), fraction = x - whole;
+#endif
+  return select(lt(x, V::set1(K::kLowest)), V::zero(), scalef(polynomial(fraction, K::kPolynomial), whole));
 }
+
+// The (sequence, kv head) pairs of one launch.
+static inline int64_t pair_count(const AttentionShape& g) { return g.pairs != 0 ? g.pairs : g.batch * g.kv_heads; }
 
 // One sequence of the batch: its length, where its rows lie on the token axis, and where its lse is.
 struct Sequence {
@@ -138,22 +96,45 @@ static inline TileRow tile_row(const AttentionShape& g, int64_t head, int64_t qu
 
 // The rows of one tile, and the keys that any of them sees.
 struct TileRows {
-  TileRow rows[kQueryTile];
+  TileRow rows[kMaxQueryTile];
   int64_t count = 0, first = INT64_MAX, last = 0;
   void add(const TileRow& row) {
     rows[count++] = row;
     first = min_of(first, row.first);
     last = max_of(last, row.last);
   }
-  // Whether every row sees all of [key, key + n), in whole vectors.
-  template <class A>
+  // Whether every row sees all of [key, key + n).
   bool all_see(int64_t key, int64_t n) const {
-    if (n % Vec<A>::kWidth != 0) return false;
     for (int64_t i = 0; i < count; ++i)
       if (rows[i].first > key || rows[i].last < key + n) return false;
     return true;
   }
 };
+
+// How scores become exponents of 2. They are kept as the product leaves them, of queries with the scale's sign; only where something is added to scores are they scaled first: then for every tile, so that all rows round alike.
+template <class A>
+struct ScoreScale {
+  bool added;  // a bias is added
+  A scale;     // what the product is multiplied by, then or at last
+  A exponent;  // exponents of 2 for one score
+  explicit ScoreScale(const AttentionShape& g)
+      : added(g.mask.kind == MaskKind::additive || g.alibi_slopes != nullptr),
+        scale(static_cast<A>(g.scale < 0 ? -g.scale : g.scale)) {
+    constexpr double kLog2e = 1.4426950408889634, kTiny = 1e-30;  // which leaves of -inf what it is
+    const double size = g.scale < 0 ? -g.scale : g.scale;
+    exponent = static_cast<A>(added ? kLog2e : size * kLog2e > kTiny ? size * kLog2e : kTiny);
+  }
+  A natural(A score) const { return added ? score : score * scale; }
+};
+
+// Gives rows of queries, `stride` values apart, the sign of the scale.
+template <class P>
+static void sign_queries(const AttentionShape& g, P* q, int64_t stride, int64_t rows) {
+  if (g.scale >= 0) return;
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(q);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t i = 0; i < g.width; ++i) bytes[(row * stride + i + 1) * sizeof(P) - 1] ^= 0x80;
+}
 
 // Widens n values of a mask, `stride` apart; a boolean becomes 0 where it allows and -inf where it does not.
 template <class S, class A>
@@ -183,8 +164,10 @@ template <class T>
 struct TileMask {
   using A = accum_t<T>;
   using V = Vec<A>;
+  static constexpr int64_t kStep = kKeyStep<typename Packed<T>::type>;
   const AttentionShape& g;
   const TileRows& rows;
+  const ScoreScale<A> scale;
   int64_t batch, key;
   int64_t n;      // keys up to the last that a shared row of the mask allows
   A* bias;        // of one row
@@ -193,7 +176,7 @@ struct TileMask {
   bool full;      // every row sees all n keys, as far as positions go
 
   TileMask(const AttentionShape& shape, const TileRows& tile, int64_t b, int64_t first_key, int64_t keys, A* buffer)
-      : g(shape), rows(tile), batch(b), key(first_key), n(keys), bias(buffer) {
+      : g(shape), rows(tile), scale(shape), batch(b), key(first_key), n(keys), bias(buffer) {
     const bool one_head = rows.rows[0].head == rows.rows[rows.count - 1].head;
     has_bias = g.mask.kind != MaskKind::none;
     shared = has_bias && g.mask.stride_q == 0 && (g.mask.stride_h == 0 || one_head);
@@ -204,7 +187,7 @@ struct TileMask {
       for (int64_t i = 0; i < n; ++i) adds |= bias[i] != 0;
       has_bias = adds;
     }
-    full = rows.template all_see<A>(key, n);
+    full = n % kStep == 0 && rows.all_see(key, n);
   }
 
   void fill(const TileRow& row) {
@@ -220,9 +203,9 @@ struct TileMask {
     }
   }
 
-  // Applies all of it to the scores, rows `stride` apart.
+  // Applies all of it to the scores, rows `stride` apart; -inf from n up to a whole step.
   void apply(A* scores, int64_t stride) {
-    if (full && !has_bias && g.alibi_slopes == nullptr) return;
+    if (full && !has_bias && !scale.added) return;
     for (int64_t i = 0; i < rows.count; ++i) {
       if (has_bias && !shared) fill(rows.rows[i]);
       apply_row(rows.rows[i], scores + i * stride);
@@ -230,20 +213,26 @@ struct TileMask {
   }
 
   void apply_row(const TileRow& row, A* scores) {
-    const V lowest = V::set1(-kInfinity<A>);
+    const V lowest = V::set1(-kInfinity<A>), factor = V::set1(scale.scale);
+    // As an exponent of 2 it must not overflow.
+    const V least = V::set1(sizeof(A) == 4 ? A(-0x1p126) : A(-0x1p1022));
     // Counted from the tile's first key, and clamped, they are exact in A.
     const V first = V::set1(static_cast<A>(max_of(0, min_of(n, row.first - key))));
     const V last = V::set1(static_cast<A>(max_of(0, min_of(n, row.last - key))));
     const V slope = V::set1(g.alibi_slopes == nullptr ? A(0) : static_cast<const A*>(g.alibi_slopes)[row.head]);
     const V distance = V::set1(static_cast<A>(key - row.query - g.query_offset));
-    for (int64_t i = 0; i < n; i += V::kWidth) {
+    // What nothing is added to stays as it is where the row sees it.
+    const bool begins = has_bias || scale.added || row.first > key;
+    const int64_t start = begins ? 0 : max_of(0, min_of(n, row.last - key)) / V::kWidth * V::kWidth;
+    for (int64_t i = start; i < round_up(n, kStep); i += V::kWidth) {
       const V index = V::iota() + V::set1(static_cast<A>(i));
       V score = V::load(scores + i);
+      if (scale.added) score = score * factor;
       auto seen = mask_and(ge(index, first), lt(index, last));
       if (has_bias) {
         const V added = V::load(bias + i);
         seen = mask_and(seen, mask_not(eq(added, lowest)));
-        score = score + added;
+        score = scale.added ? max(least, score + added) : score;
       }
       if (g.alibi_slopes != nullptr) score = fnma(slope, abs(distance + index), score);
       select(seen, score, lowest).store(scores + i);

@@ -11,10 +11,12 @@
 #include "layer_norm.inl"
 #include "activation.inl"
 #include "softmax.inl"
+#include "attention_product.inl"
 #include "attention_tile.inl"
 #include "attention_decode.inl"
 #include "attention.inl"
 #include "attention_bwd.inl"
+#include "peak.inl"
 
 #define FASTTX_STRING_(name) #name
 #define FASTTX_STRING(name) FASTTX_STRING_(name)
@@ -29,6 +31,7 @@ inline constexpr KernelTable kTable = {
     .isa = FASTTX_STRING(FASTTX_ISA),
     .packed_b_bytes = FASTTX_FUNCTION(packed_b_bytes),
     .attention_packed_bytes = FASTTX_FUNCTION(attention_packed_bytes),
+    .attention_dq_bytes = FASTTX_FUNCTION(attention_dq_bytes),
     .layer_norm_fwd = FASTTX_KERNEL(LayerNormFwdKernel),
     .layer_norm_bwd = FASTTX_KERNEL(LayerNormBwdKernel),
     .reduce_rows = FASTTX_KERNEL(ReduceRowsKernel),
@@ -42,4 +45,9 @@ inline constexpr KernelTable kTable = {
     .attention_pack = FASTTX_KERNEL(AttentionPackKernel),
     .attention_fwd = FASTTX_KERNEL(AttentionFwdKernel),
     .attention_bwd = FASTTX_KERNEL(AttentionBwdKernel),
+    .attention_dq = FASTTX_KERNEL(AttentionDqKernel),
+    .peak = FASTTX_KERNEL(PeakKernel),
+    .peak_step_flops = {PeakLoop<float>::kStepFlops, PeakLoop<bf16>::kStepFlops, PeakLoop<fp16>::kStepFlops,
+                        PeakLoop<double>::kStepFlops},
+    .read = FASTTX_KERNEL(ReadKernel),
 };

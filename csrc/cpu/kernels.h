@@ -47,34 +47,33 @@ struct LayerNormFwd {
   const void* bias;      // T (width) or null
   void* y;               // T (rows, width)
   void* sum;             // T (rows, width) or null
-  void* mean;            // A (rows) or null: of what the backward will read, so of `sum` as it was stored
-  void* rstd;            // A (rows) or null
   int64_t rows, width;
   double eps;
   Dropout dropout;
 };
 
-// Items are chunks of rows; each writes its own line of the partial sums, which layer_norm_reduce adds in order.
+// Items are chunks of rows; each writes its own line of the partial sums, which reduce_rows adds in order.
 struct LayerNormBwd {
   const void* dy;      // T (rows, width)
   const void* dsum;    // T (rows, width) or null: gradient that reaches the sum by another way
   const void* x;       // T (rows, width): what was normalised
-  const void* mean;    // A (rows)
-  const void* rstd;    // A (rows)
   const void* weight;  // T (width) or null
   void* dx;            // T (rows, width) or null: gradient of what was normalised (with dsum)
   void* dinput;        // T (rows, width) or null: dx through the dropout
   void* dweight_partial;  // A (chunks, width) or null
   void* dbias_partial;    // A (chunks, width) or null
-  int64_t rows, width;
+  int64_t rows, width, partial_stride;
+  double eps;
   Dropout dropout;
 };
 
-// out[j] = sum over i of partial[i][j], in the order of i.
+// out[j] = sum over i of partial[i][j], in the order of i; with `tail`, the columns from `split` on go there.
 struct ReduceRows {
   const void* partial;  // A (rows, width)
-  void* out;            // T (width)
+  void* out;            // T (width), or T (split)
   int64_t rows, width;
+  void* tail;  // T (width - split) or null
+  int64_t split;
 };
 
 // partial[c][j] = sum of x[i][j] over the rows of chunk c; items are chunks, as many as column_sum_chunks(rows).
@@ -148,6 +147,7 @@ struct AttentionShape {
   Mask mask;
   const void* alibi_slopes;  // A (heads) or null
   Dropout dropout;
+  int64_t first_pair, pairs;  // the (sequence, kv head) pairs of this launch; pairs 0: all of them
 };
 
 struct AttentionFwd {
@@ -155,8 +155,9 @@ struct AttentionFwd {
   const void *q, *k, *v;  // T
   Strides q_strides, k_strides, v_strides, out_strides;
   void* out;                       // T
-  void* lse;                       // A: (batch, heads, queries), or packed (heads, total queries)
-  void* stats;                     // A, two for each lse: the largest score, and 1 / the sum of exponentials above it
+  void* lse;                       // A: (batch, heads, queries), or packed (heads, total queries); or null
+  void* stats;                     // A, two for each lse: the largest score as the kernel keeps it, and 1 / the sum of
+                                   // exponentials above it; null with lse
   void *k_packed, *v_packed;       // from attention_pack, or null: items pack their own, and are fewer
 };
 
@@ -175,6 +176,8 @@ struct AttentionBwd {
   const void* stats;   // A, from the forward: the sum of lse's two parts would round off what they hold
   const void* dlse;    // A or null: gradient that reaches lse itself
   void *dq, *dk, *dv;  // T
+  void* dq_partial;    // attention_dq_bytes for each pair of the launch: items are chunks of keys, and attention_dq
+                       // makes dq of their shares; or null: items are pairs
 };
 
 // Copies a (k, n) matrix, given by its strides, to panels of the tile's width: [panel][k][column], zero-padded.
@@ -205,12 +208,27 @@ struct Gemm {
   Dropout dropout;
 };
 
+// Multiply-adds that stay in registers, which no product can outrun; each item is one thread's.
+struct Peak {
+  int64_t items, steps;
+  void* out;  // A (items): of no use but that it depends on all of them
+};
+
+// The sum of every chunk of x: how fast memory can be read.
+struct Read {
+  const void* x;  // T (count); what is left after the last whole chunk of kReadChunk is not read
+  int64_t count;
+  void* sums;  // A (items)
+};
+constexpr int64_t kReadChunk = 1 << 14;
+
 constexpr int kDTypes = 4;  // in the order of DType
 
 struct KernelTable {
   const char* isa;
   size_t (*packed_b_bytes[kDTypes])(int64_t k, int64_t n);
   size_t (*attention_packed_bytes[kDTypes])(const AttentionShape&, int64_t width);
+  size_t (*attention_dq_bytes[kDTypes])(const AttentionShape&);  // 0 where there is one chunk
 
   Kernel<LayerNormFwd> layer_norm_fwd[kDTypes];
   Kernel<LayerNormBwd> layer_norm_bwd[kDTypes];
@@ -225,6 +243,10 @@ struct KernelTable {
   Kernel<AttentionPack> attention_pack[kDTypes];
   Kernel<AttentionFwd> attention_fwd[kDTypes];
   Kernel<AttentionBwd> attention_bwd[kDTypes];
+  Kernel<AttentionBwd> attention_dq[kDTypes];
+  Kernel<Peak> peak[kDTypes];
+  double peak_step_flops[kDTypes];  // of one step, in one item
+  Kernel<Read> read[kDTypes];
 };
 
 // Rows are summed in chunks whose number depends on the rows alone, so that sums do not depend on the threads. Chunks are

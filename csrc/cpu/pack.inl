@@ -8,7 +8,7 @@ static inline int64_t packed_k(int64_t k) {
 
 // Values of k that are taken together: as much of a panel as fills most of L1, 32 KiB in float32.
 template <class T>
-constexpr int64_t kBlockK = kUsesAmx<T> ? 512 : 256;
+constexpr int64_t kBlockK = kUsesAmx<T> ? 768 : 256;
 // Rows of the left operand that are packed together as [step][row][kLeftStep].
 template <class T>
 constexpr int kLeftRows = kUsesAmx<T> ? 32 : kGemmRows;

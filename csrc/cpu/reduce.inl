@@ -17,6 +17,31 @@ static inline void store_lanes(T* p, V value, int lanes) {
   lanes == V::kWidth ? value.store(p) : value.store(p, lanes);
 }
 
+// Asks for the line at p, to be read or written soon; p need not be mapped. It comes from memory while something else is
+// computed: the processor's own prefetcher stops at the end of a page.
+static FASTTX_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0); }
+static FASTTX_INLINE void prefetch_to_write(void* p) { __builtin_prefetch(p, 1); }
+
+// Two vectors that are summed side by side.
+template <class V>
+struct VecPair {
+  static constexpr int kWidth = V::kWidth;
+  V first, second;
+  static FASTTX_INLINE VecPair zero() { return {V::zero(), V::zero()}; }
+};
+template <class V>
+FASTTX_INLINE VecPair<V> operator+(VecPair<V> a, VecPair<V> b) {
+  return {a.first + b.first, a.second + b.second};
+}
+template <class A>
+struct Pair {
+  A first, second;
+};
+template <class A>
+FASTTX_INLINE Pair<A> reduce_add(VecPair<Vec<A>> a) {
+  return {reduce_add(a.first), reduce_add(a.second)};
+}
+
 // Vectors or rows whose sum is taken by itself, before it is added to the rest: shorter chains round less.
 constexpr int64_t kSumBlock = 16;
 
@@ -24,24 +49,32 @@ constexpr int64_t kSumBlock = 16;
 // in the lanes past the end. Zeros that follow a row do not change a bit of its sum: blocks end at fixed places.
 template <class V, class F>
 static inline auto sum_vectors(int64_t width, const F& f) {
-  constexpr int kChains = V::kWidth < 4 ? 16 : 4;  // 16 partial sums at least
+  constexpr int kChains = V::kWidth < 4 ? 16 : 8;
   constexpr int64_t kStep = kChains * V::kWidth;
   V total[kChains], sum[kChains];
+  // Unrolled, so that the chains are registers.
+#pragma GCC unroll 16
   for (int j = 0; j < kChains; ++j) total[j] = sum[j] = V::zero();
   int64_t i = 0;
   while (i + kStep <= width) {
+#pragma GCC unroll 16
     for (int j = 0; j < kChains; ++j) sum[j] = sum[j] + f(i + j * V::kWidth, V::kWidth);
     i += kStep;
     if (i % (kSumBlock * kStep) != 0) continue;
+#pragma GCC unroll 16
     for (int j = 0; j < kChains; ++j) {
       total[j] = total[j] + sum[j];
       sum[j] = V::zero();
     }
   }
-  for (int j = 0; j < kChains && i < width; ++j, i += V::kWidth)
-    sum[j] = sum[j] + f(i, static_cast<int>(min_of(V::kWidth, width - i)));
+#pragma GCC unroll 16
+  for (int j = 0; j < kChains; ++j, i += V::kWidth)
+    if (i < width) sum[j] = sum[j] + f(i, static_cast<int>(min_of(V::kWidth, width - i)));
+#pragma GCC unroll 16
   for (int j = 0; j < kChains; ++j) total[j] = total[j] + sum[j];
+#pragma GCC unroll 4
   for (int half = kChains / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
     for (int j = 0; j < half; ++j) total[j] = total[j] + total[j + half];
   return reduce_add(total[0]);
 }
@@ -59,20 +92,29 @@ static inline V sum_rows(int64_t rows, const F& f) {
   return sum;
 }
 
-// Items are vectors of columns.
+// Items are vectors of columns: first those of `out`, then those of `tail`.
 template <class T>
 struct ReduceRowsKernel {
   using A = accum_t<T>;
   using V = Vec<A>;
+  static int64_t head(const ReduceRows& g) { return g.tail == nullptr ? g.width : g.split; }
   static Plan plan(const ReduceRows& g) {
-    return {ceil_div(g.width, V::kWidth), max_of(1, 4096 / max_of(g.rows, 1)), 0, false};
+    return {ceil_div(head(g), V::kWidth) + ceil_div(g.width - head(g), V::kWidth), max_of(1, 4096 / max_of(g.rows, 1)),
+            0, false};
   }
   static void run(const ReduceRows& g, void*, int64_t begin, int64_t end) {
-    const A* partial = static_cast<const A*>(g.partial);
-    for (int64_t i = begin * V::kWidth; i < min_of(end * V::kWidth, g.width); i += V::kWidth) {
-      const int lanes = static_cast<int>(min_of(V::kWidth, g.width - i));
-      const V sum = sum_rows<V>(g.rows, [&](int64_t row) { return load_lanes<V>(partial + row * g.width + i, lanes); });
-      store_lanes(static_cast<T*>(g.out) + i, sum, lanes);
+    const int64_t vectors = ceil_div(head(g), V::kWidth);
+    columns(g, 0, head(g), static_cast<T*>(g.out), begin, min_of(end, vectors));
+    columns(g, head(g), g.width, static_cast<T*>(g.tail), max_of(begin - vectors, 0), end - vectors);
+  }
+  // The vectors `begin` to `end` of the columns from `first` on, which end at `last`.
+  static void columns(const ReduceRows& g, int64_t first, int64_t last, T* out, int64_t begin, int64_t end) {
+    for (int64_t vector = begin; vector < end; ++vector) {
+      const int64_t i = vector * V::kWidth;
+      const int lanes = static_cast<int>(min_of(V::kWidth, last - first - i));
+      const A* column = static_cast<const A*>(g.partial) + first + i;
+      const V sum = sum_rows<V>(g.rows, [&](int64_t row) { return load_lanes<V>(column + row * g.width, lanes); });
+      store_lanes(out + i, sum, lanes);
     }
   }
 };

@@ -86,12 +86,13 @@ struct StepVector<bf16> {
 #endif
 
 // panel = from^T for `rows` <= kCols rows of `width` values, as the tile's right operand. Zero up to the next whole vector
-// of columns.
+// of columns, and beyond `width` up to a whole step of the left operand.
 template <class P, int kCols = kTileCols<P>, class T>
 static void pack_transposed(const T* from, int64_t row_stride, int64_t rows, int64_t width, P* panel) {
   using V = Vec<accum_t<P>>;
   constexpr int kStep = Packed<P>::kStep, kWidth = V::kWidth;
-  const int64_t steps = ceil_div(width, kStep);
+  const int64_t steps = ceil_div(width, kStep), padded = round_up(width, Packed<P>::kLeftStep) / kStep;
+  memset(panel + steps * kCols * kStep, 0, sizeof(P) * (padded - steps) * kCols * kStep);
   if constexpr (kWidth == 1 || sizeof(accum_t<P>) == 8) {
     const int64_t columns = round_up(rows, kWidth);
     for (int64_t k = 0; k < width; ++k)
@@ -123,7 +124,8 @@ static void pack_transposed(const T* from, int64_t row_stride, int64_t rows, int
 }
 
 // panels[p] = columns [p kCols, (p + 1) kCols) of `from`, as the tile's right operand, each panel `pitch`
-// values after the one before. Zero up to the next whole vector of columns, and in the last step of odd rows.
+// values after the one before. Zero up to the next whole vector of columns, and in rows up to a whole step of the left
+// operand.
 template <class P, int kCols = kTileCols<P>, class T>
 static void pack_rows(const T* from, int64_t row_stride, int64_t rows, int64_t width, P* panels, int64_t pitch) {
   using V = Vec<accum_t<P>>;
@@ -144,6 +146,8 @@ static void pack_rows(const T* from, int64_t row_stride, int64_t rows, int64_t w
         const __m256i high = _mm256_maskz_loadu_epi16(paired ? mask : 0, paired ? even + row_stride : even);
         _mm512_storeu_si512(to + row * kCols, interleave(low, high));
       }
+      for (int64_t row = round_up(rows, 2); row < round_up(rows, Packed<P>::kLeftStep); row += 2)
+        _mm512_storeu_si512(to + row * kCols, _mm512_setzero_si512());
 #endif
     }
   }
@@ -154,7 +158,7 @@ template <class P, class T>
 static void pack_left(const T* from, int64_t row_stride, int64_t rows, int64_t width, P* to, int64_t pitch) {
   for (int64_t row = 0; row < rows; ++row) {
     copy_as(from + row * row_stride, to + row * pitch, width);
-    for (int64_t k = width; k < round_up(width, Packed<P>::kStep); ++k) to[row * pitch + k] = P{};
+    for (int64_t k = width; k < round_up(width, Packed<P>::kLeftStep); ++k) to[row * pitch + k] = P{};
   }
 }
 

@@ -7,13 +7,15 @@ struct Vec;
 
 inline constexpr int kNearestEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
-#if defined(__AVX512BF16__)
-// What would be subnormal becomes zero.
-FASTTX_INLINE __m256i narrow_bf16(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
-#else
-// Round to nearest even by integer arithmetic. The upper halves are taken by one
-// permutation, which is cheaper than a shift and vpmovdw.
+// Round to nearest even. vcvtneps2bf16 does, but takes denormals for zero: where there are any, and where there is no such
+// instruction, integer arithmetic does the same. The upper halves are taken by one permutation, which is cheaper than a shift
+// and vpmovdw.
 FASTTX_INLINE __m256i narrow_bf16(__m512 v) {
+#ifdef __AVX512BF16__
+  constexpr int kDenormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(v, kDenormal) == 0, 1))
+    return __builtin_bit_cast(__m256i, _mm512_cvtneps_pbh(v));
+#endif
   const __m512i u = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
@@ -23,7 +25,6 @@ FASTTX_INLINE __m256i narrow_bf16(__m512 v) {
                                                       23, 25, 27, 29, 31};
   return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_load_si512(kUpper), bits));
 }
-#endif
 
 // One permutation that puts each into an upper half, instead of a zero extension and a shift.
 FASTTX_INLINE __m512 widen_bf16(__m256i bits) {

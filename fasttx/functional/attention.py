@@ -82,7 +82,7 @@ def attention(
         attn_mask = attn_mask.expand(batch, heads, queries, keys)
     output, lse = ops.attention(
         query, key, value, attn_mask, key_lengths, None, None, alibi_slopes, is_causal,
-        query_offset, *(window or (-1, -1)), dropout_p, seed, _scale(scale, query),
+        query_offset, *(window or (-1, -1)), dropout_p, seed, _scale(scale, query), return_lse,
     )  # fmt: skip
     return (output, lse) if return_lse else output
 
@@ -137,7 +137,7 @@ def attention_varlen(
         )  # fmt: skip
     output, lse = ops.attention(
         query, key, value, None, None, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, 0,
-        *(window or (-1, -1)), dropout_p, seed, _scale(scale, query),
+        *(window or (-1, -1)), dropout_p, seed, _scale(scale, query), return_lse,
     )  # fmt: skip
     return (output, lse) if return_lse else output
 

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fasttx import checks, reference
-from fasttx.dispatch import choose
+from fasttx.dispatch import choose, runs_on_cpu
 from fasttx.ops import gelu as ops
 
 
@@ -12,6 +12,8 @@ def gelu(input: Tensor, approximate: str = "none", *, backend: str | None = None
 
     Any shape; the result has input's shape and dtype. As torch.nn.functional.gelu; Hendrycks and Gimpel 2016.
     """
+    if runs_on_cpu(backend, input) and approximate in checks.APPROXIMATIONS:
+        return ops.gelu(input, approximate)
     checks.require_floating("input", input)
     checks.require_approximation(approximate)
     if choose("gelu", (input,), backend) == "reference":
@@ -23,6 +25,14 @@ def bias_gelu(
     input: Tensor, bias: Tensor, approximate: str = "none", *, backend: str | None = None
 ) -> Tensor:
     """gelu(input + bias): input (..., width), bias (width,)."""
+    if (
+        bias is not None
+        and runs_on_cpu(backend, input, bias)
+        and bias.shape == input.shape[-1:]
+        and bias.dim() == 1
+        and approximate in checks.APPROXIMATIONS
+    ):
+        return ops.bias_gelu(input, bias, approximate)
     checks.require_floating("input", input)
     checks.require_approximation(approximate)
     if input.dim() == 0:

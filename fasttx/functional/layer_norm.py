@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fasttx import checks, reference
-from fasttx.dispatch import choose
+from fasttx.dispatch import choose, runs_on_cpu
 from fasttx.ops import layer_norm as ops
 from fasttx.rng import draw_seed
 
@@ -25,6 +25,10 @@ def layer_norm(
     input (..., *normalized_shape); weight and bias of normalized_shape, or None; the result has input's shape and
     dtype. As torch.nn.functional.layer_norm; Ba, Kiros and Hinton 2016.
     """
+    if runs_on_cpu(backend, input, weight, bias) and (
+        width := _fitting_width(input, normalized_shape, weight, bias)
+    ):
+        return ops.layer_norm(input, width, weight, bias, eps)
     checks.require_floating("input", input)
     dims = _check_parameters(input, normalized_shape, weight, bias)
     tensors = (input, weight, bias)
@@ -52,13 +56,23 @@ def add_layer_norm(
     dropout_p in [0, 1). With return_sum, the result is (normed, residual + dropout(input)): what a pre-norm layer goes
     on from.
     """
+    p = dropout_p if training else 0.0
+    if (
+        residual is not None
+        and runs_on_cpu(backend, input, residual, weight, bias)
+        and residual.shape == input.shape
+        and type(dropout_p) is float
+        and 0.0 <= dropout_p < 1.0
+        and (width := _fitting_width(input, normalized_shape, weight, bias))
+    ):
+        seed = draw_seed() if p > 0.0 else None
+        return ops.add_layer_norm(input, residual, width, weight, bias, eps, p, seed, return_sum)
     checks.require_floating("input", input)
     checks.require_tensor("residual", residual)
     checks.require_shape("residual", residual, tuple(input.shape), "input's")
     checks.require_probability("dropout_p", dropout_p)
     dims = _check_parameters(input, normalized_shape, weight, bias)
     checks.require_same_device("input", input, residual=residual)
-    p = dropout_p if training else 0.0
     seed = draw_seed() if p > 0.0 else None
     tensors = (input, residual, weight, bias)
     if choose("add_layer_norm", tensors, backend, cpu_refusal=_refusal(dims)) == "reference":
@@ -69,6 +83,25 @@ def add_layer_norm(
     return ops.add_layer_norm(
         input, residual, math.prod(dims), weight, bias, eps, p, seed, return_sum
     )
+
+
+def _fitting_width(
+    input: Tensor,
+    normalized_shape: int | Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> int:
+    """How many values normalized_shape holds, where every shape is as it should be; else 0: the checks then say why."""
+    dims = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
+    if (
+        not (isinstance(dims, tuple) and dims)
+        or input.shape[-len(dims) :] != dims
+        or (weight is not None and weight.shape != dims)
+        or (bias is not None and bias.shape != dims)
+    ):
+        return 0
+    width = math.prod(dims)
+    return width if type(width) is int else 0
 
 
 def _refusal(dims: tuple[int, ...]) -> str | None:

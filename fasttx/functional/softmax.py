@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from fasttx import checks, reference
-from fasttx.dispatch import choose
+from fasttx.dispatch import choose, runs_on_cpu
 from fasttx.ops import softmax as ops
 
 
@@ -22,6 +22,8 @@ def softmax(
     row i keeps the columns j <= i; `dim` must then be the last. A row that keeps nothing, or whose every value is -inf,
     gives zeros with zero gradients.
     """
+    if mask is None and not is_causal and dim == -1 and runs_on_cpu(backend, input) and input.dim() > 0:
+        return ops.softmax(input, None, False, -1)
     checks.require_floating("input", input)
     if input.dim() == 0:
         raise ValueError("input must have at least one dimension")

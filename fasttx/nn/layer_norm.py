@@ -19,6 +19,8 @@ class LayerNorm(torch.nn.LayerNorm):
         if input.is_nested:
             step_aside("layer_norm", "input is nested")
             return super().forward(input)
-        return functional.layer_norm(
-            input, self.normalized_shape, self.weight, self.bias, self.eps
-        )
+        # Attributes of a module take a Python call each to find; one that is parametrized or pruned is not a parameter.
+        parameters = self._parameters
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)

@@ -11,30 +11,67 @@ ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
 _LIBRARY = torch.library.Library("fasttx", "DEF")
 
 
-def define(schema: str, fake: Callable) -> torch._ops.OpOverload:
-    """Defines `fasttx::<schema>` with its shape function, and returns the op."""
-    name = schema.split("(", 1)[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"fasttx::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.fasttx, name).default
+class Operator:
+    """One op of the library, in the three ways that it can be called.
+
+    The default overload knows its gradient everywhere: under torch.compile, torch.export and functorch too. Its wrapper
+    takes 20 us a call, so eager calls go around it: to the overload `raw`, which has no gradient, or to an
+    autograd.Function of the same formula.
+    """
+
+    def __init__(self, name: str):
+        packet = getattr(torch.ops.fasttx, name)
+        self.name = name
+        self.registered = packet.default
+        self.raw = packet.raw._op  # what the overload calls: one Python frame less
+        self.apply = None
+
+    def __call__(self, *args):
+        """The op inside of a gradient formula, where a further derivative is the exception."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.registered(*args)
+        return self.raw(*args)
 
 
-def differentiate(op: torch._ops.OpOverload, backward: Callable, setup_context: Callable) -> None:
+def define(schema: str, fake: Callable) -> Operator:
+    """Defines `fasttx::<schema>` and its overload `raw`, with their shape function."""
+    name, signature = schema.split("(", 1)
+    for overload in (name, f"{name}.raw"):
+        _LIBRARY.define(f"{overload}({signature}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"fasttx::{overload}", fake, lib=_LIBRARY)
+    _LIBRARY.impl(f"{name}.raw", torch.library.fallthrough_kernel, "Autograd")
+    return Operator(name)
+
+
+def differentiate(op: Operator, backward: Callable, setup_context: Callable) -> None:
     """Gives the op its gradient formula."""
-    torch.library.register_autograd(op, backward, setup_context=setup_context, lib=_LIBRARY)
+    torch.library.register_autograd(op.registered, backward, setup_context=setup_context, lib=_LIBRARY)
+
+    def forward(ctx, *args):
+        output = op.raw(*args)
+        setup_context(ctx, args, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(op.name, (torch.autograd.Function,), members)
+    # Function.apply is this, after checks for functorch, under which `run` does not come here.
+    op.apply = super(torch.autograd.Function, function).apply
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether a call on these tensors will be differentiated."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
-def run(op: torch._ops.OpOverload, differentiable: bool, *args):
-    """Calls the op; one that will not be differentiated goes around the autograd wrapper, which takes 6 us a call."""
-    if differentiable or torch.compiler.is_compiling():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+def run(op: Operator, differentiable: bool, *args):
+    """Calls the op in the cheapest way that gives the gradients which are wanted."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return op.registered(*args)
+    return op.apply(*args) if differentiable else op.raw(*args)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -47,13 +84,11 @@ def given(tensor: Tensor, wanted: bool) -> Tensor | None:
     return tensor if wanted else None
 
 
-def forbid_double_backward(op: torch._ops.OpOverload) -> None:
+def forbid_double_backward(op: Operator) -> None:
     """Makes differentiating a backward op an error with the way out, instead of a missing gradient."""
-    name = op._schema.name.split("::")[1]
-
     def refuse(ctx, *grads):
         raise RuntimeError(
-            f"fasttx's {name} cannot be differentiated again; for second derivatives use the "
+            f"fasttx's {op.name} cannot be differentiated again; for second derivatives use the "
             "reference path: `with fasttx.backend('reference'):` around the forward"
         )
 

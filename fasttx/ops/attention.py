@@ -35,11 +35,12 @@ def _gradient(like: Tensor) -> Tensor:
 
 def _attention_fwd(
     query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes,
-    is_causal, query_offset, window_left, window_right, dropout_p, seed, scale,
+    is_causal, query_offset, window_left, window_right, dropout_p, seed, scale, with_lse=True,
 ):  # fmt: skip
     shape = query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0])
-    lse = query.new_empty(shape, dtype=accumulate_dtype(query.dtype))
-    return _tokens_first(query, value.shape[-1]), lse, lse.new_empty((*shape, 2))
+    lse = query.new_empty(shape if with_lse else 0, dtype=accumulate_dtype(query.dtype))
+    stats = lse.new_empty((*shape, 2) if with_lse else 0)
+    return _tokens_first(query, value.shape[-1]), lse, stats
 
 
 def _attention_bwd(grad, grad_lse, query, key, value, *rest):
@@ -49,21 +50,22 @@ def _attention_bwd(grad, grad_lse, query, key, value, *rest):
 _OPTIONS = (
     " Tensor? attn_mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
     " Tensor? alibi_slopes, bool is_causal, int query_offset, int window_left, int window_right,"
-    " float dropout_p, Tensor? seed, float scale)"
+    " float dropout_p, Tensor? seed, float scale"
 )
 attention_fwd = define(
-    f"attention_fwd(Tensor query, Tensor key, Tensor value,{_OPTIONS} -> (Tensor output, Tensor lse, Tensor stats)",
+    f"attention_fwd(Tensor query, Tensor key, Tensor value,{_OPTIONS}, bool with_lse=True)"
+    " -> (Tensor output, Tensor lse, Tensor stats)",
     _attention_fwd,
 )
 attention_bwd = define(
     "attention_bwd(Tensor grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value,"
-    f" Tensor output, Tensor stats,{_OPTIONS} -> (Tensor dquery, Tensor dkey, Tensor dvalue)",
+    f" Tensor output, Tensor stats,{_OPTIONS}) -> (Tensor dquery, Tensor dkey, Tensor dvalue)",
     _attention_bwd,
 )
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.is_causal, ctx.offset, ctx.left, ctx.right, ctx.dropout_p, seed, ctx.scale = inputs
+    *tensors, ctx.is_causal, ctx.offset, ctx.left, ctx.right, ctx.dropout_p, seed, ctx.scale, _ = inputs
     result, _, stats = output
     ctx.save_for_backward(*tensors, seed, result, stats)
     ctx.mark_non_differentiable(stats)
@@ -78,7 +80,7 @@ def _backward(ctx, grad, grad_lse, _grad_stats):
         grad, grad_lse, query, key, value, output, stats, *options, ctx.is_causal, ctx.offset,
         ctx.left, ctx.right, ctx.dropout_p, seed, ctx.scale,
     )  # fmt: skip
-    return (*map(given, gradients, ctx.needs_input_grad[:3]), *[None] * 12)
+    return (*map(given, gradients, ctx.needs_input_grad[:3]), *[None] * 13)
 
 
 differentiate(attention_fwd, _backward, _save)
@@ -101,13 +103,19 @@ def attention(
     dropout_p: float,
     seed: Tensor | None,
     scale: float,
+    want_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Output and lse; attn_mask has 4 dims that broadcast, and it and alibi_slopes get no gradient."""
+    """Output and lse, empty where it is not wanted.
+
+    attn_mask has 4 dims that broadcast, and it and alibi_slopes get no gradient.
+    """
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.to(accumulate_dtype(query.dtype))
+    differentiable = wants_grad(query, key, value)
     output, lse, _ = run(
-        attention_fwd, wants_grad(query, key, value),
+        attention_fwd, differentiable,
         query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes,
         is_causal, query_offset, window_left, window_right, dropout_p, seed, scale,
+        want_lse or differentiable,
     )  # fmt: skip
     return output, lse

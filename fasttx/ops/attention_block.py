@@ -24,19 +24,16 @@ def _attention_block_fwd(
 ):  # fmt: skip
     outer = input.shape[:-1]
     if norm_first:
-        return input.new_empty(input.shape), *(input.new_empty((0,)) for _ in range(6))
+        return input.new_empty(input.shape), *(input.new_empty((0,)) for _ in range(4))
     rows = (heads, *outer)
     if len(outer) == 2:
         rows = (outer[0], heads, outer[1]) if batch_first else (outer[1], heads, outer[0])
-    statistics = accumulate_dtype(input.dtype)
     return (
         input.new_empty(input.shape),
         input.new_empty((*outer, weight_in.shape[0]) if store else (0,)),
         input.new_empty((*outer, weight_in.shape[0] // 3) if store else (0,)),
-        input.new_empty((*rows, 2), dtype=statistics),
+        input.new_empty((*rows, 2) if store else (0,), dtype=accumulate_dtype(input.dtype)),
         input.new_empty(input.shape if store else (0,)),
-        input.new_empty((outer.numel(),), dtype=statistics),
-        input.new_empty((outer.numel(),), dtype=statistics),
     )
 
 
@@ -60,12 +57,12 @@ attention_block_fwd = define(
     "attention_block_fwd(Tensor input, Tensor weight_in, Tensor? bias_in, Tensor weight_out,"
     " Tensor? bias_out, Tensor? norm_weight, Tensor? norm_bias, float eps, bool norm_first,"
     f" {_OPTIONS}, bool store, Tensor? packed_in, Tensor? packed_out)"
-    " -> (Tensor output, Tensor qkv, Tensor attended, Tensor stats, Tensor sum, Tensor mean, Tensor rstd)",
+    " -> (Tensor output, Tensor qkv, Tensor attended, Tensor stats, Tensor sum)",
     _attention_block_fwd,
 )
 attention_block_bwd = define(
     "attention_block_bwd(Tensor grad, Tensor input, Tensor weight_in, Tensor weight_out, Tensor? norm_weight,"
-    " Tensor qkv, Tensor attended, Tensor stats, Tensor sum, Tensor mean, Tensor rstd,"
+    " Tensor qkv, Tensor attended, Tensor stats, Tensor sum, float eps,"
     f" {_OPTIONS}, bool needs_input, bool needs_weight_in, bool needs_bias_in, bool needs_weight_out,"
     " bool needs_bias_out, bool needs_norm_weight, bool needs_norm_bias)"
     " -> (Tensor dinput, Tensor dweight_in, Tensor dbias_in, Tensor dweight_out, Tensor dbias_out,"
@@ -75,7 +72,7 @@ attention_block_bwd = define(
 
 
 def _save(ctx, inputs, output):
-    input, weight_in, _, weight_out, _, norm_weight, _, _, norm_first, *options, store, _, _ = inputs
+    input, weight_in, _, weight_out, _, norm_weight, _, ctx.eps, norm_first, *options, store, _, _ = inputs
     if norm_first or not store:
         raise RuntimeError("attention_block_fwd has gradients with norm_first=False, store=True")
     ctx.heads, ctx.batch_first, mask, cu_seqlens, ctx.is_causal, ctx.scale, *dropouts = options
@@ -91,7 +88,7 @@ def _backward(ctx, grad, *_):
     *tensors, mask, cu_seqlens, attention_seed, seed = ctx.saved_tensors
     needs = ctx.needs_input_grad[:7]
     gradients = attention_block_bwd(
-        grad, *tensors, ctx.heads, ctx.batch_first, mask, cu_seqlens, ctx.is_causal, ctx.scale,
+        grad, *tensors, ctx.eps, ctx.heads, ctx.batch_first, mask, cu_seqlens, ctx.is_causal, ctx.scale,
         ctx.attention_p, attention_seed, ctx.dropout_p, seed, *needs,
     )  # fmt: skip
     return (*map(given, gradients, needs), *[None] * 15)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ._library import (
     ACTIVATIONS,
-    accumulate_dtype,
     define,
     differentiate,
     forbid_double_backward,
@@ -23,19 +22,16 @@ def _feed_forward_block_fwd(
 ):  # fmt: skip
     outer = input.shape[:-1]
     if norm_first:
-        return input.new_empty(input.shape), *(input.new_empty((0,)) for _ in range(4))
-    statistics = accumulate_dtype(input.dtype)
+        return input.new_empty(input.shape), *(input.new_empty((0,)) for _ in range(2))
     return (
         input.new_empty(input.shape),
         input.new_empty((*outer, weight1.shape[0]) if store else (0,)),
         input.new_empty(input.shape if store else (0,)),
-        input.new_empty((outer.numel(),), dtype=statistics),
-        input.new_empty((outer.numel(),), dtype=statistics),
     )
 
 
 def _feed_forward_block_bwd(
-    grad, input, weight1, weight2, norm_weight, preact, sum, mean, rstd, activation,
+    grad, input, weight1, weight2, norm_weight, preact, sum, eps, activation,
     dropout1_p, seed1, dropout2_p, seed2, *needs,
 ):  # fmt: skip
     width = input.shape[-1:]
@@ -52,12 +48,12 @@ feed_forward_block_fwd = define(
     " Tensor? norm_weight, Tensor? norm_bias, float eps, bool norm_first, int activation,"
     " float dropout1_p, Tensor? seed1, float dropout2_p, Tensor? seed2, bool store,"
     " Tensor? packed1, Tensor? packed2)"
-    " -> (Tensor output, Tensor preact, Tensor sum, Tensor mean, Tensor rstd)",
+    " -> (Tensor output, Tensor preact, Tensor sum)",
     _feed_forward_block_fwd,
 )
 feed_forward_block_bwd = define(
     "feed_forward_block_bwd(Tensor grad, Tensor input, Tensor weight1, Tensor weight2, Tensor? norm_weight,"
-    " Tensor preact, Tensor sum, Tensor mean, Tensor rstd, int activation,"
+    " Tensor preact, Tensor sum, float eps, int activation,"
     " float dropout1_p, Tensor? seed1, float dropout2_p, Tensor? seed2, bool needs_input,"
     " bool needs_weight1, bool needs_bias1, bool needs_weight2, bool needs_bias2,"
     " bool needs_norm_weight, bool needs_norm_bias)"
@@ -68,7 +64,7 @@ feed_forward_block_bwd = define(
 
 
 def _save(ctx, inputs, output):
-    input, weight1, _, weight2, _, norm_weight, _, _, norm_first, *options, store, _, _ = inputs
+    input, weight1, _, weight2, _, norm_weight, _, ctx.eps, norm_first, *options, store, _, _ = inputs
     if norm_first or not store:
         raise RuntimeError("feed_forward_block_fwd has gradients with norm_first=False, store=True")
     ctx.activation, ctx.dropout1_p, seed1, ctx.dropout2_p, seed2 = options
@@ -81,7 +77,7 @@ def _backward(ctx, grad, *_):
     *tensors, seed1, seed2 = ctx.saved_tensors
     needs = ctx.needs_input_grad[:7]
     gradients = feed_forward_block_bwd(
-        grad, *tensors, ctx.activation, ctx.dropout1_p, seed1, ctx.dropout2_p, seed2, *needs
+        grad, *tensors, ctx.eps, ctx.activation, ctx.dropout1_p, seed1, ctx.dropout2_p, seed2, *needs
     )
     return (*map(given, gradients, needs), *[None] * 10)
 

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ._library import (
-    accumulate_dtype,
     define,
     differentiate,
     forbid_double_backward,
@@ -14,21 +13,15 @@ from ._library import (
 )
 
 
-def _statistics(input: Tensor, width: int) -> Tensor:
-    return input.new_empty((input.numel() // width,), dtype=accumulate_dtype(input.dtype))
-
-
 def _dense_like(input: Tensor) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
 def _layer_norm_fwd(input, width, weight, bias, eps):
-    return _dense_like(input), _statistics(input, width), _statistics(input, width)
+    return _dense_like(input)
 
 
-def _layer_norm_bwd(
-    grad, input, mean, rstd, weight, width, needs_input, needs_weight, needs_bias
-):
+def _layer_norm_bwd(grad, input, weight, width, eps, needs_input, needs_weight, needs_bias):
     none = input.new_empty((0,))
     return (
         _dense_like(input) if needs_input else none,
@@ -38,39 +31,41 @@ def _layer_norm_bwd(
 
 
 layer_norm_fwd = define(
-    "layer_norm_fwd(Tensor input, int width, Tensor? weight, Tensor? bias, float eps)"
-    " -> (Tensor output, Tensor mean, Tensor rstd)",
+    "layer_norm_fwd(Tensor input, int width, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     _layer_norm_fwd,
 )
 layer_norm_bwd = define(
-    "layer_norm_bwd(Tensor grad, Tensor input, Tensor mean, Tensor rstd, Tensor? weight, int width,"
+    "layer_norm_bwd(Tensor grad, Tensor input, Tensor? weight, int width, float eps,"
     " bool needs_input, bool needs_weight, bool needs_bias)"
     " -> (Tensor dinput, Tensor dweight, Tensor dbias)",
     _layer_norm_bwd,
 )
 
 
+def _parameter_gradient(gradient: Tensor, wanted: bool, shape: torch.Size | None) -> Tensor | None:
+    """In the parameter's shape, which is given where it is not the gradient's own, (width,)."""
+    if not wanted:
+        return None
+    return gradient if shape is None else gradient.view(shape)
+
+
 def _save_layer_norm(ctx, inputs, output):
-    input, width, weight, bias, _ = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(input, weight, mean, rstd)
-    ctx.width = width
-    ctx.parameter_shape = None if weight is None else weight.shape
-    ctx.bias_shape = None if bias is None else bias.shape
-    ctx.mark_non_differentiable(mean, rstd)
+    input, ctx.width, weight, bias, ctx.eps = inputs
+    ctx.save_for_backward(input, weight)
+    ctx.shape = next((p.shape for p in (weight, bias) if p is not None and p.dim() != 1), None)
 
 
-def _layer_norm_backward(ctx, grad, _grad_mean, _grad_rstd):
-    input, weight, mean, rstd = ctx.saved_tensors
+def _layer_norm_backward(ctx, grad):
+    input, weight = ctx.saved_tensors
     needs_input, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
     dinput, dweight, dbias = layer_norm_bwd(
-        grad, input, mean, rstd, weight, ctx.width, needs_input, needs_weight, needs_bias
+        grad, input, weight, ctx.width, ctx.eps, needs_input, needs_weight, needs_bias
     )
     return (
         given(dinput, needs_input),
         None,
-        dweight.view(ctx.parameter_shape) if needs_weight else None,
-        dbias.view(ctx.bias_shape) if needs_bias else None,
+        _parameter_gradient(dweight, needs_weight, ctx.shape),
+        _parameter_gradient(dbias, needs_bias, ctx.shape),
         None,
     )
 
@@ -83,11 +78,11 @@ def _add_layer_norm_fwd(
     input, residual, width, weight, bias, eps, dropout_p, seed, store_sum
 ):
     sum = _dense_like(input) if store_sum else input.new_empty((0,))
-    return _dense_like(input), sum, _statistics(input, width), _statistics(input, width)
+    return _dense_like(input), sum
 
 
 def _add_layer_norm_bwd(
-    grad, grad_sum, sum, mean, rstd, weight, width, dropout_p, seed,
+    grad, grad_sum, sum, weight, width, eps, dropout_p, seed,
     needs_input, needs_residual, needs_weight, needs_bias,
 ):  # fmt: skip
     return (
@@ -101,12 +96,12 @@ def _add_layer_norm_bwd(
 add_layer_norm_fwd = define(
     "add_layer_norm_fwd(Tensor input, Tensor residual, int width, Tensor? weight, Tensor? bias,"
     " float eps, float dropout_p, Tensor? seed, bool store_sum)"
-    " -> (Tensor output, Tensor sum, Tensor mean, Tensor rstd)",
+    " -> (Tensor output, Tensor sum)",
     _add_layer_norm_fwd,
 )
 add_layer_norm_bwd = define(
-    "add_layer_norm_bwd(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor mean, Tensor rstd,"
-    " Tensor? weight, int width, float dropout_p, Tensor? seed,"
+    "add_layer_norm_bwd(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor? weight,"
+    " int width, float eps, float dropout_p, Tensor? seed,"
     " bool needs_input, bool needs_residual, bool needs_weight, bool needs_bias)"
     " -> (Tensor dresidual, Tensor dinput, Tensor dweight, Tensor dbias)",
     _add_layer_norm_bwd,
@@ -114,27 +109,23 @@ add_layer_norm_bwd = define(
 
 
 def _save_add_layer_norm(ctx, inputs, output):
-    _, _, width, weight, bias, _, dropout_p, seed, store_sum = inputs
-    _, sum, mean, rstd = output
+    _, _, ctx.width, weight, bias, ctx.eps, ctx.dropout_p, seed, store_sum = inputs
     if not store_sum:
         raise RuntimeError("add_layer_norm_fwd needs store_sum=True when gradients are wanted")
-    ctx.save_for_backward(sum, weight, mean, rstd, seed)
-    ctx.width, ctx.dropout_p = width, dropout_p
-    ctx.parameter_shape = None if weight is None else weight.shape
-    ctx.bias_shape = None if bias is None else bias.shape
-    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(output[1], weight, seed)
+    ctx.shape = next((p.shape for p in (weight, bias) if p is not None and p.dim() != 1), None)
     ctx.set_materialize_grads(False)
 
 
-def _add_layer_norm_backward(ctx, grad, grad_sum, _grad_mean, _grad_rstd):
-    sum, weight, mean, rstd, seed = ctx.saved_tensors
+def _add_layer_norm_backward(ctx, grad, grad_sum):
+    sum, weight, seed = ctx.saved_tensors
     needs_input, needs_residual, _, needs_weight, needs_bias = ctx.needs_input_grad[:5]
     if grad is None:
         grad = torch.zeros_like(sum)
     # Without dropout both addends have the same gradient: one tensor serves them.
     dropped = ctx.dropout_p > 0.0
     dresidual, dinput, dweight, dbias = add_layer_norm_bwd(
-        grad, grad_sum, sum, mean, rstd, weight, ctx.width, ctx.dropout_p, seed,
+        grad, grad_sum, sum, weight, ctx.width, ctx.eps, ctx.dropout_p, seed,
         needs_input and dropped, needs_residual or (needs_input and not dropped),
         needs_weight, needs_bias,
     )  # fmt: skip
@@ -142,8 +133,8 @@ def _add_layer_norm_backward(ctx, grad, grad_sum, _grad_mean, _grad_rstd):
         given(dinput if dropped else dresidual, needs_input),
         given(dresidual, needs_residual),
         None,
-        dweight.view(ctx.parameter_shape) if needs_weight else None,
-        dbias.view(ctx.bias_shape) if needs_bias else None,
+        _parameter_gradient(dweight, needs_weight, ctx.shape),
+        _parameter_gradient(dbias, needs_bias, ctx.shape),
         None, None, None, None,
     )  # fmt: skip
 
@@ -155,7 +146,7 @@ forbid_double_backward(add_layer_norm_bwd)
 def layer_norm(input: Tensor, width: int, weight: Tensor | None, bias: Tensor | None, eps: float):
     """Layer norm over trailing values that number `width`."""
     differentiable = wants_grad(input, weight, bias)
-    return run(layer_norm_fwd, differentiable, input, width, weight, bias, eps)[0]
+    return run(layer_norm_fwd, differentiable, input, width, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -171,7 +162,7 @@ def add_layer_norm(
 ):
     """Layer norm of residual + dropout(input); with return_sum, that sum too."""
     differentiable = wants_grad(input, residual, weight, bias)
-    output, sum, _, _ = run(
+    output, sum = run(
         add_layer_norm_fwd, differentiable,
         input, residual, width, weight, bias, eps, dropout_p, seed, return_sum or differentiable,
     )  # fmt: skip

@@ -1,0 +1,21 @@
+"""All rows, and those that are asked for."""
+
+import importlib
+from collections.abc import Iterable
+
+from .case import Case, Growth, dtype_name
+
+# The ops, and what is built of them: each has a file of its name here.
+OPS = ("attention", "feed_forward", "layer_norm", "gelu", "softmax")
+STEMS = (*OPS, "encoder_layer", "bert")
+
+
+def select(stems: Iterable[str] = STEMS, dtypes: Iterable[str] = (), words: Iterable[str] = ()) -> list[Case | Growth]:
+    """The rows of these stems, in their order; of these dtypes and with one of these words in the id, where given."""
+    dtypes, words = tuple(dtypes), [word.replace(" ", "_") for word in words]
+    return [
+        case
+        for stem in stems
+        for case in importlib.import_module(f"benchmarks.{stem}").cases()
+        if (not dtypes or dtype_name(case.dtype) in dtypes) and (not words or any(word in case.id for word in words))
+    ]
