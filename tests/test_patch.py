@@ -174,8 +174,8 @@ def test_explain_a_run(model, inputs):
     rows = fasttx.explain(model, *inputs).rows
     ran = {(row.module, row.op) for row in rows}
     assert {
-        ("encoder.layers.0.self_attn", "attention_varlen"), ("encoder.layers.1", "feed_forward"),
-        ("encoder.layers.1", "add_layer_norm"), ("encoder.norm", "layer_norm"),
+        ("encoder.layers.0", "attention_block_varlen"), ("encoder.layers.1", "feed_forward_block"),
+        ("encoder.norm", "layer_norm"),
         ("cross", "attention"), ("head.1", "gelu"),
     } <= ran  # fmt: skip
     with fasttx.backend("reference"):

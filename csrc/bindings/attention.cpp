@@ -1,17 +1,7 @@
-#include "common.h"
+#include "layers.h"
 
 namespace fasttx::bindings {
 namespace {
-
-// Everything but the tensors that both directions take, as the ops' schemas list it.
-struct Options {
-  const OptionalTensor &attn_mask, &key_lengths, &cu_queries, &cu_keys, &alibi_slopes;
-  bool is_causal;
-  int64_t query_offset, window_left, window_right;
-  double dropout_p;
-  const OptionalTensor& seed;
-  double scale;
-};
 
 // The shape that the kernels take, and the dense tensors that its pointers lead into.
 struct Problem {
@@ -71,7 +61,7 @@ Mask make_mask(const OptionalTensor& mask, const Tensor& query, const Sizes& siz
           strides[0], strides[1], strides[2], strides[3]};
 }
 
-Problem make_problem(const Tensor& query, const Tensor& key, const Tensor& value, const Options& options) {
+Problem make_problem(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options) {
   const bool packed = options.cu_queries.has_value();
   STD_TORCH_CHECK(packed == options.cu_keys.has_value(), "cu_seqlens_q and cu_seqlens_k come together");
   check_like(key, query, "key");
@@ -184,23 +174,47 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& query, const Tens
                                          const OptionalTensor& alibi_slopes, bool is_causal, int64_t query_offset,
                                          int64_t window_left, int64_t window_right, double dropout_p,
                                          const OptionalTensor& seed, double scale, bool with_lse) {
+  Tensor output = allocate_tokens_first(query, value.size(value.dim() - 1));
+  auto [lse, stats] = attention_forward(query, key, value,
+                                        {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal,
+                                         query_offset, window_left, window_right, dropout_p, seed, scale},
+                                        with_lse, output);
+  return {output, lse, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(
+    const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& output, const Tensor& stats, const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, const OptionalTensor& alibi_slopes,
+    bool is_causal, int64_t query_offset, int64_t window_left, int64_t window_right, double dropout_p,
+    const OptionalTensor& seed, double scale) {
+  const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
+  Tensor dq = allocate_gradient(q), dk = allocate_gradient(k), dv = allocate_gradient(v);
+  attention_backward(grad, grad_lse, q, k, v, output, stats,
+                     {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, query_offset,
+                      window_left, window_right, dropout_p, seed, scale},
+                     dq, dk, dv);
+  return {dq, dk, dv};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                             const AttentionOptions& options, bool with_stats, Tensor& output) {
   const int dtype = dtype_index(query, "query");
-  const Problem problem = make_problem(query, key, value,
-                                       {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal,
-                                        query_offset, window_left, window_right, dropout_p, seed, scale});
+  const Problem problem = make_problem(query, key, value, options);
   const AttentionShape& shape = problem.shape;
   const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
-  Tensor output = allocate_tokens_first(query, shape.value_width);
-  Tensor lse = allocate(with_lse ? lse_sizes(problem) : Sizes{0}, accumulate_type(query));
-  Tensor stats = allocate(with_lse ? stats_sizes(problem) : Sizes{0}, accumulate_type(query));
-  if (shape.batch * shape.heads * shape.queries == 0) return {output, lse, stats};
+  Tensor lse = allocate(with_stats ? lse_sizes(problem) : Sizes{0}, accumulate_type(query));
+  Tensor stats = allocate(with_stats ? stats_sizes(problem) : Sizes{0}, accumulate_type(query));
+  if (shape.batch * shape.heads * shape.queries == 0) return {lse, stats};
 
   AttentionFwd args = {shape, data(q), data(k), data(v), strides_of(q), strides_of(k), strides_of(v),
                        strides_of(output), out(output), out_or_null(lse), out_or_null(stats), nullptr, nullptr};
   const KernelTable& kernels = table();
   if (shape.queries * (shape.heads / shape.kv_heads) <= 32 || !threads_share_pairs(shape)) {
     launch(kernels.attention_fwd[dtype], args);
-    return {output, lse, stats};
+    return {lse, stats};
   }
   // Threads share packed keys; else each packs its own, in memory that it uses again.
   const auto packed_bytes = [&](int64_t width) {
@@ -215,19 +229,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& query, const Tens
                                                         args.k_packed, args.v_packed});
     launch(kernels.attention_fwd[dtype], args);
   });
-  return {output, lse, stats};
+  return {lse, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_bwd(
-    const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& output, const Tensor& stats, const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, const OptionalTensor& alibi_slopes,
-    bool is_causal, int64_t query_offset, int64_t window_left, int64_t window_right, double dropout_p,
-    const OptionalTensor& seed, double scale) {
+void attention_backward(const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+                        const Tensor& value, const Tensor& output, const Tensor& stats, const AttentionOptions& options,
+                        Tensor& dquery, Tensor& dkey, Tensor& dvalue) {
   const int dtype = dtype_index(query, "query");
-  const Problem problem = make_problem(query, key, value,
-                                       {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal,
-                                        query_offset, window_left, window_right, dropout_p, seed, scale});
+  const Problem problem = make_problem(query, key, value, options);
   const AttentionShape& shape = problem.shape;
   Sizes output_sizes = sizes_of(query);
   output_sizes.back() = shape.value_width;
@@ -243,15 +252,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
   const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
   const Tensor o = with_unit_rows(output), g = with_unit_rows(grad), s = dense(stats);
   const OptionalTensor dl = dense(grad_lse);
-  Tensor dq = allocate_gradient(q), dk = allocate_gradient(k), dv = allocate_gradient(v);
   AttentionBwd args = {shape, data(g), data(q), data(k), data(v), data(o), strides_of(g), strides_of(q), strides_of(k),
-                       strides_of(v), strides_of(o), strides_of(dq), strides_of(dk), strides_of(dv), data(s), data(dl),
-                       out(dq), out(dk), out(dv), nullptr};
+                       strides_of(v), strides_of(o), strides_of(dquery), strides_of(dkey), strides_of(dvalue), data(s), data(dl),
+                       out(dquery), out(dkey), out(dvalue), nullptr};
   const KernelTable& kernels = table();
   const int64_t bytes = static_cast<int64_t>(kernels.attention_dq_bytes[dtype](shape));
   if (bytes == 0 || !threads_share_pairs(shape)) {
     launch(kernels.attention_bwd[dtype], args);
-    return {dq, dk, dv};
+    return;
   }
   for_waves(args.shape, bytes * shape.batch * shape.kv_heads, [&] {
     Tensor partial = allocate({bytes * args.shape.pairs}, ScalarType::Byte);
@@ -259,10 +267,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
     launch(kernels.attention_bwd[dtype], args);
     launch(kernels.attention_dq[dtype], args);
   });
-  return {dq, dk, dv};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx, CPU, m) {
   FASTTX_IMPL(m, attention_fwd);

@@ -1,3 +1,4 @@
+#include "layers.h"
 #include "matmul.h"
 
 namespace fasttx::bindings {
@@ -43,17 +44,39 @@ std::tuple<Tensor, Tensor> feed_forward_fwd(const Tensor& input, const Tensor& w
                                             double dropout_p, const OptionalTensor& seed, bool store_preact,
                                             const OptionalTensor& packed1, const OptionalTensor& packed2) {
   const Shape s = check(input, weight1, weight2);
+  Tensor y = allocate(s.sizes(s.out), input.scalar_type());
+  const Tensor preact = feed_forward_forward(input, weight1, bias1, weight2, bias2, activation, dropout_p, seed,
+                                             store_preact, packed1, packed2, {std::nullopt, 0.0, std::nullopt}, y);
+  return {y, preact};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_bwd(
+    const Tensor& grad, const Tensor& input, const Tensor& preact, const Tensor& weight1, const Tensor& weight2,
+    int64_t activation, double dropout_p, const OptionalTensor& seed, bool needs_input, bool needs_weight1,
+    bool needs_bias1, bool needs_weight2, bool needs_bias2) {
+  return feed_forward_backward(grad, input, preact, weight1, weight2, activation, dropout_p, seed, std::nullopt,
+                               needs_input, needs_weight1, needs_bias1, needs_weight2, needs_bias2);
+}
+
+}  // namespace
+
+Tensor feed_forward_forward(const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1,
+                            const Tensor& weight2, const OptionalTensor& bias2, int64_t activation, double dropout_p,
+                            const OptionalTensor& seed, bool store_preact, const OptionalTensor& packed1,
+                            const OptionalTensor& packed2, const Ending& ending, Tensor& output) {
+  const Shape s = check(input, weight1, weight2);
   check_like(bias1, input, "bias1", {s.hidden});
   check_like(bias2, input, "bias2", {s.out});
-  const Dropout dropout = make_dropout(dropout_p, seed);
+  check_like(ending.residual, input, "residual", s.sizes(s.out));
+  check_like(output, input, "output", s.sizes(s.out));
+  const Dropout dropout = make_dropout(dropout_p, seed), dropout2 = make_dropout(ending.dropout_p, ending.seed);
   if (packed1.has_value()) check_packed(*packed1, s.dtype, s.in, s.hidden, "packed1");
   if (packed2.has_value()) check_packed(*packed2, s.dtype, s.hidden, s.out, "packed2");
   const Right w1(s.dtype, as_matrix(weight1).transposed(), s.rows, packed1);
   const Right w2(s.dtype, as_matrix(weight2).transposed(), s.rows, packed2);
 
   const Tensor x = dense(input);
-  const OptionalTensor b1 = dense(bias1), b2 = dense(bias2);
-  Tensor y = allocate(s.sizes(s.out), input.scalar_type());
+  const OptionalTensor b1 = dense(bias1), b2 = dense(bias2), r = dense(ending.residual);
   Tensor preact = store_preact ? allocate(s.sizes(s.hidden), input.scalar_type()) : nothing(input);
   const Workspace hidden(std::min(s.rows, kChunkRows) * s.hidden * input.element_size());
   for (int64_t row = 0; row < s.rows; row += kChunkRows) {
@@ -63,18 +86,20 @@ std::tuple<Tensor, Tensor> feed_forward_fwd(const Tensor& input, const Tensor& w
               .preact = at_row(out_or_null(preact), row, s.hidden, x), .c = hidden.data(), .c_stride = s.hidden,
               .row_offset = row, .dropout = dropout});
     multiply(s.dtype, {hidden.data(), rows, s.hidden, s.hidden, 1}, w2,
-             {.bias = data(b2), .c = at_row(out(y), row, s.out, x), .c_stride = s.out});
+             {.bias = data(b2), .residual = at_row(data(r), row, s.out, x), .c = at_row(out(output), row, s.out, x),
+              .c_stride = s.out, .row_offset = row, .dropout = dropout2});
   }
-  return {y, preact};
+  return preact;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward(
     const Tensor& grad, const Tensor& input, const Tensor& preact, const Tensor& weight1, const Tensor& weight2,
-    int64_t activation, double dropout_p, const OptionalTensor& seed, bool needs_input, bool needs_weight1,
-    bool needs_bias1, bool needs_weight2, bool needs_bias2) {
+    int64_t activation, double dropout_p, const OptionalTensor& seed, const OptionalTensor& residual, bool needs_input,
+    bool needs_weight1, bool needs_bias1, bool needs_weight2, bool needs_bias2) {
   const Shape s = check(input, weight1, weight2);
   check_like(grad, input, "grad", s.sizes(s.out));
   check_like(preact, input, "preact", s.sizes(s.hidden));
+  check_like(residual, input, "residual", sizes_of(input));
   const Tensor dense_grad = dense(grad), dense_input = dense(input), dense_preact = dense(preact);
   const Matrix dy = as_rows(dense_grad, s.rows, s.out), x = as_rows(dense_input, s.rows, s.in);
 
@@ -96,7 +121,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_bwd(
                {.c = out(dw2), .c_stride = s.hidden});
     }
     if (needs_input) {
-      multiply(s.dtype, da, Right(s.dtype, as_matrix(weight1), s.rows), {.c = out(dx), .c_stride = s.in});
+      const OptionalTensor r = dense(residual);
+      multiply(s.dtype, da, Right(s.dtype, as_matrix(weight1), s.rows),
+               {.residual = data(r), .c = out(dx), .c_stride = s.in});
     }
     if (needs_weight1) {
       multiply(s.dtype, da.transposed(), Right(s.dtype, x, s.hidden), {.c = out(dw1), .c_stride = s.in});
@@ -105,8 +132,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_bwd(
   }
   return {dx, dw1, db1, dw2, needs_bias2 ? column_sums(s.dtype, dy, input) : nothing(input)};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx, CPU, m) {
   FASTTX_IMPL(m, feed_forward_fwd);

@@ -1,4 +1,4 @@
-#include "common.h"
+#include "layers.h"
 
 namespace fasttx::bindings {
 namespace {
@@ -73,6 +73,8 @@ Gradients backward(const Tensor& grad, const OptionalTensor& grad_sum, const Ten
   return {dx, dropped, dw, db};
 }
 
+}  // namespace
+
 Tensor layer_norm_fwd(const Tensor& input, int64_t width, const OptionalTensor& weight, const OptionalTensor& bias,
                       double eps) {
   return forward(input, std::nullopt, width, weight, bias, eps, make_dropout(0.0, std::nullopt), false).output;
@@ -102,8 +104,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const Tensor& grad
                                        needs_residual, needs_input, needs_weight, needs_bias);
   return {dx, dinput, dw, db};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx, CPU, m) {
   FASTTX_IMPL(m, layer_norm_fwd);

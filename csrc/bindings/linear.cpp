@@ -1,3 +1,4 @@
+#include "layers.h"
 #include "matmul.h"
 
 namespace fasttx::bindings {
@@ -28,36 +29,56 @@ Tensor pack_weight(const Tensor& weight) {
 }
 
 Tensor linear_fwd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& packed) {
-  const Shape s = check(input, weight);
-  check_like(bias, input, "bias", {s.out});
-  if (packed.has_value()) check_packed(*packed, s.dtype, s.in, s.out, "packed");
-  const Tensor x = dense(input);
-  const OptionalTensor b = dense(bias);
-  Tensor y = allocate(s.output, input.scalar_type());
-  multiply(s.dtype, as_rows(x, s.rows, s.in), Right(s.dtype, as_matrix(weight).transposed(), s.rows, packed),
-           {.bias = data(b), .c = out(y), .c_stride = s.out});
+  Tensor y = allocate(check(input, weight).output, input.scalar_type());
+  linear_forward(input, weight, bias, packed, {std::nullopt, 0.0, std::nullopt}, y);
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& input, const Tensor& weight,
                                               bool needs_input, bool needs_weight, bool needs_bias) {
+  Tensor dx = needs_input ? allocate_like(input) : nothing(input);
+  auto [dw, db] =
+      linear_backward(grad, input, weight, std::nullopt, needs_input ? &dx : nullptr, needs_weight, needs_bias);
+  return {dx, dw, db};
+}
+
+}  // namespace
+
+void linear_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& packed,
+                    const Ending& ending, Tensor& output) {
+  const Shape s = check(input, weight);
+  check_like(bias, input, "bias", {s.out});
+  check_like(ending.residual, input, "residual", s.output);
+  check_like(output, input, "output", s.output);
+  if (packed.has_value()) check_packed(*packed, s.dtype, s.in, s.out, "packed");
+  const Tensor x = dense(input);
+  const OptionalTensor b = dense(bias), r = dense(ending.residual);
+  multiply(s.dtype, as_rows(x, s.rows, s.in), Right(s.dtype, as_matrix(weight).transposed(), s.rows, packed),
+           {.bias = data(b), .residual = data(r), .c = out(output), .c_stride = s.out,
+            .dropout = make_dropout(ending.dropout_p, ending.seed)});
+}
+
+std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                           const OptionalTensor& residual, Tensor* dinput, bool needs_weight,
+                                           bool needs_bias) {
   const Shape s = check(input, weight);
   check_like(grad, input, "grad", s.output);
+  check_like(residual, input, "residual", sizes_of(input));
   const Tensor dense_grad = dense(grad), dense_input = dense(input);
   const Matrix dy = as_rows(dense_grad, s.rows, s.out), x = as_rows(dense_input, s.rows, s.in);
 
-  Tensor dx = needs_input ? allocate_like(input) : nothing(input);
-  if (needs_input) {
-    multiply(s.dtype, dy, Right(s.dtype, as_matrix(weight), s.rows), {.c = out(dx), .c_stride = s.in});
+  if (dinput != nullptr) {
+    check_like(*dinput, input, "dinput", sizes_of(input));
+    const OptionalTensor r = dense(residual);
+    multiply(s.dtype, dy, Right(s.dtype, as_matrix(weight), s.rows),
+             {.residual = data(r), .c = out(*dinput), .c_stride = s.in});
   }
   Tensor dw = needs_weight ? allocate_like(weight) : nothing(input);
   if (needs_weight) {
     multiply(s.dtype, dy.transposed(), Right(s.dtype, x, s.out), {.c = out(dw), .c_stride = s.in});
   }
-  return {dx, dw, needs_bias ? column_sums(s.dtype, dy, input) : nothing(input)};
+  return {dw, needs_bias ? column_sums(s.dtype, dy, input) : nothing(input)};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx, CPU, m) {
   FASTTX_IMPL(m, pack_weight);

@@ -38,6 +38,7 @@ static FASTTX_INLINE void finish_tile(const Gemm& g, int64_t row, int64_t rows, 
       } else {
         value = dropped(gelu<kActivation>(value));
       }
+      if (g.residual != nullptr) value = value + load(g.residual, at);
       store(g.c, value);
     });
   }

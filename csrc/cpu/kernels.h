@@ -187,7 +187,7 @@ struct PackB {
   void* packed;  // P
 };
 
-// c = epilogue(a b): bias, stored pre-activation, activation, dropout; or, backward, times activation'(preact).
+// c = epilogue(a b): bias, stored pre-activation, activation, dropout, residual; or, backward, times activation'(preact).
 struct Gemm {
   const void* a;  // T (m, k), by its strides
   int64_t a_row_stride, a_k_stride;
@@ -201,8 +201,9 @@ struct Gemm {
   void* preact;             // T (m, n) or null: a b + bias
   const void* grad_preact;  // T (m, n) or null: c = dropout(a b) * activation'(grad_preact), and
   void* recomputed;         // T (m, n) or null: dropout(activation(grad_preact))
+  const void* residual;     // T (m, n) or null: added last
   void* c;                  // T (m, n)
-  int64_t c_stride;         // also of preact, grad_preact and recomputed
+  int64_t c_stride;         // also of preact, grad_preact, recomputed and residual
   int64_t row_offset;       // index of row 0 in the whole matrix, for the dropout
   Dropout dropout;
 };

@@ -1,6 +1,7 @@
 """Drop-ins for torch.nn's modules: the same constructor, state_dict and results, on fasttx's kernels."""
 
 from .attention import MultiheadAttention
+from .decoder import TransformerDecoder, TransformerDecoderLayer
 from .gelu import GELU
 from .layer_norm import LayerNorm
 from .transformer import TransformerEncoder, TransformerEncoderLayer
@@ -9,6 +10,8 @@ __all__ = [
     "GELU",
     "LayerNorm",
     "MultiheadAttention",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]

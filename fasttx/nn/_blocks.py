@@ -1,6 +1,6 @@
 """The fused steps that transformer layers are made of, each with its way out for children that must be called."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -8,8 +8,14 @@ from torch.nn import Module
 from torch.nn import functional as F
 
 from fasttx import functional
+from fasttx.dispatch import choose
+from fasttx.ops._library import wants_grad
+from fasttx.ops.attention_block import attention_block
+from fasttx.ops.feed_forward_block import feed_forward_block
+from fasttx.rng import draw_seed
 
-from ._plain import is_plain, why_not_plain
+from ._plain import adopt, is_plain, why_not_plain
+from .attention import MultiheadAttention
 from .gelu import GELU
 from .layer_norm import LayerNorm
 
@@ -25,6 +31,38 @@ _POINTWISE = dict.fromkeys([
     torch.nn.Sigmoid, torch.nn.Softplus, torch.nn.Tanh, F.elu, F.hardswish, F.leaky_relu, F.mish,
     F.selu, F.silu, F.softplus, torch.sigmoid, torch.tanh,
 ], True)  # fmt: skip
+
+
+def adopt_children(layer: Module) -> None:
+    """Turns a layer's attentions and norms into fasttx's, in place."""
+    for child in layer.children():
+        adopt(child, MultiheadAttention)
+        adopt(child, LayerNorm)
+
+
+def parts(layer: Module) -> Iterator[tuple[str, str | None]]:
+    """The name of each child of a torch.nn layer, and why it is not fused, or None where it is."""
+    for name, child in layer.named_children():
+        if name.endswith("attn"):
+            yield name, why_not_plain(child, MultiheadAttention)
+        elif name.startswith("linear"):
+            yield name, why_not_plain(child, *LINEARS)
+        elif name.startswith("norm"):
+            yield name, why_not_plain(child, *NORMS)
+        elif name.startswith("dropout"):
+            yield name, why_no_dropout(child)
+    known = activation_name(layer.activation) is not None
+    yield "activation", None if known else "it is neither a plain relu nor a plain gelu"
+
+
+def can_pack(layer: Module) -> bool:
+    """Whether a torch.nn layer may see packed tokens: nobody who expects a batch looks on."""
+    fused = (reason is None for name, reason in parts(layer) if name != "activation")
+    return (
+        all(fused)
+        and all(child.can_pack() for child in layer.children() if type(child) is MultiheadAttention)
+        and (activation_name(layer.activation) is not None or is_pointwise(layer.activation))
+    )
 
 
 def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
@@ -115,3 +153,120 @@ def feed_forward(
         )  # fmt: skip
     hidden = activation(linear(linear1, x))
     return linear(linear2, hidden if dropout is None else dropout(hidden))
+
+
+def attention_half(
+    x: Tensor,
+    parameters: tuple[Tensor | None, ...],
+    norm: Module,
+    dropout: Module,
+    *,
+    norm_first: bool,
+    heads: int,
+    scale: float,
+    dropout_p: float,
+    batch_first: bool = True,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor | None:
+    """norm(x + dropout(self-attention of x)), or x + dropout(self-attention of norm(x)), as one operation.
+
+    parameters: the weight and bias of the joined projections of queries, keys and values, and those
+    of the one after. None where a child has to be called or the call has no fused form.
+    """
+    if not (is_plain(norm, *NORMS) and is_plain_dropout(dropout)):
+        return None
+    tensors = (x, *parameters, norm.weight, norm.bias)
+    op = "attention_block" if cu_seqlens is None else "attention_block_varlen"
+    if not _can_fuse(op, tensors, norm, norm_first, mask):
+        return None
+    p = dropout.p if dropout.training else 0.0
+    return attention_block(
+        *tensors, norm.eps, norm_first, heads, batch_first, mask, cu_seqlens, is_causal, scale,
+        dropout_p, _seed(dropout_p), p, _seed(p),
+    )  # fmt: skip
+
+
+def self_attention_half(
+    attention: Module,
+    norm: Module,
+    dropout: Module,
+    x: Tensor,
+    *,
+    norm_first: bool,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor | None:
+    """attention_half of a MultiheadAttention with its masks, or over packed sequences."""
+    if not (is_plain(attention, MultiheadAttention) and attention.can_pack()):
+        return None
+    mask = None
+    if cu_seqlens is None:
+        if x.dim() != 3 or attention.refusal(x, x, x, key_padding_mask, attn_mask, is_causal):
+            return None
+        is_causal = is_causal and key_padding_mask is None
+        mask = attention.mask(None if is_causal else attn_mask, key_padding_mask, x.dtype)
+    out = attention.out_proj
+    return attention_half(
+        x, (attention.in_proj_weight, attention.in_proj_bias, out.weight, out.bias), norm, dropout,
+        norm_first=norm_first, heads=attention.num_heads, scale=attention.head_dim**-0.5,
+        dropout_p=attention.dropout if attention.training else 0.0,
+        batch_first=attention.batch_first, mask=mask, cu_seqlens=cu_seqlens, is_causal=is_causal,
+    )  # fmt: skip
+
+
+def feed_forward_half(
+    linear1: Module,
+    activation: Callable[[Tensor], Tensor],
+    dropout1: Module | None,
+    linear2: Module,
+    dropout2: Module,
+    norm: Module,
+    x: Tensor,
+    name: str | None,
+    norm_first: bool = False,
+) -> Tensor:
+    """norm(x + dropout2(f(x))), or x + dropout2(f(norm(x))), where f is feed_forward; `name` as there."""
+    if (
+        name is not None
+        and is_plain(linear1, *LINEARS)
+        and is_plain(linear2, *LINEARS)
+        and is_plain(norm, *NORMS)
+        and is_plain_dropout(dropout2)
+        and (dropout1 is None or is_plain_dropout(dropout1))
+    ):
+        parameters = (linear1.weight, linear1.bias, linear2.weight, linear2.bias)
+        tensors = (x, *parameters, norm.weight, norm.bias)
+        if _can_fuse("feed_forward_block", tensors, norm, norm_first):
+            p1 = dropout1.p if dropout1 is not None and dropout1.training else 0.0
+            p2 = dropout2.p if dropout2.training else 0.0
+            return feed_forward_block(
+                *tensors, norm.eps, norm_first, name, p1, _seed(p1), p2, _seed(p2)
+            )
+    if norm_first:
+        return x + dropout2(feed_forward(linear1, activation, dropout1, linear2, norm(x), name))
+    return add_norm(norm, dropout2, feed_forward(linear1, activation, dropout1, linear2, x, name), x)
+
+
+def _can_fuse(
+    op: str,
+    tensors: tuple[Tensor | None, ...],
+    norm: Module,
+    norm_first: bool,
+    mask: Tensor | None = None,
+) -> bool:
+    """Whether a half of a layer may be one operation on these tensors."""
+    if norm.normalized_shape != tensors[0].shape[-1:]:
+        return False
+    if torch.is_grad_enabled() and mask is not None and mask.requires_grad:
+        return False
+    if norm_first and wants_grad(*tensors):
+        return False
+    return choose(op, tensors) == "cpu"
+
+
+def _seed(p: float) -> Tensor | None:
+    return draw_seed() if p > 0.0 else None

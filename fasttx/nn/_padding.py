@@ -41,6 +41,34 @@ class Packing:
         return flat.index_copy_(0, self.index, tokens).view(*self.shape, width)
 
 
+def packings_of(
+    batch_first: bool, *batches: tuple[Tensor, Tensor | None]
+) -> list[Packing] | None:
+    """How to pack batches, each given with its key padding mask; without one, all tokens are valid.
+
+    None where there is nothing to gain, or a mask is none that torch takes, or more than padding.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    valid = [_valid_in(x, mask, batch_first) for x, mask in batches]
+    if any(v is None or len(v) != len(valid[0]) for v in valid) or all(bool(v.all()) for v in valid):
+        return None
+    return [Packing.of(v, batch_first) for v in valid]
+
+
+def _valid_in(x: Tensor, key_padding_mask: Tensor | None, batch_first: bool) -> Tensor | None:
+    if x.dim() != 3:
+        return None
+    sizes = tuple(x.shape[:2] if batch_first else x.shape[1::-1])
+    if key_padding_mask is None:
+        return torch.ones(sizes, dtype=torch.bool, device=x.device)
+    if tuple(key_padding_mask.shape) != sizes or key_padding_mask.requires_grad:
+        return None
+    if key_padding_mask.dtype != torch.bool and not key_padding_mask.is_floating_point():
+        return None
+    return valid_tokens(key_padding_mask)
+
+
 def valid_tokens(key_padding_mask: Tensor) -> Tensor | None:
     """Where a key padding mask (bool: True = padding; floating: -inf = padding) keeps a token; None for a bias."""
     if key_padding_mask.dtype == torch.bool:

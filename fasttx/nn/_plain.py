@@ -10,14 +10,6 @@ from torch.nn.modules import module as torch_module
 
 from fasttx import dispatch
 
-# The dictionaries themselves: torch fills and empties them, and never puts others in their place.
-_GLOBAL_HOOKS = (
-    torch_module._global_forward_hooks,
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_backward_hooks,
-    torch_module._global_backward_pre_hooks,
-)
-
 # torch fills and empties these, and never puts others in their place.
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,

@@ -7,8 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fasttx import functional
+from fasttx._weak import WeakCache
 
 from ._plain import step_aside
+
+# By in_proj_weight: where it lay, and its rows for queries and for keys and values. Kept, so that each
+# goes on having one packed copy.
+_rows = WeakCache()
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -34,7 +39,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        refusal = self._refusal(query, key, value, key_padding_mask, attn_mask, is_causal)
+        refusal = self.refusal(query, key, value, key_padding_mask, attn_mask, is_causal)
         if refusal is not None:
             step_aside("multihead_attention", refusal)
             return super().forward(
@@ -43,7 +48,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )  # fmt: skip
         # The hint stands for the mask where torch lets it: without weights and without padding.
         is_causal = is_causal and key_padding_mask is None and not need_weights
-        mask = self._mask(None if is_causal else attn_mask, key_padding_mask, query.dtype)
+        mask = self.mask(None if is_causal else attn_mask, key_padding_mask, query.dtype)
         q, k, v = map(self._split_heads, self._project(query, key, value))
         k, v, mask = self._extend(k, v, mask)
         dropout_p = self.dropout if self.training else 0.0
@@ -65,7 +70,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return self._join_heads(output, query.dim()), weights
 
     def can_pack(self) -> bool:
-        """Whether self-attention over packed sequences is this module's: one width, and no keys of its own."""
+        """Whether attention over packed sequences is this module's: one width, and no keys of its own."""
         return (
             self._qkv_same_embed_dim
             and self.bias_k is None
@@ -73,12 +78,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             and not (self.training and self.dropout >= 1.0)
         )
 
-    def attend_packed(self, x: Tensor, cu_seqlens: Tensor, is_causal: bool) -> Tensor:
-        """Self-attention within each of the packed sequences: x (tokens, embed_dim) -> the same."""
-        qkv = functional.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(-1, 3, self.num_heads, self.head_dim).unbind(1)
+    def attend_packed(
+        self, x: Tensor, memory: Tensor, cu_seqlens: Tensor, cu_seqlens_memory: Tensor, is_causal: bool
+    ) -> Tensor:
+        """From each packed sequence of x (tokens, embed_dim) to the same one of memory -> (tokens, embed_dim)."""
+        sizes = (-1, self.num_heads, self.head_dim)
+        q, k, v = (t.view(sizes) for t in self._project(x, memory, memory))
         output = functional.attention_varlen(
-            q, k, v, cu_seqlens, cu_seqlens, is_causal=is_causal,
+            q, k, v, cu_seqlens, cu_seqlens_memory, is_causal=is_causal,
             dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
         return functional.linear(output.flatten(1), self.out_proj.weight, self.out_proj.bias)
@@ -87,7 +94,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Each child's name, and why it is not fused: torch, too, reads out_proj's weight without calling it."""
         yield "out_proj", None
 
-    def _refusal(
+    def refusal(
         self,
         query: Tensor,
         key: Tensor,
@@ -145,7 +152,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _length(self, x: Tensor) -> int:
         return x.shape[1 if self.batch_first and x.dim() == 3 else 0]
 
-    def _mask(
+    def mask(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, dtype: torch.dtype
     ) -> Tensor | None:
         """torch.nn's two masks as the one of fasttx.functional, broadcastable to (B, H, Tq, Tk)."""
@@ -176,7 +183,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         elif key is value:
             query_bias, bias = (None, None) if bias is None else bias.split((width, 2 * width))
-            query_weight, weight = weight.split((width, 2 * width))
+            query_weight, weight = _split_rows(weight, width)
             keys_values = functional.linear(key, weight, bias).chunk(2, -1)
             return functional.linear(query, query_weight, query_bias), *keys_values
         else:
@@ -216,3 +223,16 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if mask is not None and added:
             mask = F.pad(mask, (0, added), value=mask.dtype == torch.bool)
         return k, v, mask
+
+
+def _split_rows(weight: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The first `width` rows, and the others."""
+    if torch.compiler.is_compiling() or (weight.requires_grad and torch.is_grad_enabled()):
+        return weight.split((width, weight.shape[0] - width))
+    place = (weight.data_ptr(), weight.dtype)
+    known = _rows.get(weight)
+    if known is None or known[0] != place:
+        # Detached, so that they do not keep the weight alive that the cache forgets them with.
+        known = (place, weight.detach().split((width, weight.shape[0] - width)))
+        _rows.set(weight, known)
+    return known[1]

@@ -2,25 +2,26 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._blocks import (
-    LINEARS,
     NORMS,
     activation_name,
     add_norm,
     add_norm_and_sum,
+    adopt_children,
+    can_pack,
     feed_forward,
-    is_plain_dropout,
-    is_pointwise,
-    why_no_dropout,
+    feed_forward_half,
+    parts,
+    self_attention_half,
 )
-from ._padding import Packing, valid_tokens
-from ._plain import adopt, is_plain, step_aside, why_not_plain
+from ._padding import packings_of
+from ._plain import adopt, is_plain, step_aside
 from .attention import MultiheadAttention
-from .layer_norm import LayerNorm
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -35,9 +36,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     @functools.wraps(torch.nn.TransformerEncoderLayer.__init__)
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        adopt(self.self_attn, MultiheadAttention)
-        adopt(self.norm1, LayerNorm)
-        adopt(self.norm2, LayerNorm)
+        adopt_children(self)
 
     def forward(
         self,
@@ -49,10 +48,15 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         if src.is_nested:
             step_aside("transformer_encoder_layer", "src is nested")
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        x = self._attention_half(
+            src, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal
+        )
+        if x is not None:
+            return self._feed_forward_half(x)
         if type(self.self_attn) is not MultiheadAttention:
             # Another module gets what torch's layer hands over: masks to be added.
-            src_mask = _additive(src_mask, src)
-            src_key_padding_mask = _additive(src_key_padding_mask, src)
+            src_mask = additive(src_mask, src)
+            src_key_padding_mask = additive(src_key_padding_mask, src)
 
         def attend(x: Tensor) -> Tensor:
             return self.self_attn(
@@ -60,45 +64,47 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
                 need_weights=False, is_causal=is_causal,
             )[0]  # fmt: skip
 
-        return self.run(src, attend)
+        return self._run(src, attend)
 
-    def run(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    def run_packed(self, x: Tensor, cu_seqlens: Tensor, is_causal: bool) -> Tensor:
+        """The layer on packed sequences (tokens, width)."""
+        half = self._attention_half(x, cu_seqlens=cu_seqlens, is_causal=is_causal)
+        if half is not None:
+            return self._feed_forward_half(half)
+
+        def attend(x: Tensor) -> Tensor:
+            return self.self_attn.attend_packed(x, x, cu_seqlens, cu_seqlens, is_causal)
+
+        return self._run(x, attend)
+
+    def _attention_half(self, x: Tensor, **options: Any) -> Tensor | None:
+        return self_attention_half(
+            self.self_attn, self.norm1, self.dropout1, x, norm_first=self.norm_first, **options
+        )
+
+    def _feed_forward_half(self, x: Tensor) -> Tensor:
+        return feed_forward_half(
+            self.linear1, self.activation, self.dropout, self.linear2, self.dropout2, self.norm2, x,
+            activation_name(self.activation), self.norm_first,
+        )  # fmt: skip
+
+    def _run(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """The layer on tokens in any layout (..., width), given the self-attention over them."""
-        if self.norm_first:
-            attended = attend(self.norm1(x))
-            normed, x = add_norm_and_sum(self.norm2, self.dropout1, attended, x)
-            return x + self.dropout2(self._feed_forward(normed))
-        x = add_norm(self.norm1, self.dropout1, attend(x), x)
-        return add_norm(self.norm2, self.dropout2, self._feed_forward(x), x)
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
+        if not self.norm_first:
+            return self._feed_forward_half(add_norm(self.norm1, self.dropout1, attend(x), x))
+        normed, x = add_norm_and_sum(self.norm2, self.dropout1, attend(self.norm1(x)), x)
         name = activation_name(self.activation)
-        return feed_forward(self.linear1, self.activation, self.dropout, self.linear2, x, name)
+        return x + self.dropout2(
+            feed_forward(self.linear1, self.activation, self.dropout, self.linear2, normed, name)
+        )
 
     def can_pack(self) -> bool:
-        """Whether the layer may see packed tokens: nobody who expects a batch looks on."""
-        return (
-            is_plain(self.self_attn, MultiheadAttention)
-            and self.self_attn.can_pack()
-            and is_plain(self.linear1, *LINEARS)
-            and is_plain(self.linear2, *LINEARS)
-            and is_plain(self.norm1, *NORMS)
-            and is_plain(self.norm2, *NORMS)
-            and all(map(is_plain_dropout, (self.dropout, self.dropout1, self.dropout2)))
-            and (activation_name(self.activation) is not None or is_pointwise(self.activation))
-        )
+        """Whether the layer may see packed tokens."""
+        return can_pack(self)
 
     def parts(self) -> Iterator[tuple[str, str | None]]:
         """Each child's name, and why it is not fused, or None where it is."""
-        yield "self_attn", why_not_plain(self.self_attn, MultiheadAttention)
-        for name in ("linear1", "linear2"):
-            yield name, why_not_plain(getattr(self, name), *LINEARS)
-        for name in ("norm1", "norm2"):
-            yield name, why_not_plain(getattr(self, name), *NORMS)
-        for name in ("dropout", "dropout1", "dropout2"):
-            yield name, why_no_dropout(getattr(self, name))
-        known = activation_name(self.activation) is not None
-        yield "activation", None if known else "it is neither a plain relu nor a plain gelu"
+        return parts(self)
 
 
 class TransformerEncoder(torch.nn.TransformerEncoder):
@@ -118,9 +124,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         super().__init__(*args, **kwargs)
         for layer in self.layers:
             if type(layer) is torch.nn.TransformerEncoderLayer:
-                adopt(layer.self_attn, MultiheadAttention)
-                adopt(layer.norm1, LayerNorm)
-                adopt(layer.norm2, LayerNorm)
+                adopt_children(layer)
                 adopt(layer, TransformerEncoderLayer)
 
     def forward(
@@ -135,27 +139,25 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         batch_first = self.layers[0].self_attn.batch_first
         length = src.shape[1 if batch_first and src.dim() == 3 else 0]
-        causal = _is_causal(mask, is_causal, length)
+        causal = causal_by(mask, is_causal, length)
         as_torch = _torch_would_nest(self, src, mask, src_key_padding_mask)
-        packing = None
+        packings = None
         if as_torch or (self.remove_padding and src_key_padding_mask is not None):
             # Of masks beside the padding only a causal one survives packing; the hint alone is torch's error.
             if as_torch or causal == (mask is not None):
-                packing = self._packing(src, src_key_padding_mask, batch_first)
-        if packing is None:
+                packings = packings_of(batch_first, (src, src_key_padding_mask))
+        if packings is None:
             for layer in self.layers:
                 src = self._padded(layer, src, mask, src_key_padding_mask, causal)
             return src if self.norm is None else self.norm(src)
 
+        (packing,) = packings
         x, packed = packing.pack(src), True
         within = causal and mask is not None
         for layer in self.layers:
             if _can_pack(layer):
                 x, packed = x if packed else packing.pack(x), True
-                attend = functools.partial(
-                    layer.self_attn.attend_packed, cu_seqlens=packing.cu_seqlens, is_causal=within
-                )
-                x = layer.run(x, attend)
+                x = layer.run_packed(x, packing.cu_seqlens, within)
             else:
                 x, packed = packing.unpack(x) if packed else x, False
                 x = self._padded(layer, x, mask, src_key_padding_mask, causal)
@@ -167,22 +169,6 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
             return self.norm(packing.unpack(x))
         return packing.unpack(self.norm(x))
 
-    def _packing(self, src: Tensor, key_padding_mask: Tensor, batch_first: bool) -> Packing | None:
-        """How to pack the batch; None where there is nothing to gain, or the mask is none that torch takes."""
-        if torch.compiler.is_compiling() or src.dim() != 3:
-            return None
-        batch, length = src.shape[:2] if batch_first else src.shape[1::-1]
-        if tuple(key_padding_mask.shape) != (batch, length):
-            return None
-        if key_padding_mask.dtype != torch.bool and not key_padding_mask.is_floating_point():
-            return None
-        if key_padding_mask.requires_grad:
-            return None
-        valid = valid_tokens(key_padding_mask)
-        if valid is None or bool(valid.all()):
-            return None
-        return Packing.of(valid, batch_first)
-
     @staticmethod
     def _padded(
         layer: torch.nn.Module,
@@ -193,7 +179,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     ) -> Tensor:
         if type(layer) is not TransformerEncoderLayer:
             # Another layer gets what torch's encoder hands over: masks to be added.
-            mask, key_padding_mask = _additive(mask, x), _additive(key_padding_mask, x)
+            mask, key_padding_mask = additive(mask, x), additive(key_padding_mask, x)
         return layer(
             x, src_mask=mask, is_causal=is_causal, src_key_padding_mask=key_padding_mask
         )
@@ -213,14 +199,14 @@ def _can_pack(layer: torch.nn.Module) -> bool:
     return is_plain(layer, TransformerEncoderLayer) and layer.can_pack()
 
 
-def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
+def additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
     """A bool mask (True = ignore) as one to add; any other as it is."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -torch.inf)
 
 
-def _is_causal(mask: Tensor | None, hint: bool | None, length: int) -> bool:
+def causal_by(mask: Tensor | None, hint: bool | None, length: int) -> bool:
     """The hint; without one, whether the mask is exactly the causal mask of this length."""
     if hint is not None:
         return hint
@@ -229,7 +215,7 @@ def _is_causal(mask: Tensor | None, hint: bool | None, length: int) -> bool:
     later = torch.ones_like(mask, dtype=torch.bool).triu(1)
     if mask.dtype == torch.bool:
         return torch.equal(mask, later)
-    return bool((mask == _additive(later, mask)).all())
+    return bool((mask == additive(later, mask)).all())
 
 
 def _torch_would_nest(

@@ -21,13 +21,15 @@ def project(attention: Module, x: Tensor) -> tuple[Tensor, ...]:
     and made anew when a weight changes.
     """
     linears = (attention.query, attention.key, attention.value)
-    joined = _join(attention, linears)
+    joined = join(attention)
     if joined is None:
         return tuple(_blocks.linear(linear, x) for linear in linears)
     return functional.linear(x, *joined).chunk(3, -1)
 
 
-def _join(attention: Module, linears: tuple[Module, ...]) -> tuple[Tensor, Tensor] | None:
+def join(attention: Module) -> tuple[Tensor, Tensor] | None:
+    """The weight and bias of the three projections as one, where they may be."""
+    linears = (attention.query, attention.key, attention.value)
     state = []
     for linear in linears:
         if not is_plain(linear, *_blocks.LINEARS):

@@ -24,7 +24,7 @@ from fasttx import functional
 from fasttx.nn import _blocks
 from fasttx.nn._padding import Packing
 from fasttx.nn._plain import is_plain, step_aside, why_not_plain
-from fasttx.patch._fused_qkv import project
+from fasttx.patch._fused_qkv import join, project
 
 # What a layer is handed besides its states and mask, and needs nothing of.
 _HARMLESS = {"position_ids", "output_hidden_states", "use_cache", "return_dict"}
@@ -55,17 +55,41 @@ class FastBertLayer(BertLayer):
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask,
                 past_key_values, **kwargs,
             )  # fmt: skip
-        return self.run(hidden_states, functools.partial(self._attend, mask=attention_mask))
+        x = self._attention_half(hidden_states, mask=attention_mask)
+        if x is None:
+            x = self._add_norm(self._attend(hidden_states, attention_mask), hidden_states)
+        return self._feed_forward_half(x)
 
-    def run(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """The layer on tokens in any layout (..., width), given the self-attention over them."""
-        attended, intermediate, output = self.attention.output, self.intermediate, self.output
-        projected = _blocks.linear(attended.dense, attend(x))
-        x = _blocks.add_norm(attended.LayerNorm, attended.dropout, projected, x)
+    def run_packed(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """The layer on packed sequences (tokens, width)."""
+        half = self._attention_half(x, cu_seqlens=cu_seqlens)
+        if half is None:
+            half = self._add_norm(self._attend_packed(x, cu_seqlens), x)
+        return self._feed_forward_half(half)
+
+    def _attention_half(self, x: Tensor, **options: Any) -> Tensor | None:
+        attention, output = self.attention.self, self.attention.output
+        joined = join(attention) if is_plain(output.dense, *_blocks.LINEARS) else None
+        if joined is None:
+            return None
+        return _blocks.attention_half(
+            x, (*joined, output.dense.weight, output.dense.bias), output.LayerNorm, output.dropout,
+            norm_first=False, heads=attention.num_attention_heads, scale=attention.scaling,
+            dropout_p=_attention_dropout(attention), **options,
+        )  # fmt: skip
+
+    def _add_norm(self, attended: Tensor, x: Tensor) -> Tensor:
+        output = self.attention.output
+        projected = _blocks.linear(output.dense, attended)
+        return _blocks.add_norm(output.LayerNorm, output.dropout, projected, x)
+
+    def _feed_forward_half(self, x: Tensor) -> Tensor:
+        intermediate, output = self.intermediate, self.output
         activation = intermediate.intermediate_act_fn
-        name = _activation_name(activation)
-        hidden = _blocks.feed_forward(intermediate.dense, activation, None, output.dense, x, name)
-        return _blocks.add_norm(output.LayerNorm, output.dropout, hidden, x)
+        return _blocks.feed_forward_half(
+            intermediate.dense, activation, None, output.dense, output.dropout, output.LayerNorm, x,
+            _activation_name(activation),
+        )  # fmt: skip
 
     def _attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Self-attention in a padded batch: x (B, T, width), mask (B, 1 or H, T, T) as BertLayer takes it."""
@@ -78,7 +102,7 @@ class FastBertLayer(BertLayer):
         )  # fmt: skip
         return output.transpose(1, 2).flatten(2)
 
-    def attend_packed(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _attend_packed(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Self-attention within each of the packed sequences: x (tokens, width) -> the same."""
         attention = self.attention.self
         sizes = (-1, attention.num_attention_heads, attention.attention_head_size)
@@ -181,8 +205,7 @@ class FastBertEncoder(BertEncoder):
         x = packing.pack(hidden_states)
         for layer in self.layer:
             if layer.can_pack():
-                attend = functools.partial(layer.attend_packed, cu_seqlens=packing.cu_seqlens)
-                x = layer.run(x, attend)
+                x = layer.run_packed(x, packing.cu_seqlens)
                 if watched:
                     # The hooks that collect hidden states see the layer as if it ran padded.
                     before, hidden_states = hidden_states, packing.unpack(x)

@@ -11,6 +11,7 @@ import torch
 from torch.nn import Module
 
 from fasttx import nn
+from fasttx.nn.decoder import PackingTransformerDecoder
 from fasttx.nn.transformer import PackingTransformerEncoder
 
 _PADDING = ("remove", "keep")
@@ -19,11 +20,12 @@ _PADDING = ("remove", "keep")
 def optimize(model: Module, *, padding: str = "remove") -> Module:
     """Swaps the model's modules for fasttx's, in place, and returns the model; `restore` undoes it.
 
-    Known are torch.nn's LayerNorm, GELU, MultiheadAttention, TransformerEncoderLayer and
-    TransformerEncoder, anywhere in the model, and Hugging Face's BERT. Unknown modules are left
-    alone; `explain(model)` lists them all. To do it twice is harmless.
+    Known are torch.nn's LayerNorm, GELU, MultiheadAttention, TransformerEncoderLayer,
+    TransformerEncoder, TransformerDecoderLayer and TransformerDecoder, anywhere in the model, and
+    Hugging Face's BERT. Unknown modules are left alone; `explain(model)` lists them all. To do it
+    twice is harmless.
 
-    padding="remove": given a padding mask, encoders run on the valid tokens alone, in inference and
+    padding="remove": given a padding mask, encoders and decoders run on the valid tokens alone, in inference and
     in training; results at valid positions are those of the padded batch, padded positions hold
     zeros. padding="keep": only where torch itself does so. Raises TypeError for what is no module,
     ValueError for another `padding`.
@@ -66,6 +68,9 @@ def original_classes() -> dict[type, type]:
         nn.TransformerEncoderLayer: torch.nn.TransformerEncoderLayer,
         nn.TransformerEncoder: torch.nn.TransformerEncoder,
         PackingTransformerEncoder: torch.nn.TransformerEncoder,
+        nn.TransformerDecoderLayer: torch.nn.TransformerDecoderLayer,
+        nn.TransformerDecoder: torch.nn.TransformerDecoder,
+        PackingTransformerDecoder: torch.nn.TransformerDecoder,
     }
     bert = _bert()
     if bert is not None:
@@ -80,6 +85,7 @@ def swaps_for(padding: str) -> dict[type, type]:
     bert = _bert()
     if padding == "keep":
         swaps[torch.nn.TransformerEncoder] = nn.TransformerEncoder
+        swaps[torch.nn.TransformerDecoder] = nn.TransformerDecoder
         if bert is not None:
             swaps[bert.BertEncoder] = bert.BertEncoder
     return swaps

@@ -1,0 +1,81 @@
+// What the bindings of one operation lend to those that are made of several.
+#pragma once
+
+#include "common.h"
+
+namespace fasttx::bindings {
+
+inline const OptionalTensor kNone = std::nullopt;
+
+inline int64_t width_of(const Tensor& x) { return x.size(x.dim() - 1); }
+
+// A result within an op: a tensor of its own where that is `kept` for the backward, else in a workspace.
+class Intermediate {
+ public:
+  Intermediate(const Sizes& sizes, const Tensor& like, bool kept);
+  Tensor& operator*() { return tensor_; }
+  // What the op returns of it.
+  Tensor returned() const { return kept_ ? tensor_ : nothing(tensor_); }
+
+ private:
+  bool kept_;
+  Workspace workspace_;
+  Tensor tensor_;
+};
+
+// A view of memory with these sizes and strides, of `like`'s dtype.
+Tensor view_of(void* data, const Sizes& sizes, const Sizes& strides, const Tensor& like);
+
+// What happens to a result on its way to memory: residual + dropout(result).
+struct Ending {
+  const OptionalTensor& residual;
+  double dropout_p;
+  const OptionalTensor& seed;
+};
+
+// Writes the output, which is dense.
+void linear_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& packed,
+                    const Ending& ending, Tensor& output);
+// Writes dinput, which is dense, with `residual` added to it, unless it is null; returns (dweight, dbias).
+std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                           const OptionalTensor& residual, Tensor* dinput, bool needs_weight,
+                                           bool needs_bias);
+
+// Writes the output, which is dense, and returns preact.
+Tensor feed_forward_forward(const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1,
+                            const Tensor& weight2, const OptionalTensor& bias2, int64_t activation, double dropout_p,
+                            const OptionalTensor& seed, bool store_preact, const OptionalTensor& packed1,
+                            const OptionalTensor& packed2, const Ending& ending, Tensor& output);
+// `residual` is added to dinput.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward(
+    const Tensor& grad, const Tensor& input, const Tensor& preact, const Tensor& weight1, const Tensor& weight2,
+    int64_t activation, double dropout_p, const OptionalTensor& seed, const OptionalTensor& residual, bool needs_input,
+    bool needs_weight1, bool needs_bias1, bool needs_weight2, bool needs_bias2);
+
+Tensor layer_norm_fwd(const Tensor& input, int64_t width, const OptionalTensor& weight, const OptionalTensor& bias,
+                      double eps);
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const Tensor& grad, const OptionalTensor& grad_sum,
+                                                              const Tensor& sum, const OptionalTensor& weight,
+                                                              int64_t width, double eps, double dropout_p,
+                                                              const OptionalTensor& seed, bool needs_input,
+                                                              bool needs_residual, bool needs_weight, bool needs_bias);
+
+// Everything but the tensors that both directions of attention take, as the ops' schemas list it.
+struct AttentionOptions {
+  const OptionalTensor &attn_mask, &key_lengths, &cu_queries, &cu_keys, &alibi_slopes;
+  bool is_causal;
+  int64_t query_offset, window_left, window_right;
+  double dropout_p;
+  const OptionalTensor& seed;
+  double scale;
+};
+
+// Writes the output, which has unit rows, and returns (lse, stats), empty without `with_stats`.
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                             const AttentionOptions& options, bool with_stats, Tensor& output);
+// Writes the gradients, which have unit rows.
+void attention_backward(const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+                        const Tensor& value, const Tensor& output, const Tensor& stats, const AttentionOptions& options,
+                        Tensor& dquery, Tensor& dkey, Tensor& dvalue);
+
+}  // namespace fasttx::bindings

@@ -1,0 +1,184 @@
+"""The transformer decoder and its layer as modules."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._blocks import (
+    NORMS,
+    activation_name,
+    add_norm,
+    add_norm_and_sum,
+    adopt_children,
+    can_pack,
+    feed_forward,
+    feed_forward_half,
+    parts,
+    self_attention_half,
+)
+from ._padding import packings_of
+from ._plain import adopt, is_plain, step_aside
+from .transformer import causal_by
+
+
+class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
+    """torch.nn.TransformerDecoderLayer with fused attention, feed-forward, and add + dropout + layer norm.
+
+    Every constructor argument, mask and layout of torch's; keys and values of the memory are one
+    projection. A child that was replaced, subclassed, hooked or parametrized is called, outside the
+    fusion that it would have been part of. Queries with nothing to attend to get zeros from the
+    attention, where torch gives NaN.
+    """
+
+    @functools.wraps(torch.nn.TransformerDecoderLayer.__init__)
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        adopt_children(self)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        if tgt.is_nested or memory.is_nested:
+            step_aside("transformer_decoder_layer", "a tensor is nested")
+            return super().forward(
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
+                tgt_is_causal, memory_is_causal,
+            )  # fmt: skip
+
+        def attend(x: Tensor) -> Tensor:
+            return self.self_attn(
+                x, x, x, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask,
+                need_weights=False, is_causal=tgt_is_causal,
+            )[0]  # fmt: skip
+
+        def attend_memory(x: Tensor) -> Tensor:
+            return self.multihead_attn(
+                x, memory, memory, attn_mask=memory_mask, key_padding_mask=memory_key_padding_mask,
+                need_weights=False, is_causal=memory_is_causal,
+            )[0]  # fmt: skip
+
+        half = self._attention_half(
+            tgt, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask, is_causal=tgt_is_causal
+        )
+        return self._run(tgt, half, attend, attend_memory)
+
+    def run_packed(
+        self, x: Tensor, memory: Tensor, cu_seqlens: Tensor, cu_seqlens_memory: Tensor, is_causal: bool
+    ) -> Tensor:
+        """The layer on packed sequences: x (tokens, width), and the memory of each."""
+
+        def attend(x: Tensor) -> Tensor:
+            return self.self_attn.attend_packed(x, x, cu_seqlens, cu_seqlens, is_causal)
+
+        def attend_memory(x: Tensor) -> Tensor:
+            attention = self.multihead_attn
+            return attention.attend_packed(x, memory, cu_seqlens, cu_seqlens_memory, False)
+
+        half = self._attention_half(x, cu_seqlens=cu_seqlens, is_causal=is_causal)
+        return self._run(x, half, attend, attend_memory)
+
+    def _attention_half(self, x: Tensor, **options: Any) -> Tensor | None:
+        return self_attention_half(
+            self.self_attn, self.norm1, self.dropout1, x, norm_first=self.norm_first, **options
+        )
+
+    def _run(
+        self,
+        x: Tensor,
+        half: Tensor | None,
+        attend: Callable[[Tensor], Tensor],
+        attend_memory: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The layer on tokens in any layout (..., width), given the attention among them and to the memory.
+
+        half: what the self-attention's half made of x, where that was one operation.
+        """
+        name = activation_name(self.activation)
+        ends = (self.linear1, self.activation, self.dropout, self.linear2)
+        if not self.norm_first:
+            x = add_norm(self.norm1, self.dropout1, attend(x), x) if half is None else half
+            x = add_norm(self.norm2, self.dropout2, attend_memory(x), x)
+            return feed_forward_half(*ends, self.dropout3, self.norm3, x, name)
+        if half is None:
+            normed, x = add_norm_and_sum(self.norm2, self.dropout1, attend(self.norm1(x)), x)
+        else:
+            normed, x = self.norm2(half), half
+        normed, x = add_norm_and_sum(self.norm3, self.dropout2, attend_memory(normed), x)
+        return x + self.dropout3(feed_forward(*ends, normed, name))
+
+    def can_pack(self) -> bool:
+        """Whether the layer may see packed tokens."""
+        return can_pack(self)
+
+    def parts(self) -> Iterator[tuple[str, str | None]]:
+        """Each child's name, and why it is not fused, or None where it is."""
+        return parts(self)
+
+
+class TransformerDecoder(torch.nn.TransformerDecoder):
+    """torch.nn.TransformerDecoder of fasttx's layers."""
+
+    @functools.wraps(torch.nn.TransformerDecoder.__init__)
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        for layer in self.layers:
+            if type(layer) is torch.nn.TransformerDecoderLayer:
+                adopt_children(layer)
+                adopt(layer, TransformerDecoderLayer)
+
+
+class PackingTransformerDecoder(TransformerDecoder):
+    """TransformerDecoder that removes the padding of target and memory; optimize() makes it.
+
+    Wherever a key padding mask is given and no other but a causal one, in inference and training:
+    valid positions get the padded batch's values, padded ones zeros (the final
+    norm of zeros, where that norm has to be called).
+    """
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        packings = None
+        if memory_mask is None and not memory_is_causal and all(map(_can_pack, self.layers)):
+            batch_first = self.layers[0].self_attn.batch_first
+            length = tgt.shape[1 if batch_first and tgt.dim() == 3 else 0]
+            causal = causal_by(tgt_mask, tgt_is_causal, length)
+            if causal == (tgt_mask is not None):
+                packings = packings_of(
+                    batch_first, (tgt, tgt_key_padding_mask), (memory, memory_key_padding_mask)
+                )
+        if packings is None:
+            return super().forward(
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
+                tgt_is_causal, memory_is_causal,
+            )  # fmt: skip
+        of_tgt, of_memory = packings
+        x, memory = of_tgt.pack(tgt), of_memory.pack(memory)
+        for layer in self.layers:
+            x = layer.run_packed(x, memory, of_tgt.cu_seqlens, of_memory.cu_seqlens, causal)
+        if self.norm is not None and not is_plain(self.norm, *NORMS):
+            return self.norm(of_tgt.unpack(x))
+        return of_tgt.unpack(x if self.norm is None else self.norm(x))
+
+
+def _can_pack(layer: torch.nn.Module) -> bool:
+    return is_plain(layer, TransformerDecoderLayer) and layer.can_pack()
