@@ -427,6 +427,58 @@ RAW["attention_bwd"] = (
      wrong(grad_lse=f32(B, H, 1))],
 )  # fmt: skip
 
+U8 = torch.zeros(3, dtype=torch.uint8)
+BLOCK_DROPOUT = [wrong(dropout_p=0.5), wrong(attention_p=0.5), wrong(dropout_p=1.0, seed=SEED),
+                 wrong(attention_p=math.nan, attention_seed=SEED)]  # fmt: skip
+BLOCK = {
+    "input": f32(B, T, W), "weight_in": f32(3 * H * D, W), "weight_out": f32(W, H * D), "norm_weight": VECTOR,
+    "eps": 1e-5, "heads": H, "batch_first": True, "attn_mask": None, "cu_seqlens": None, "is_causal": False,
+    "scale": 1.0, "attention_p": 0.0, "attention_seed": None, "dropout_p": 0.0, "seed": None,
+}  # fmt: skip
+BAD_BLOCK = [
+    *BLOCK_DROPOUT, wrong(weight_in=f32(3 * H * D, W + 1)), wrong(weight_in=f32(3 * H * D + 1, W)),
+    wrong(weight_in=f32(3 * H * D + 3 * H, W)), wrong(weight_out=f32(W + 1, H * D)), wrong(weight_out=f32(W - 1, H * D)),
+    wrong(weight_out=f32(W, H * D + 1)), wrong(weight_out=f32(W, H * D).double()), wrong(heads=0), wrong(heads=-1),
+    wrong(norm_weight=f32(W + 1)), wrong(input=f32(T, W)), wrong(input=f32(B, T, W).half()),
+    wrong(attn_mask=f32(1, 1, T, T + 1)), wrong(cu_seqlens=torch.tensor([0, T])),
+    wrong(input=f32(T, W), cu_seqlens=torch.tensor([0, T + 1])),
+]  # fmt: skip
+RAW["attention_block_fwd"] = (
+    {**BLOCK, "bias_in": f32(3 * H * D), "bias_out": VECTOR, "norm_bias": VECTOR, "norm_first": False, "store": True,
+     "packed_in": None, "packed_out": None},
+    [*BAD_BLOCK, wrong(bias_in=f32(H * D)), wrong(bias_out=f32(1)), wrong(norm_bias=f32(1)), wrong(packed_in=U8),
+     wrong(packed_out=U8)],
+)  # fmt: skip
+RAW["attention_block_bwd"] = (
+    {**BLOCK, "grad": f32(B, T, W), "qkv": f32(B, T, 3 * H * D), "attended": f32(B, T, H * D),
+     "stats": f32(B, H, T, 2), "sum": f32(B, T, W),
+     **{f"needs_{n}": True for n in ("input", "weight_in", "bias_in", "weight_out", "bias_out", "norm_weight",
+                                     "norm_bias")}},
+    [*BAD_BLOCK, wrong(grad=f32(B, T, W + 1)), wrong(grad=f32(B, T, W).double()), wrong(qkv=f32(B, T, 3)),
+     wrong(attended=f32(B, T, 1)), wrong(stats=f32(B, H, T)), wrong(sum=f32(B, T, 1)), wrong(sum=f32(B, 1, W))],
+)  # fmt: skip
+FFN_DROPOUT = [wrong(dropout1_p=0.5), wrong(dropout2_p=0.5), wrong(dropout1_p=1.0, seed1=SEED),
+               wrong(dropout2_p=-0.5, seed2=SEED)]  # fmt: skip
+FFN_BLOCK = {
+    "input": X, "weight1": f32(S, W), "weight2": f32(W, S), "norm_weight": VECTOR, "eps": 1e-5, "activation": 2,
+    "dropout1_p": 0.0, "seed1": None, "dropout2_p": 0.0, "seed2": None,
+}  # fmt: skip
+BAD_FFN_BLOCK = [
+    *FFN_DROPOUT, wrong(weight1=f32(S, 1)), wrong(weight2=f32(W + 1, S)), wrong(weight2=f32(W - 1, S)),
+    wrong(weight2=f32(W, 1)), wrong(weight2=f32(W, S).half()), wrong(norm_weight=f32(1)), wrong(activation=7),
+]  # fmt: skip
+RAW["feed_forward_block_fwd"] = (
+    {**FFN_BLOCK, "bias1": f32(S), "bias2": VECTOR, "norm_bias": VECTOR, "norm_first": False, "store": True,
+     "packed1": None, "packed2": None},
+    [*BAD_FFN_BLOCK, wrong(bias1=f32(1)), wrong(bias2=f32(1)), wrong(norm_bias=f32(1)), wrong(packed1=U8),
+     wrong(packed2=U8)],
+)  # fmt: skip
+RAW["feed_forward_block_bwd"] = (
+    {**FFN_BLOCK, "grad": X, "preact": G, "sum": X,
+     **{f"needs_{n}": True for n in ("input", "weight1", "bias1", "weight2", "bias2", "norm_weight", "norm_bias")}},
+    [*BAD_FFN_BLOCK, wrong(grad=f32(T, W + 1)), wrong(preact=f32(T, 1)), wrong(sum=f32(T, 1)), wrong(sum=f32(1, W))],
+)  # fmt: skip
+
 
 def raw_ops():
     """The names of fasttx's ops, whose overloads `default` and `raw` are one function."""

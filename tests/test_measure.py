@@ -336,8 +336,7 @@ def test_poison_reaches_what_the_extension_allocates(needs_extension):
 
     assert fills() == 0
     with poisoned():
-        # At least the output, the mean and the reciprocal deviation.
-        assert fills() >= 3
+        assert fills() >= 1  # the output
 
 
 def test_poison_uncovers_an_output_that_is_not_written():
