@@ -5,11 +5,13 @@ fasttx.reference    what each of them computes, in plain PyTorch
 fasttx.nn           drop-in modules
 fasttx.optimize     swaps a model's modules for them, in place; fasttx.restore swaps back
 fasttx.backend      a context in which one backend runs; fasttx.explain says what ran, and why
+fasttx.memory       what is kept between calls; fasttx.empty_cache frees it
 """
 
 import warnings as _warnings
 
 from fasttx import functional, nn, reference
+from fasttx._memory import empty_cache, memory
 from fasttx.dispatch import UnsupportedError, backend
 from fasttx.dispatch import extension_missing as _extension_missing
 from fasttx.packing import invalidate as invalidate_packed_weights
@@ -19,9 +21,11 @@ __version__ = "0.1.0"
 __all__ = [
     "UnsupportedError",
     "backend",
+    "empty_cache",
     "explain",
     "functional",
     "invalidate_packed_weights",
+    "memory",
     "nn",
     "optimize",
     "reference",

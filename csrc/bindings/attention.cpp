@@ -221,10 +221,9 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& 
     return static_cast<int64_t>(kernels.attention_packed_bytes[dtype](args.shape, width));
   };
   for_waves(args.shape, packed_bytes(shape.width) + packed_bytes(shape.value_width), [&] {
-    Tensor k_packed = allocate({packed_bytes(shape.width)}, ScalarType::Byte);
-    Tensor v_packed = allocate({packed_bytes(shape.value_width)}, ScalarType::Byte);
-    args.k_packed = out(k_packed);
-    args.v_packed = out(v_packed);
+    const Workspace k_packed(packed_bytes(shape.width)), v_packed(packed_bytes(shape.value_width));
+    args.k_packed = k_packed.data();
+    args.v_packed = v_packed.data();
     launch(kernels.attention_pack[dtype], AttentionPack{args.shape, args.k, args.v, args.k_strides, args.v_strides,
                                                         args.k_packed, args.v_packed});
     launch(kernels.attention_fwd[dtype], args);
@@ -262,8 +261,8 @@ void attention_backward(const Tensor& grad, const OptionalTensor& grad_lse, cons
     return;
   }
   for_waves(args.shape, bytes * shape.batch * shape.kv_heads, [&] {
-    Tensor partial = allocate({bytes * args.shape.pairs}, ScalarType::Byte);
-    args.dq_partial = out(partial);
+    const Workspace partial(bytes * args.shape.pairs);
+    args.dq_partial = partial.data();
     launch(kernels.attention_bwd[dtype], args);
     launch(kernels.attention_dq[dtype], args);
   });
