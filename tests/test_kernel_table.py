@@ -120,7 +120,8 @@ def gemm(isa, dtype, m=200, k=71, n=333, c_stride=340):
     """Rows in two blocks; the result's rows lie further apart than they are long."""
     x, weight = draw(m, k, dtype=dtype), draw(n, k, dtype=dtype)
     inputs = {"a": x, "b": packed_by_the_binding(isa, weight), "bias": draw(n, dtype=dtype)}
-    fields = {"m": m, "n": n, "k": k, "a_row_stride": k, "a_k_stride": 1, "b_is_packed": True, "threads": 8, "c_stride": c_stride}
+    fields = {"m": m, "n": n, "k": k, "a_row_stride": k, "a_k_stride": 1, "b_is_packed": True}
+    fields |= {"threads": 8, "c_stride": c_stride}
     call = Call("gemm", "Gemm", isa, dtype, inputs, {"c": ((m, c_stride), dtype)}, **fields)
     call.x, call.weight, call.columns = x, weight, n
     return call
