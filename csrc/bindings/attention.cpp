@@ -252,8 +252,8 @@ void attention_backward(const Tensor& grad, const OptionalTensor& grad_lse, cons
   const Tensor o = with_unit_rows(output), g = with_unit_rows(grad), s = dense(stats);
   const OptionalTensor dl = dense(grad_lse);
   AttentionBwd args = {shape, data(g), data(q), data(k), data(v), data(o), strides_of(g), strides_of(q), strides_of(k),
-                       strides_of(v), strides_of(o), strides_of(dquery), strides_of(dkey), strides_of(dvalue), data(s), data(dl),
-                       out(dquery), out(dkey), out(dvalue), nullptr};
+                       strides_of(v), strides_of(o), strides_of(dquery), strides_of(dkey), strides_of(dvalue), data(s),
+                       data(dl), out(dquery), out(dkey), out(dvalue), nullptr};
   const KernelTable& kernels = table();
   const int64_t bytes = static_cast<int64_t>(kernels.attention_dq_bytes[dtype](shape));
   if (bytes == 0 || !threads_share_pairs(shape)) {

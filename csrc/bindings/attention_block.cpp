@@ -31,7 +31,9 @@ struct Tokens {
 struct Heads {
   Tensor query, key, value;
   Heads(const Tokens& tokens, const Tensor& qkv, int64_t count)
-      : query(tokens.heads(qkv, 0, 3, count)), key(tokens.heads(qkv, 1, 3, count)), value(tokens.heads(qkv, 2, 3, count)) {}
+      : query(tokens.heads(qkv, 0, 3, count)),
+        key(tokens.heads(qkv, 1, 3, count)),
+        value(tokens.heads(qkv, 2, 3, count)) {}
 };
 
 // (output, qkv, attended, stats, sum): all but the first are what the backward reads.

@@ -171,7 +171,9 @@ struct GemmKernel {
       const bool packed = left.stride == 0;
       amx_product<kCols>(unit, left.data + r * (packed ? depth : left.stride), packed ? kAmxK : left.stride,
                          packed ? rows * kAmxK : kAmxK, panel, depth, rows, kCols, add, sums, stride,
-                         [&, share = ceil_div(before.rows * kAmxK, max_of(1, depth))] { finish(g, before, share, stride); });
+                         [&, share = ceil_div(before.rows * kAmxK, max_of(1, depth))] {
+                           finish(g, before, share, stride);
+                         });
       finish(g, before, before.rows, stride);
       return;
     }

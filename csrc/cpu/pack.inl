@@ -109,7 +109,8 @@ static inline void pack_panel(const T* b, int64_t k_stride, int64_t n_stride, in
   } else {
     for (int64_t column = 0; column < columns; ++column)
       for (int64_t kk = 0; kk < k; ++kk)
-        panel[(kk / kStep * kCols + column) * kStep + kk % kStep] = convert_one<P>(b[column * n_stride + kk * k_stride]);
+        panel[(kk / kStep * kCols + column) * kStep + kk % kStep] =
+            convert_one<P>(b[column * n_stride + kk * k_stride]);
   }
 }
 
