@@ -5,7 +5,7 @@
 
 // Values of k that are summed in registers, before that sum is added to those before it: the rounding error of a sum
 // grows with the length of its chain, and PyTorch's products have short ones.
-constexpr int64_t kChainK = Vec<float>::kWidth == 1 ? 32 : 64;  // shorter where every term rounds twice
+constexpr int64_t kChainK = Vec<float>::kWidth == 1 ? 16 : 64;  // shorter where every term rounds twice
 
 // Finishes a tile: `sums`, rows `stride` apart, holds the dot products of `rows` rows from `row` on with a panel's columns.
 template <class T, Activation kActivation>

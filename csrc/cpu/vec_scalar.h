@@ -79,12 +79,16 @@ struct Vec {
   friend FASTTX_INLINE Vec operator-(Vec a) { return {-a.v}; }
 };
 
-// a * b + c and c - a * b. In float the product is exact in double, and the sum as good as rounded once; in double both are
-// rounded, for without hardware a fused one is a slow library call.
-FASTTX_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return {float(double(a.v) * b.v + c.v)}; }
-FASTTX_INLINE Vec<float> fnma(Vec<float> a, Vec<float> b, Vec<float> c) { return {float(c.v - double(a.v) * b.v)}; }
-FASTTX_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return {a.v * b.v + c.v}; }
-FASTTX_INLINE Vec<double> fnma(Vec<double> a, Vec<double> b, Vec<double> c) { return {c.v - a.v * b.v}; }
+// a * b + c and c - a * b, rounded twice, unlike the vector units: without hardware a fused one is
+// a slow library call.
+template <class A>
+FASTTX_INLINE Vec<A> fma(Vec<A> a, Vec<A> b, Vec<A> c) {
+  return {a.v * b.v + c.v};
+}
+template <class A>
+FASTTX_INLINE Vec<A> fnma(Vec<A> a, Vec<A> b, Vec<A> c) {
+  return {c.v - a.v * b.v};
+}
 // What rounding added to `product`, which is a * b rounded; exact.
 FASTTX_INLINE Vec<float> product_error(Vec<float> a, Vec<float> b, Vec<float> product) {
   return {float(product.v - double(a.v) * b.v)};
