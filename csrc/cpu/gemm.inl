@@ -49,7 +49,7 @@ struct GemmKernel {
   using P = typename Packed<T>::type;
   using A = accum_t<T>;
   using V = Vec<A>;
-  static constexpr int64_t kCols = kGemmCols<T>;
+  static constexpr int64_t kCols = kGemmCols<T>, kItem = sizeof(T);
 
   // How the result is cut: rows and panels of an item, rows of one tile, panels of one wave. Nothing of it shows in the
   // result.
@@ -135,29 +135,42 @@ struct GemmKernel {
     finish(g, unfinished, blocks.rows);
   }
 
-  // The stretch of a packed panel that is multiplied next, fetched into L2 a share for every tile.
+  // The stretch of a panel that is multiplied next, packed or not: a share of its lines is fetched into L2 for every tile.
   struct Ahead {
-    const char* at;
-    int64_t bytes, share;
+    const char* run;       // the lines that are consecutive in memory
+    int64_t stride, runs;  // from one run to the next; how many are left
+    int64_t run_bytes, share;
+    int64_t at = 0;
     void fetch() {
-      for (int64_t line = 0; line < min_of(share, bytes); line += 64) __builtin_prefetch(at + line, 0, 2);
-      at += share;
-      bytes -= share;
+      for (int64_t line = 0; line < share && runs > 0; ++line) {
+        __builtin_prefetch(run + at, 0, 2);
+        if ((at += 64) < run_bytes) continue;
+        at = 0;
+        run += stride;
+        --runs;
+      }
     }
   };
+  static Ahead ahead_of(const Gemm& g, const Blocks& blocks, int64_t panel, int64_t k, int64_t rows) {
+    if (panel == blocks.panels) return {};
+    const int64_t depth = min_of(g.k - k, kBlockK<T>), column = panel * kCols, columns = min_of(kCols, g.n - column);
+    const T* b = static_cast<const T*>(g.b) + k * g.b_k_stride + column * g.b_n_stride;
+    Ahead ahead = g.b_k_stride == 1 ? Ahead{bytes_at(b), g.b_n_stride * kItem, columns, depth * kItem}
+                                    : Ahead{bytes_at(b), g.b_k_stride * kItem, depth, columns * kItem};
+    if (g.b_is_packed) {
+      ahead = {bytes_at(static_cast<const P*>(g.b) + panel_offset<T>(blocks.panels, panel, k, depth)), 0, 1,
+               packed_k<T>(depth) * kCols * static_cast<int64_t>(sizeof(P))};
+    }
+    ahead.share = ceil_div(ahead.runs * ceil_div(ahead.run_bytes, 64), ceil_div(rows, blocks.tile_rows));
+    return ahead;
+  }
+  static const char* bytes_at(const void* p) { return static_cast<const char*>(p); }
   // A tile's lines of the result, so that its stores need not wait for them.
   static void fetch_result(const Gemm& g, int64_t row, int64_t rows, int64_t column) {
     const T* at = static_cast<const T*>(g.c) + row * g.c_stride + column;
     for (int64_t i = 0; i < rows; ++i, at += g.c_stride)
       for (int64_t line = 0; line < min_of(kCols, g.n - column); line += 64 / sizeof(T)) __builtin_prefetch(at + line, 1);
   }
-  static Ahead ahead_of(const Gemm& g, const Blocks& blocks, int64_t panel, int64_t k, int64_t rows) {
-    if (!g.b_is_packed || panel == blocks.panels) return {nullptr, 0, 0};
-    const int64_t depth = min_of(g.k - k, kBlockK<T>), bytes = packed_k<T>(depth) * kCols * sizeof(P);
-    const P* at = static_cast<const P*>(g.b) + panel_offset<T>(blocks.panels, panel, k, depth);
-    return {reinterpret_cast<const char*>(at), bytes, round_up(ceil_div(bytes, ceil_div(rows, blocks.tile_rows)), 64)};
-  }
-
   // Rows of a tile whose epilogue is still to be done: while the next tile is computed, on AMX, else at once.
   struct Unfinished {
     int64_t row, rows, column;
