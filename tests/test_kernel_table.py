@@ -141,7 +141,7 @@ def layer_norm_bwd(isa, dtype, rows=45, width=37):
 
 def reduce_rows(isa, dtype, rows=13, width=101):
     inputs = {"partial": draw(rows, width, dtype=accumulate(dtype))}
-    fields = {"rows": rows, "width": width}
+    fields = {"rows": rows, "width": width, "row_stride": width}
     return Call("reduce_rows", "ReduceRows", isa, dtype, inputs, {"out": ((width,), dtype)}, **fields)
 
 
@@ -271,6 +271,24 @@ def test_a_range_writes_its_items_and_no_others(isa, dtype, make):
         assert same_bits(both, output.values), name
     nothing, _ = call.run((0, 0), (items, items))
     assert all(output.is_blank(output.memory).all() for output in nothing.values())
+
+
+@every_dtype
+def test_sums_by_blocks_are_those_of_all_rows(isa, dtype, rows=45, width=37, block=16):
+    """Blocks summed in place, then their sums: the bits of one sum over every row."""
+    kept, partial = accumulate(dtype), draw(rows, width, dtype=accumulate(dtype))
+
+    def reduce(out, source, count, stride, to):
+        args = extension.ReduceRows()
+        args.partial, args.out, args.rows, args.width, args.row_stride = source, out.data_ptr(), count, width, stride
+        extension.run_reduce_rows(isa, index_of(to), args)
+        return out
+
+    whole = reduce(torch.empty(width, dtype=dtype), partial.data_ptr(), rows, width, dtype)
+    for first in range(0, rows, block):
+        reduce(partial[first], partial[first].data_ptr(), min(block, rows - first), width, kept)
+    blocks = reduce(torch.empty(width, dtype=dtype), partial.data_ptr(), -(-rows // block), block * width, dtype)
+    assert same_bits(blocks, whole)
 
 
 @every_dtype

@@ -46,26 +46,12 @@ Tensor allocate(const Sizes& sizes, ScalarType dtype) {
                               torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
-namespace {
-
-Tensor new_empty(const Tensor& like, const int64_t* sizes, int64_t dims, int32_t* dtype) {
+Tensor allocate_like(const Tensor& like, const int64_t* sizes, int64_t dims) {
   AtenTensorHandle made;
-  STD_TORCH_CHECK(aoti_torch_aten_new_empty(like.get(), sizes, dims, dtype, nullptr, nullptr, 0, nullptr, &made) ==
+  STD_TORCH_CHECK(aoti_torch_aten_new_empty(like.get(), sizes, dims, nullptr, nullptr, nullptr, 0, nullptr, &made) ==
                       AOTI_TORCH_SUCCESS,
                   "no memory for a result");
   return Tensor(made);
-}
-
-}  // namespace
-
-Tensor allocate_like(const Tensor& like, const int64_t* sizes, int64_t dims) {
-  return new_empty(like, sizes, dims, nullptr);
-}
-
-Tensor allocate_like(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
-  int32_t code = dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  STD_TORCH_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float, "not a type to accumulate in");
-  return new_empty(like, sizes.data(), static_cast<int64_t>(sizes.size()), &code);
 }
 
 Dropout make_dropout(double probability, const OptionalTensor& seed) {

@@ -24,6 +24,10 @@ using Sizes = std::vector<int64_t>;
 int dtype_index(const Tensor& tensor, const char* name);
 // float64 for float64, else float32.
 ScalarType accumulate_type(const Tensor& tensor);
+// Bytes of one value of it.
+inline int64_t accumulate_size(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? sizeof(double) : sizeof(float);
+}
 
 // Throws unless `tensor`, where present, is on the CPU with the dtype of `like`.
 void check_like(const OptionalTensor& tensor, const Tensor& like, const char* name);
@@ -41,7 +45,6 @@ inline Sizes sizes_of(const Tensor& tensor) {
 Tensor allocate(const Sizes& sizes, ScalarType dtype);
 // The same on the way that costs least per call: the dispatcher finds aten::new_empty without looking up its name.
 Tensor allocate_like(const Tensor& like, const int64_t* sizes, int64_t dims);
-Tensor allocate_like(const Tensor& like, const Sizes& sizes, ScalarType dtype);
 inline Tensor allocate_like(const Tensor& like) {
   const auto sizes = like.sizes();
   return allocate_like(like, sizes.data(), like.dim());

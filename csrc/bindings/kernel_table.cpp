@@ -83,8 +83,8 @@ void define_norms(py::module_& m) {
 
 void define_sums(py::module_& m) {
   using R = ReduceRows;
-  Fields<R>(m, "ReduceRows").FIELD(R, partial).FIELD(R, out).FIELD(R, rows).FIELD(R, width).FIELD(R, tail)
-      .FIELD(R, split);
+  Fields<R>(m, "ReduceRows").FIELD(R, partial).FIELD(R, out).FIELD(R, rows).FIELD(R, width)
+      .FIELD(R, row_stride).FIELD(R, tail).FIELD(R, split);
   using S = ColumnSum;
   Fields<S>(m, "ColumnSum").FIELD(S, x).FIELD(S, partial).FIELD(S, rows).FIELD(S, width).FIELD(S, x_stride);
   m.def("sum_chunks", &sum_chunks, py::arg("rows"), "Chunks that this many rows are summed in.");

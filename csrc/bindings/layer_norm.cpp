@@ -1,4 +1,5 @@
 #include "layers.h"
+#include "sums.h"
 
 namespace fasttx::bindings {
 namespace {
@@ -62,14 +63,15 @@ Gradients backward(const Tensor& grad, const OptionalTensor& grad_sum, const Ten
     launch(table().layer_norm_bwd[dtype], args);
     return {dx, dropped, dw, db};
   }
-  Tensor partial = allocate_like(input, {chunks, line}, accumulate_type(input));
-  char* first = static_cast<char*>(out(partial));
+  const int64_t item_size = accumulate_size(input);
+  const Workspace partial(chunks * line * item_size);
+  char* first = static_cast<char*>(partial.data());
   if (needs_weight) args.dweight_partial = first;
-  if (needs_bias) args.dbias_partial = first + (needs_weight ? width * partial.element_size() : 0);
-  launch(table().layer_norm_bwd[dtype], args);
+  if (needs_bias) args.dbias_partial = first + (needs_weight ? width * item_size : 0);
   const bool both = needs_weight && needs_bias;
-  launch(table().reduce_rows[dtype], ReduceRows{first, needs_weight ? out(dw) : out(db), chunks, line,
-                                                both ? out(db) : nullptr, width});
+  launch_and_sum(dtype, table().layer_norm_bwd[dtype], args,
+                 {.partial = first, .out = needs_weight ? out(dw) : out(db), .rows = chunks, .width = line,
+                  .row_stride = line, .tail = both ? out(db) : nullptr, .split = width});
   return {dx, dropped, dw, db};
 }
 

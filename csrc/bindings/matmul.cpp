@@ -1,5 +1,7 @@
 #include "matmul.h"
 
+#include "sums.h"
+
 namespace fasttx::bindings {
 namespace {
 
@@ -48,10 +50,12 @@ void multiply(int dtype, const Matrix& a, const Right& right, Gemm epilogue) {
 }
 
 Tensor column_sums(int dtype, const Matrix& x, const Tensor& like) {
-  Tensor partial = allocate({sum_chunks(x.rows), x.columns}, accumulate_type(like));
-  launch(table().column_sum[dtype], ColumnSum{x.data, out(partial), x.rows, x.columns, x.row_stride});
+  const int64_t chunks = sum_chunks(x.rows);
+  const Workspace partial(chunks * x.columns * accumulate_size(like));
   Tensor sum = allocate({x.columns}, like.scalar_type());
-  launch(table().reduce_rows[dtype], ReduceRows{data(partial), out(sum), partial.size(0), x.columns});
+  launch_and_sum(dtype, table().column_sum[dtype],
+                 ColumnSum{x.data, partial.data(), x.rows, x.columns, x.row_stride},
+                 {.partial = partial.data(), .out = out(sum), .rows = chunks, .width = x.columns, .row_stride = x.columns});
   return sum;
 }
 

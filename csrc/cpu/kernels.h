@@ -67,16 +67,17 @@ struct LayerNormBwd {
   Dropout dropout;
 };
 
-// out[j] = sum over i of partial[i][j], in the order of i; with `tail`, the columns from `split` on go there.
+// out[j] = sum over i of partial[i][j], in the order of i, by blocks of kSumBlock; with `tail`, the columns from `split` on
+// go there. `out` may be the first row of `partial`.
 struct ReduceRows {
-  const void* partial;  // A (rows, width)
+  const void* partial;  // A (rows, width), row stride row_stride
   void* out;            // T (width), or T (split)
-  int64_t rows, width;
+  int64_t rows, width, row_stride;
   void* tail;  // T (width - split) or null
   int64_t split;
 };
 
-// partial[c][j] = sum of x[i][j] over the rows of chunk c; items are chunks, as many as column_sum_chunks(rows).
+// partial[c][j] = sum of x[i][j] over the rows of chunk c; items are chunks, as many as sum_chunks(rows).
 struct ColumnSum {
   const void* x;  // T (rows, width), row stride x_stride
   void* partial;  // A (chunks, width)
@@ -253,6 +254,8 @@ struct KernelTable {
 // short: the rounding error of a sum grows with the length of its chain.
 constexpr int64_t kSumChunkRows = 8;
 constexpr int64_t kSumMaxChunks = 256;
+// Vectors or rows whose sum is taken by itself, before it is added to the rest: shorter chains round less.
+constexpr int64_t kSumBlock = 16;
 static inline int64_t sum_chunk_rows(int64_t rows) {
   const int64_t even = (rows + kSumMaxChunks - 1) / kSumMaxChunks;
   return even > kSumChunkRows ? even : kSumChunkRows;

@@ -42,9 +42,6 @@ FASTTX_INLINE Pair<A> reduce_add(VecPair<Vec<A>> a) {
   return {reduce_add(a.first), reduce_add(a.second)};
 }
 
-// Vectors or rows whose sum is taken by itself, before it is added to the rest: shorter chains round less.
-constexpr int64_t kSumBlock = 16;
-
 // Sum of f(offset, lanes) over a row, by blocks, in chains so that additions do not wait for each other. f gives zero
 // in the lanes past the end. Zeros that follow a row do not change a bit of its sum: blocks end at fixed places.
 template <class V, class F>
@@ -113,7 +110,7 @@ struct ReduceRowsKernel {
       const int64_t i = vector * V::kWidth;
       const int lanes = static_cast<int>(min_of(V::kWidth, last - first - i));
       const A* column = static_cast<const A*>(g.partial) + first + i;
-      const V sum = sum_rows<V>(g.rows, [&](int64_t row) { return load_lanes<V>(column + row * g.width, lanes); });
+      const V sum = sum_rows<V>(g.rows, [&](int64_t row) { return load_lanes<V>(column + row * g.row_stride, lanes); });
       store_lanes(out + i, sum, lanes);
     }
   }
