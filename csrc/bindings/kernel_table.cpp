@@ -72,11 +72,11 @@ void kernel(py::module_& m, const char* name, Kernel<Args> (KernelTable::*entry)
 void define_norms(py::module_& m) {
   using F = LayerNormFwd;
   Fields<F>(m, "LayerNormFwd").FIELD(F, x).FIELD(F, residual).FIELD(F, weight).FIELD(F, bias).FIELD(F, y).FIELD(F, sum)
-      .FIELD(F, rows).FIELD(F, width).FIELD(F, eps).FIELD(F, dropout);
+      .FIELD(F, rows).FIELD(F, width).FIELD(F, eps).FIELD(F, dropout).FIELD(F, streamed);
   using B = LayerNormBwd;
   Fields<B>(m, "LayerNormBwd").FIELD(B, dy).FIELD(B, dsum).FIELD(B, x).FIELD(B, weight)
       .FIELD(B, dx).FIELD(B, dinput).FIELD(B, dweight_partial).FIELD(B, dbias_partial).FIELD(B, rows).FIELD(B, width)
-      .FIELD(B, partial_stride).FIELD(B, eps).FIELD(B, dropout);
+      .FIELD(B, partial_stride).FIELD(B, eps).FIELD(B, dropout).FIELD(B, streamed);
   KERNEL(layer_norm_fwd);
   KERNEL(layer_norm_bwd);
 }

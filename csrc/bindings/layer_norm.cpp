@@ -10,6 +10,15 @@ int64_t rows_of(const Tensor& input, int64_t width) {
   return input.numel() / width;
 }
 
+// Whether a call on so many bytes writes its results past the caches: where it is on more than these can be expected to
+// hold until it is read again, lines that are about to be overwritten would be read for nothing.
+bool streamed(int64_t bytes, int64_t row_bytes, std::initializer_list<const void*> results) {
+  constexpr int64_t kLeastBytes = int64_t{24} << 20, kLine = 64;
+  return bytes >= kLeastBytes && row_bytes % kLine == 0 &&
+         std::all_of(results.begin(), results.end(),
+                     [](const void* result) { return reinterpret_cast<uintptr_t>(result) % kLine == 0; });
+}
+
 struct Sum {
   Tensor output, sum;
 };
@@ -28,9 +37,11 @@ Sum forward(const Tensor& input, const OptionalTensor& residual, int64_t width, 
   const OptionalTensor r = dense(residual), w = dense(weight), b = dense(bias);
   Tensor y = allocate_like(input), sum;
   if (residual.has_value()) sum = store_sum ? allocate_like(input) : nothing(input);
+  void* stored = store_sum ? out_or_null(sum) : nullptr;
+  const int64_t row_bytes = width * input.element_size(), operands = 2 + residual.has_value() + (stored != nullptr);
   launch(table().layer_norm_fwd[dtype],
-         LayerNormFwd{data(x), data(r), data(w), data(b), out(y), store_sum ? out_or_null(sum) : nullptr, rows, width,
-                      eps, dropout});
+         LayerNormFwd{data(x), data(r), data(w), data(b), out(y), stored, rows, width, eps, dropout,
+                      streamed(operands * rows * row_bytes, row_bytes, {out(y), stored})});
   return {y, sum};
 }
 
@@ -56,9 +67,11 @@ Gradients backward(const Tensor& grad, const OptionalTensor& grad_sum, const Ten
   Tensor db = needs_bias ? allocate_like(input, &width, 1) : nothing(input);
 
   // Both parameters' partial sums in one block, each line dweight's before dbias's.
+  const int64_t row_bytes = width * input.element_size(), operands = 2 + ds.has_value() + needs_input + needs_dropped;
   const int64_t chunks = sum_chunks(rows), line = (needs_weight + needs_bias) * width;
   LayerNormBwd args{data(dy), data(ds), data(x), data(w), out_or_null(dx), out_or_null(dropped), nullptr, nullptr,
-                    rows, width, line, eps, dropout};
+                    rows, width, line, eps, dropout,
+                    streamed(operands * rows * row_bytes, row_bytes, {out_or_null(dx), out_or_null(dropped)})};
   if (line == 0) {
     launch(table().layer_norm_bwd[dtype], args);
     return {dx, dropped, dw, db};

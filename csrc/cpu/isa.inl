@@ -1,8 +1,8 @@
 // Everything that one instruction set compiles; included by every isa_*.cpp inside its own namespace, after its vec_*.h.
 
 #include "math.h"
-#include "philox.h"
 #include "tile.inl"
+#include "philox.h"
 #include "amx.inl"
 #include "reduce.inl"
 #include "transpose.inl"

@@ -50,6 +50,7 @@ struct LayerNormFwd {
   int64_t rows, width;
   double eps;
   Dropout dropout;
+  bool streamed;  // y and sum go past the caches; their rows begin and end with lines of 64 bytes
 };
 
 // Items are chunks of rows; each writes its own line of the partial sums, which reduce_rows adds in order.
@@ -65,6 +66,7 @@ struct LayerNormBwd {
   int64_t rows, width, partial_stride;
   double eps;
   Dropout dropout;
+  bool streamed;  // dx and dinput, as above
 };
 
 // out[j] = sum over i of partial[i][j], in the order of i, by blocks of kSumBlock; with `tail`, the columns from `split` on

@@ -32,12 +32,24 @@ inline void philox(uint32_t* words, uint64_t seed, uint32_t batch, uint32_t head
     store_words(words + 4 * i * Words::kWidth, c0[i], c1[i], c2[i], c3[i]);
 }
 
+// Counters that are taken together: four vectors' worth, whose chains hide the multiplier's latency.
+constexpr int kDropoutCounters = Words::kWidth < 4 ? 16 : 4 * Words::kWidth;
+
+// words[i] = the word of (batch 0, head 0, row, column i), 0 <= i < n, in a block of dropout_words_bytes(n).
+static inline size_t dropout_words_bytes(int64_t n) {
+  return sizeof(uint32_t) * round_up(n, 4 * kDropoutCounters);
+}
+static inline void dropout_words(uint32_t* words, int64_t n, uint64_t seed, int64_t row) {
+  for (int64_t i = 0; i < n; i += 4 * kDropoutCounters)
+    philox<kDropoutCounters>(words + i, seed, 0, 0, uint32_t(row), uint32_t(i / 4));
+}
+
 // out[i] = scale where the word of (batch, head, row, col0 + i) is at least `threshold`, else 0,
 // for 0 <= i < n. The counter is (column >> 2, row, head, batch) and the word column & 3.
 template <class A>
 inline void dropout_keep(A* out, int64_t n, uint64_t seed, uint32_t batch, uint32_t head,
                          int64_t row, int64_t col0, uint32_t threshold, A scale) {
-  constexpr int kCounters = 16, kWords = 4 * kCounters;
+  constexpr int kCounters = kDropoutCounters, kWords = 4 * kCounters;
   alignas(64) uint32_t words[kWords];
   uint32_t counter = uint32_t(uint64_t(col0) >> 2);
   int skip = int(col0 & 3);
@@ -62,4 +74,9 @@ inline void dropout_keep(A* out, int64_t n, uint64_t seed, uint32_t batch, uint3
 template <class A>
 inline Vec<A> drop(Vec<A> x, Vec<A> keep) {
   return select(eq(keep, Vec<A>::zero()), Vec<A>::zero(), x * keep);
+}
+// The same of a mask, of where a word is at least the threshold.
+template <class A>
+FASTTX_INLINE Vec<A> drop(Vec<A> x, typename Vec<A>::Mask kept, Vec<A> scale) {
+  return select(kept, x * scale, Vec<A>::zero());
 }

@@ -86,7 +86,21 @@ struct Vec<float> {
   FASTTX_INLINE void store(float* p, int n) const { _mm256_maskstore_ps(p, float_lanes(n), v); }
   FASTTX_INLINE void store(bf16* p, int n) const { store_halves(p, n, narrow_bf16(v)); }
   FASTTX_INLINE void store(fp16* p, int n) const { store_halves(p, n, narrow_fp16(v)); }
+
+  // To memory, past the caches; p is aligned to the vector.
+  FASTTX_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
+  FASTTX_INLINE void stream(bf16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v)); }
+  FASTTX_INLINE void stream(fp16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_fp16(v)); }
+
+  // Where the unsigned words at p are at least `threshold`.
+  static FASTTX_INLINE Mask at_least(const uint32_t* p, uint32_t threshold) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(words, _mm256_set1_epi32(int(threshold))), words));
+  }
 };
+
+// Orders streams before what the thread writes later.
+FASTTX_INLINE void finish_streams() { _mm_sfence(); }
 
 template <>
 struct Vec<double> {
@@ -109,6 +123,13 @@ struct Vec<double> {
   }
   FASTTX_INLINE void store(double* p) const { _mm256_storeu_pd(p, v); }
   FASTTX_INLINE void store(double* p, int n) const { _mm256_maskstore_pd(p, double_lanes(n), v); }
+  FASTTX_INLINE void stream(double* p) const { _mm256_stream_pd(p, v); }
+
+  static FASTTX_INLINE Mask at_least(const uint32_t* p, uint32_t threshold) {
+    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m128i kept = _mm_cmpeq_epi32(_mm_max_epu32(words, _mm_set1_epi32(int(threshold))), words);
+    return _mm256_castsi256_pd(_mm256_cvtepi32_epi64(kept));
+  }
 };
 
 // fma is a * b + c and fnma c - a * b, rounded once; max and min return b when either is NaN;

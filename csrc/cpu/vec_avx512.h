@@ -83,7 +83,20 @@ struct Vec<float> {
   FASTTX_INLINE void store(fp16* p, int n) const {
     _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_fp16(v));
   }
+
+  // To memory, past the caches; p is aligned to the vector.
+  FASTTX_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
+  FASTTX_INLINE void stream(bf16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v)); }
+  FASTTX_INLINE void stream(fp16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_fp16(v)); }
+
+  // Where the unsigned words at p are at least `threshold`.
+  static FASTTX_INLINE Mask at_least(const uint32_t* p, uint32_t threshold) {
+    return _mm512_cmpge_epu32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(int(threshold)));
+  }
 };
+
+// Orders streams before what the thread writes later.
+FASTTX_INLINE void finish_streams() { _mm_sfence(); }
 
 template <>
 struct Vec<double> {
@@ -106,6 +119,12 @@ struct Vec<double> {
   }
   FASTTX_INLINE void store(double* p) const { _mm512_storeu_pd(p, v); }
   FASTTX_INLINE void store(double* p, int n) const { _mm512_mask_storeu_pd(p, first_lanes(n), v); }
+  FASTTX_INLINE void stream(double* p) const { _mm512_stream_pd(p, v); }
+
+  static FASTTX_INLINE Mask at_least(const uint32_t* p, uint32_t threshold) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_cmpge_epu32_mask(words, _mm256_set1_epi32(int(threshold)));
+  }
 };
 
 // fma is a * b + c and fnma c - a * b, rounded once; max and min return b when either is NaN;
@@ -212,7 +231,8 @@ struct Words {
   }
 };
 FASTTX_INLINE Words product(Words a, Words b) { return {_mm512_mul_epu32(a.v, b.v)}; }
-FASTTX_INLINE Words upper_half(Words a) { return {_mm512_srli_epi64(a.v, 32)}; }
+// A shuffle: the shifter is busy with the products.
+FASTTX_INLINE Words upper_half(Words a) { return {_mm512_shuffle_epi32(a.v, _MM_PERM_DDBB)}; }
 FASTTX_INLINE Words xor3(Words a, Words b, Words c) {
   return {_mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96)};
 }

@@ -71,6 +71,12 @@ struct Vec {
   FASTTX_INLINE void store(T* p, int n) const {
     if (n > 0) narrow(v, *p);
   }
+  template <class T>
+  FASTTX_INLINE void stream(T* p) const {
+    store(p);
+  }
+
+  static FASTTX_INLINE Mask at_least(const uint32_t* p, uint32_t threshold) { return *p >= threshold; }
 
   friend FASTTX_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend FASTTX_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
@@ -78,6 +84,8 @@ struct Vec {
   friend FASTTX_INLINE Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
   friend FASTTX_INLINE Vec operator-(Vec a) { return {-a.v}; }
 };
+
+FASTTX_INLINE void finish_streams() {}
 
 // a * b + c and c - a * b, rounded twice, unlike the vector units: without hardware a fused one is
 // a slow library call.
