@@ -13,7 +13,7 @@ int64_t rows_of(const Tensor& input, int64_t width) {
 // Whether a call on so many bytes writes its results past the caches: where it is on more than these can be expected to
 // hold until it is read again, lines that are about to be overwritten would be read for nothing.
 bool streamed(int64_t bytes, int64_t row_bytes, std::initializer_list<const void*> results) {
-  constexpr int64_t kLeastBytes = int64_t{24} << 20, kLine = 64;
+  constexpr int64_t kLeastBytes = int64_t{64} << 20, kLine = 64;
   return bytes >= kLeastBytes && row_bytes % kLine == 0 &&
          std::all_of(results.begin(), results.end(),
                      [](const void* result) { return reinterpret_cast<uintptr_t>(result) % kLine == 0; });

@@ -6,7 +6,7 @@ constexpr int64_t kActivationChunk = 4096;
 constexpr int64_t kActivationGrain = 16384;
 
 // Bytes ahead of the vector at work that memory is asked for.
-constexpr int64_t kActivationAhead = 4096;
+constexpr int64_t kActivationAhead = 2048;
 template <class T>
 static FASTTX_INLINE T* ahead(T* p) {
   return p + kActivationAhead / static_cast<int64_t>(sizeof(T));

@@ -112,10 +112,13 @@ struct LayerNormFwdKernel {
       if constexpr (kSource == Source::dropped) dropout_words(words, g.width, g.dropout.seed, row);
       const V scale = V::set1(static_cast<A>(g.dropout.scale));
       const uint32_t threshold = g.dropout.threshold;
+      const int64_t width = g.width;  // to ask for the next row
       return [=](int64_t i, int lanes) __attribute__((always_inline)) {
+        prefetch(x + width + i);
         V value = load_lanes<V>(x + i, lanes);
         if constexpr (kSource == Source::dropped) value = drop(value, V::at_least(words + i, threshold), scale);
         if constexpr (kSource != Source::alone) {
+          prefetch(residual + width + i);
           value = value + load_lanes<V>(residual + i, lanes);
           if (stored != nullptr) put<kStreamed>(stored + i, value, lanes);
         }
@@ -134,6 +137,7 @@ struct LayerNormFwdKernel {
       const auto write = [=](int64_t i, int lanes) __attribute__((always_inline)) {
         const V norm = (load_lanes<V>(x + i, lanes) - center) * factor;
         const V value = fma(norm, load_lanes<V>(weight + i, lanes), load_lanes<V>(bias + i, lanes));
+        if constexpr (!kStreamed) prefetch_to_write(y + g.width + i);
         put<kStreamed>(y + i, value, lanes);
       };
       if (row + 1 == end) {
@@ -211,7 +215,10 @@ struct LayerNormBwdKernel {
     const auto normalized = [=](int64_t i, int lanes) __attribute__((always_inline)) {
       return (load_lanes<V>(x + i, lanes) - mean) * rstd;
     };
+    const int64_t next = g.width;  // the next row is on its way while words are drawn
     const auto sums = sum_vectors<VecPair<V>>(g.width, [=](int64_t i, int lanes) __attribute__((always_inline)) {
+      prefetch(from + next + i);
+      prefetch(dy + next + i);
       const V grad = load_lanes<V>(dy + i, lanes), norm = normalized(i, lanes);
       if (dweight != nullptr) store_lanes(dweight + i, fma(grad, norm, load_lanes<V>(dweight + i, lanes)), lanes);
       if (dbias != nullptr) store_lanes(dbias + i, load_lanes<V>(dbias + i, lanes) + grad, lanes);
@@ -231,14 +238,18 @@ struct LayerNormBwdKernel {
     const uint32_t threshold = g.dropout.threshold;
     const V scale = V::set1(static_cast<A>(g.dropout.scale));
     for_vectors<V>(g.width, [=](int64_t i, int lanes) __attribute__((always_inline)) {
-      prefetch(from + g.width + i);
-      prefetch(dy + g.width + i);
       const V inner = load_lanes<V>(dy + i, lanes) * load_lanes<V>(weight + i, lanes);
       V grad = fnma(normalized(i, lanes), mean_gx, inner - mean_g) * rstd;
       if (dsum != nullptr) grad = grad + load_lanes<V>(dsum + i, lanes);
-      if (dx != nullptr) put<kStreamed>(dx + i, grad, lanes);
+      if (dx != nullptr) {
+        if constexpr (!kStreamed) prefetch_to_write(dx + next + i);
+        put<kStreamed>(dx + i, grad, lanes);
+      }
       if (dropped) grad = drop(grad, V::at_least(words + i, threshold), scale);
-      if (dinput != nullptr) put<kStreamed>(dinput + i, grad, lanes);
+      if (dinput != nullptr) {
+        if constexpr (!kStreamed) prefetch_to_write(dinput + next + i);
+        put<kStreamed>(dinput + i, grad, lanes);
+      }
     });
   }
 };
