@@ -7,8 +7,8 @@
 
 namespace fasttx::bindings {
 
-// Adds up lines while they are made: who finishes the last line of a block sums the block, and who sums the last block sums
-// the blocks. Which thread that is changes no bit: reduce_rows adds by the same blocks.
+// Adds up lines while they are made: who finishes the last line of a block sums the block, and who sums the last block
+// sums the blocks. Which thread that is changes no bit: reduce_rows adds by the same blocks.
 class LineSums {
  public:
   // `sum` is that of all the lines; blocks are summed in place, to the first line of each.

@@ -69,8 +69,8 @@ struct LayerNormBwd {
   bool streamed;  // dx and dinput, as above
 };
 
-// out[j] = sum over i of partial[i][j], in the order of i, by blocks of kSumBlock; with `tail`, the columns from `split` on
-// go there. `out` may be the first row of `partial`.
+// out[j] = sum over i of partial[i][j], in the order of i, by blocks of kSumBlock; with `tail`, the columns from `split`
+// on go there. `out` may be the first row of `partial`.
 struct ReduceRows {
   const void* partial;  // A (rows, width), row stride row_stride
   void* out;            // T (width), or T (split)

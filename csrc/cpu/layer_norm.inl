@@ -3,8 +3,8 @@
 // Rows that one item takes, so that an item is worth a thread's while.
 static inline int64_t layer_norm_grain(int64_t width) { return max_of(1, 16384 / max_of(width, 1)); }
 
-// A row in the type that it is computed in: where it lies if it has that type, else widened to `room`. In place of a null row,
-// one that holds `absent` everywhere.
+// A row in the type that it is computed in: where it lies if it has that type, else widened to `room`. In place of a null
+// row, one that holds `absent` everywhere.
 template <class A>
 static inline const A* in_room(int64_t width, A absent, A* room) {
   using V = Vec<A>;
@@ -101,8 +101,8 @@ struct LayerNormFwdKernel {
     const A* bias = widened(static_cast<const T*>(g.bias), g.width, A(0), room + 3 * line(g));
     uint32_t* const words = reinterpret_cast<uint32_t*>(room + 4 * line(g));
 
-    // Reads a row: x, or residual + dropout(x), unrounded, as it is normalised; what is not in memory so is kept in one of
-    // two rooms.
+    // Reads a row: x, or residual + dropout(x), unrounded, as it is normalised; what is not in memory so is kept in one
+    // of two rooms.
     constexpr bool kInPlace = kSource == Source::alone && sizeof(T) == sizeof(A);
     const auto reader = [&](int64_t row) {
       const T* x = row_of<T>(g.x, row, g.width);
