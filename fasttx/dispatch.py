@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -131,41 +132,25 @@ class Decision:
 listeners: list[Callable[[Decision], None]] = []
 
 
-# The classes whose attributes say all there is to know; a subclass may override its operations.
-_PLAIN = (Tensor, torch.nn.Parameter)
-_STRIDED = torch.strided
+_autocast_enabled = torch._C._is_any_autocast_enabled
+_are_plain = None if extension is None else extension.are_plain
 
 
-def runs_on_cpu(requested: str | None, input: Tensor, *others: Tensor | None) -> bool:
-    """Whether `choose` would take the CPU kernels for these tensors, at a third of its price.
+def runs_on_cpu(requested: str | None, *tensors: Tensor | None) -> bool:
+    """Whether `choose` would take the CPU kernels for these tensors, at a fraction of its price.
 
-    False where that takes a closer look: with the detailed checks, then, and with `choose`.
+    False where that takes a closer look, and where torch.compile has to follow it: with the detailed checks, then, and
+    with `choose`.
     """
-    if (
-        requested is not None
-        or _requested.name != "auto"
-        or listeners
-        or extension is None
-        or type(input) not in _PLAIN
-        or not input.is_cpu
-        or input.layout is not _STRIDED
-        or input.is_nested
-        or torch._C._is_any_autocast_enabled()
-    ):
-        return False
-    dtype = input.dtype
-    if dtype not in _CPU_DTYPES:
-        return False
-    for tensor in others:
-        if tensor is not None and (
-            type(tensor) not in _PLAIN
-            or tensor.dtype is not dtype
-            or not tensor.is_cpu
-            or tensor.layout is not _STRIDED
-            or tensor.is_nested
-        ):
-            return False
-    return True
+    return (
+        requested is None
+        and _requested.name == "auto"
+        and _are_plain is not None
+        and not listeners
+        and not _autocast_enabled()
+        and not is_compiling()
+        and _are_plain(*tensors)
+    )
 
 
 def choose(
@@ -194,3 +179,8 @@ def choose(
             return candidate
         refusals += ((candidate, reason),)
     raise UnsupportedError(f"{op} cannot run on the backend {name!r}: {refusals[0][1]}")
+
+
+def takes_cpu(op: str, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether `choose` takes the CPU kernels for a call; raises as it does."""
+    return runs_on_cpu(None, *tensors) or choose(op, tensors) == "cpu"

@@ -7,11 +7,12 @@ that change the whole weight. After a partial edit through `.data`, call `invali
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from fasttx._weak import WeakCache
 from fasttx.dispatch import extension
-from fasttx.ops.linear import pack_weight
+from fasttx.ops.pack_weight import pack_weight
 
 _packed = WeakCache()
 _KINDS = (Tensor, torch.nn.Parameter)
@@ -23,9 +24,9 @@ def settled_state(tensor: Tensor | None) -> tuple | None:
     None where a gradient by it is wanted (its next use will find it changed), and for tensors whose changes cannot be
     seen: inference tensors, views with gaps, subclasses, and what a compiler traces.
     """
-    if type(tensor) not in _KINDS or extension is None or torch.compiler.is_compiling():
+    if type(tensor) not in _KINDS or extension is None or is_compiling():
         return None
-    if (tensor.requires_grad and torch.is_grad_enabled()) or tensor.is_inference():
+    if (tensor.requires_grad and is_grad_enabled()) or tensor.is_inference():
         return None
     if not (tensor.is_cpu and tensor.is_contiguous()):
         return None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fasttx.dispatch import extension
 from fasttx.measure import Standard, Verdict, judge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -78,16 +79,20 @@ def _require(verdicts: Mapping[str, Verdict]) -> None:
 def poisoned() -> Iterator[None]:
     """Fresh tensors, those that C++ allocates too, are full of NaN (integers: their largest).
 
-    PyTorch fills what `empty` returns in its deterministic mode. Kernels' scratch memory is not
-    PyTorch's, and stays as it is.
+    PyTorch fills what `empty` returns in its deterministic mode; the extension fills its results. Kernels' scratch
+    memory stays as it is.
     """
     algorithms = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    if extension is not None:
+        extension.poison_results(True)
     try:
         yield
     finally:
+        if extension is not None:
+            extension.poison_results(False)
         torch.use_deterministic_algorithms(algorithms, warn_only=warns)
         torch.utils.deterministic.fill_uninitialized_memory = fills

@@ -142,11 +142,14 @@ Sizes stats_sizes(const Problem& problem) {
 // As (tokens, heads, width) in memory, which the next linear reads without a copy.
 Tensor allocate_tokens_first(const Tensor& like, int64_t width) {
   if (like.dim() == 3) return allocate({like.size(0), like.size(1), width}, like.scalar_type());
-  const Tensor tokens_first = allocate({like.size(0), like.size(2), like.size(1), width}, like.scalar_type());
-  return torch::stable::transpose(tokens_first, 1, 2);
+  Sizes sizes = {like.size(0), like.size(2), like.size(1), width}, strides = dense_strides(sizes);
+  std::swap(sizes[1], sizes[2]);
+  std::swap(strides[1], strides[2]);
+  return allocate(sizes, strides, like.scalar_type());
 }
 // In the memory order of the tensor that it is the gradient of.
 Tensor allocate_gradient(const Tensor& like) {
+  if (like.is_contiguous()) return allocate_like(like);
   Tensor gradient = torch::stable::empty_like(like);
   return has_unit_rows(gradient) ? gradient : allocate_tokens_first(like, like.size(like.dim() - 1));
 }

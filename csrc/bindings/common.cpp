@@ -1,6 +1,7 @@
 #include "common.h"
 
 #include <cmath>
+#include <cstring>
 
 namespace fasttx::bindings {
 
@@ -41,17 +42,35 @@ OptionalTensor dense(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(dense(*tensor)) : tensor;
 }
 
-Tensor allocate(const Sizes& sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
+Sizes dense_strides(const Sizes& sizes) {
+  Sizes strides(sizes.size(), 1);
+  for (size_t dim = sizes.size(); dim-- > 1;) strides[dim - 1] = strides[dim] * std::max<int64_t>(sizes[dim], 1);
+  return strides;
 }
 
-Tensor allocate_like(const Tensor& like, const int64_t* sizes, int64_t dims) {
+namespace {
+std::atomic<bool> poison{false};
+std::atomic<int64_t> poisoned{0};
+}  // namespace
+
+Tensor allocate(const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made;
-  STD_TORCH_CHECK(aoti_torch_aten_new_empty(like.get(), sizes, dims, nullptr, nullptr, nullptr, 0, nullptr, &made) ==
-                      AOTI_TORCH_SUCCESS,
+  STD_TORCH_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code,
+                                           aoti_torch_device_type_cpu(), 0, &made) == AOTI_TORCH_SUCCESS,
                   "no memory for a result");
-  return Tensor(made);
+  Tensor result(made);
+  // Bytes of ones are NaN in every floating dtype.
+  if (poison.load(std::memory_order_relaxed)) {
+    memset(out(result), 0xff, result.numel() * result.element_size());
+    ++poisoned;
+  }
+  return result;
+}
+
+int64_t poison_results(bool on) {
+  poison.store(on);
+  return poisoned.load();
 }
 
 Dropout make_dropout(double probability, const OptionalTensor& seed) {

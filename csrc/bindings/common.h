@@ -42,18 +42,17 @@ inline Sizes sizes_of(const Tensor& tensor) {
   return Sizes(sizes.begin(), sizes.end());
 }
 
-Tensor allocate(const Sizes& sizes, ScalarType dtype);
-// The same on the way that costs least per call: the dispatcher finds aten::new_empty without looking up its name.
-Tensor allocate_like(const Tensor& like, const int64_t* sizes, int64_t dims);
-inline Tensor allocate_like(const Tensor& like) {
-  const auto sizes = like.sizes();
-  return allocate_like(like, sizes.data(), like.dim());
-}
+// Strides of a dense tensor of these sizes.
+Sizes dense_strides(const Sizes& sizes);
+// Memory for a result on the CPU, without a detour through the dispatcher.
+Tensor allocate(const Sizes& sizes, const Sizes& strides, ScalarType dtype);
+inline Tensor allocate(const Sizes& sizes, ScalarType dtype) { return allocate(sizes, dense_strides(sizes), dtype); }
+inline Tensor allocate_like(const Tensor& like) { return allocate(sizes_of(like), like.scalar_type()); }
+// Whether memory that allocate gives is first filled with NaN, so that a test sees what a kernel did not write. Returns
+// how many results have been.
+int64_t poison_results(bool on);
 // What an op returns in place of a result that was not asked for.
-inline Tensor nothing(const Tensor& like) {
-  const int64_t none = 0;
-  return allocate_like(like, &none, 1);
-}
+inline Tensor nothing(const Tensor& like) { return allocate({0}, like.scalar_type()); }
 
 inline const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
 inline const void* data(const OptionalTensor& tensor) {

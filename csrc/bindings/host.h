@@ -14,5 +14,7 @@ const Isa& isa_named(const std::string& name);
 
 // Adds every kernel of the table and its arguments to the module.
 void define_kernels(pybind11::module_& m);
+// Adds the functions that every call of an op asks.
+void define_quick(pybind11::module_& m);
 
 }  // namespace fasttx::bindings

@@ -63,8 +63,8 @@ Gradients backward(const Tensor& grad, const OptionalTensor& grad_sum, const Ten
   const OptionalTensor ds = dense(grad_sum), w = dense(weight);
   const auto made = [&](bool wanted, const Tensor& like) { return wanted ? allocate_like(like) : nothing(like); };
   Tensor dx = made(needs_input, input), dropped = made(needs_dropped, input);
-  Tensor dw = needs_weight ? allocate_like(input, &width, 1) : nothing(input);
-  Tensor db = needs_bias ? allocate_like(input, &width, 1) : nothing(input);
+  Tensor dw = needs_weight ? allocate({width}, input.scalar_type()) : nothing(input);
+  Tensor db = needs_bias ? allocate({width}, input.scalar_type()) : nothing(input);
 
   // Both parameters' partial sums in one block, each line dweight's before dbias's.
   const int64_t row_bytes = width * input.element_size(), operands = 2 + ds.has_value() + needs_input + needs_dropped;

@@ -9,12 +9,6 @@ int64_t count(const Sizes& sizes) {
   return values;
 }
 
-Sizes dense_strides(const Sizes& sizes) {
-  Sizes strides(sizes.size(), 1);
-  for (size_t dim = sizes.size(); dim-- > 1;) strides[dim - 1] = strides[dim] * std::max<int64_t>(sizes[dim], 1);
-  return strides;
-}
-
 }  // namespace
 
 Tensor view_of(void* data, const Sizes& sizes, const Sizes& strides, const Tensor& like) {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fasttx import checks, reference
-from fasttx.dispatch import choose
+from fasttx.dispatch import choose, runs_on_cpu
 from fasttx.ops import attention as ops
 from fasttx.rng import draw_seed
 
@@ -49,6 +49,17 @@ def attention(
 
     Vaswani et al. 2017; computed without a (Tq, Tk) matrix, after Milakov and Gimelshein 2018 and Dao et al. 2022.
     """
+    if (
+        attn_mask is key_lengths is alibi_slopes is window is None
+        and dropout_p == 0.0
+        and runs_on_cpu(backend, query, key, value)
+        and _fit(query, key, value)
+    ):
+        output, lse = ops.attention(
+            query, key, value, None, None, None, None, None, is_causal, query_offset, -1, -1, 0.0, None,
+            _scale(scale, query), return_lse,
+        )  # fmt: skip
+        return (output, lse) if return_lse else output
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _require_dims(name, tensor, 4, "(batch, heads, length, width)")
     batch, heads, queries, _ = query.shape
@@ -140,6 +151,15 @@ def attention_varlen(
         *(window or (-1, -1)), dropout_p, seed, _scale(scale, query), return_lse,
     )  # fmt: skip
     return (output, lse) if return_lse else output
+
+
+def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether padded tensors of as many heads have the shapes that they should; where not, the checks say why."""
+    if key is None or value is None or not query.dim() == key.dim() == value.dim() == 4:
+        return False
+    batch, heads, _, width = query.shape
+    of_key, of_value = key.shape, value.shape
+    return of_key == (batch, heads, of_value[2], width) and of_value[:2] == of_key[:2] and width > 0
 
 
 def _shapes(*tensors: Tensor) -> str:

@@ -1,9 +1,10 @@
 """Linear layers, alone and as the feed-forward half of a transformer layer."""
 
+import torch
 from torch import Tensor
 
 from fasttx import checks, reference
-from fasttx.dispatch import choose
+from fasttx.dispatch import choose, runs_on_cpu
 from fasttx.ops import feed_forward as ops
 from fasttx.ops import linear as linear_ops
 from fasttx.rng import draw_seed
@@ -15,6 +16,8 @@ def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:
     """input @ weight.T + bias: input (..., in), weight (out, in), bias (out,) or None -> (..., out)."""
+    if runs_on_cpu(backend, input, weight, bias) and _fits(input.shape, weight, bias):
+        return linear_ops.linear(input, weight, bias)
     checks.require_floating("input", input)
     _check_layer("weight", weight, "bias", bias, "input", _width(input))
     checks.require_same_device("input", input, weight=weight, bias=bias)
@@ -40,6 +43,17 @@ def feed_forward(
     input (..., in), weight1 (hidden, in), weight2 (out, hidden), as nn.Linear keeps them; either bias may be None.
     activation: "gelu" | "gelu_tanh" | "relu". Dropout acts when `training`, with probability dropout_p in [0, 1).
     """
+    tensors = (input, weight1, bias1, weight2, bias2)
+    p = dropout_p if training else 0.0
+    if (
+        runs_on_cpu(backend, *tensors)
+        and _fits(input.shape, weight1, bias1)
+        and _fits(weight1.shape[:1], weight2, bias2)
+        and type(dropout_p) is float
+        and 0.0 <= dropout_p < 1.0
+        and activation in _ACTIVATIONS
+    ):
+        return ops.feed_forward(*tensors, activation, p, draw_seed() if p > 0.0 else None)
     checks.require_floating("input", input)
     _check_layer("weight1", weight1, "bias1", bias1, "input", _width(input))
     _check_layer("weight2", weight2, "bias2", bias2, "weight1's output", weight1.shape[0])
@@ -49,14 +63,20 @@ def feed_forward(
     checks.require_probability("dropout_p", dropout_p)
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
-    p = dropout_p if training else 0.0
     seed = draw_seed() if p > 0.0 else None
-    tensors = (input, weight1, bias1, weight2, bias2)
     if choose("feed_forward", tensors, backend) == "reference":
         return reference.feed_forward(
             *tensors, activation=activation, dropout_p=p, training=training, seed=seed
         )
     return ops.feed_forward(*tensors, activation, p, seed)
+
+
+def _fits(sizes: torch.Size, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a layer's shapes are as they should be, for an input of these sizes; where not, the checks say why."""
+    if weight is None or weight.dim() != 2 or not sizes:
+        return False
+    rows, columns = weight.shape
+    return sizes[-1] == columns and (bias is None or bias.shape == (rows,))
 
 
 def _width(input: Tensor) -> int:

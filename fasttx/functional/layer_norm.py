@@ -95,12 +95,15 @@ def _fitting_width(
     dims = (normalized_shape,) if type(normalized_shape) is int else normalized_shape
     if (
         not (isinstance(dims, tuple) and dims)
-        or input.shape[-len(dims) :] != dims
         or (weight is not None and weight.shape != dims)
         or (bias is not None and bias.shape != dims)
     ):
         return 0
-    width = math.prod(dims)
+    sizes = input.shape
+    if len(dims) == 1:  # a slice of a torch.Size takes as long as all the rest
+        width = dims[0] if sizes and sizes[-1] == dims[0] else 0
+    else:
+        width = math.prod(dims) if sizes[-len(dims) :] == dims else 0
     return width if type(width) is int else 0
 
 

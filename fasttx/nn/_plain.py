@@ -5,6 +5,7 @@ subclassed, hooked, parametrized or given a forward of its own has to be called,
 steps aside.
 """
 
+from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules import module as torch_module
 
@@ -41,6 +42,13 @@ def why_not_plain(module: object, *classes: type) -> str | None:
     if "forward" in module.__dict__:
         return "its forward was replaced"
     return "a global module hook is set" if any(_GLOBAL_HOOKS) else "it has hooks"
+
+
+def parameter(module: Module, name: str) -> Tensor | None:
+    """module.<name>, without the Python call that it takes a module to find a parameter."""
+    # One that is parametrized or pruned is not among them.
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def adopt(module: Module | None, fast: type[Module]) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fasttx import functional
 
-from ._plain import step_aside
+from ._plain import parameter, step_aside
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -19,8 +19,5 @@ class LayerNorm(torch.nn.LayerNorm):
         if input.is_nested:
             step_aside("layer_norm", "input is nested")
             return super().forward(input)
-        # Attributes of a module take a Python call each to find; one that is parametrized or pruned is not a parameter.
-        parameters = self._parameters
-        weight = parameters["weight"] if "weight" in parameters else self.weight
-        bias = parameters["bias"] if "bias" in parameters else self.bias
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
         return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)

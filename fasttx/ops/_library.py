@@ -3,11 +3,14 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 # The codes of Activation in csrc/cpu/kernels.h.
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
 
+# Asked on every call, where the way to a name through two modules counts too.
+_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 _LIBRARY = torch.library.Library("fasttx", "DEF")
 
 
@@ -28,7 +31,7 @@ class Operator:
 
     def __call__(self, *args):
         """The op inside of a gradient formula, where a further derivative is the exception."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if is_grad_enabled() or is_compiling():
             return self.registered(*args)
         return self.raw(*args)
 
@@ -56,11 +59,13 @@ def differentiate(op: Operator, backward: Callable, setup_context: Callable) -> 
     function = type(op.name, (torch.autograd.Function,), members)
     # Function.apply is this, after checks for functorch, under which `run` does not come here.
     op.apply = super(torch.autograd.Function, function).apply
+    # What the engine calls, after checks for ways to write a Function that are not used here.
+    function._backward_cls.apply = backward
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether a call on these tensors will be differentiated."""
-    if torch.is_grad_enabled():
+    if is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
@@ -69,7 +74,7 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 def run(op: Operator, differentiable: bool, *args):
     """Calls the op in the cheapest way that gives the gradients which are wanted."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_compiling() or _are_functorch_transforms_active():
         return op.registered(*args)
     return op.apply(*args) if differentiable else op.raw(*args)
 

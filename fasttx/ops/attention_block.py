@@ -6,6 +6,8 @@ width), (length, batch, width), or sequences packed by cu_seqlens, (tokens, widt
 
 from torch import Tensor
 
+from fasttx.packing import packed
+
 from ._library import (
     accumulate_dtype,
     define,
@@ -120,8 +122,6 @@ def attention_block(
     seed: Tensor | None,
 ) -> Tensor:
     """The half's output; norm_first has no gradient, nor has attn_mask, which has 4 dims that broadcast."""
-    from fasttx.packing import packed
-
     tensors = (input, weight_in, bias_in, weight_out, bias_out, norm_weight, norm_bias)
     differentiable = wants_grad(*tensors)
     return run(

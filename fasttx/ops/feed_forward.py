@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from fasttx.packing import packed
+
 from ._library import (
     ACTIVATIONS,
     define,
@@ -86,8 +88,6 @@ def feed_forward(
     seed: Tensor | None,
 ) -> Tensor:
     """linear2(dropout(activation(linear1(input))))."""
-    from fasttx.packing import packed
-
     tensors = (input, weight1, bias1, weight2, bias2)
     differentiable = wants_grad(*tensors)
     output, _ = run(

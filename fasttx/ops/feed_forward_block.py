@@ -5,6 +5,8 @@ f(x) = linear2(dropout1(activation(linear1(x)))), as in feed_forward.
 
 from torch import Tensor
 
+from fasttx.packing import packed
+
 from ._library import (
     ACTIVATIONS,
     define,
@@ -103,8 +105,6 @@ def feed_forward_block(
     seed2: Tensor | None,
 ) -> Tensor:
     """The half's output; norm_first has no gradient."""
-    from fasttx.packing import packed
-
     tensors = (input, weight1, bias1, weight2, bias2, norm_weight, norm_bias)
     differentiable = wants_grad(*tensors)
     return run(

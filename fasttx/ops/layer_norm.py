@@ -42,6 +42,12 @@ layer_norm_bwd = define(
 )
 
 
+def _parameter_shape(weight: Tensor | None, bias: Tensor | None) -> torch.Size | None:
+    """The parameters' shape where it is not their gradients' own, (width,)."""
+    parameter = bias if weight is None else weight
+    return None if parameter is None or parameter.dim() == 1 else parameter.shape
+
+
 def _parameter_gradient(gradient: Tensor, wanted: bool, shape: torch.Size | None) -> Tensor | None:
     """In the parameter's shape, which is given where it is not the gradient's own, (width,)."""
     if not wanted:
@@ -52,7 +58,7 @@ def _parameter_gradient(gradient: Tensor, wanted: bool, shape: torch.Size | None
 def _save_layer_norm(ctx, inputs, output):
     input, ctx.width, weight, bias, ctx.eps = inputs
     ctx.save_for_backward(input, weight)
-    ctx.shape = next((p.shape for p in (weight, bias) if p is not None and p.dim() != 1), None)
+    ctx.shape = _parameter_shape(weight, bias)
 
 
 def _layer_norm_backward(ctx, grad):
@@ -113,7 +119,7 @@ def _save_add_layer_norm(ctx, inputs, output):
     if not store_sum:
         raise RuntimeError("add_layer_norm_fwd needs store_sum=True when gradients are wanted")
     ctx.save_for_backward(output[1], weight, seed)
-    ctx.shape = next((p.shape for p in (weight, bias) if p is not None and p.dim() != 1), None)
+    ctx.shape = _parameter_shape(weight, bias)
     ctx.set_materialize_grads(False)
 
 

@@ -1,15 +1,11 @@
-"""Linear layers, and the packing of their weights."""
+"""Linear layers."""
 
 import torch
 from torch import Tensor
 
+from fasttx.packing import packed
+
 from ._library import define, differentiate, forbid_double_backward, given, run, wants_grad
-
-
-def _pack_weight(weight):
-    # The size depends on the tile of the instruction set in use, which only the kernel knows.
-    size = torch.library.get_ctx().new_dynamic_size()
-    return weight.new_empty((size,), dtype=torch.uint8)
 
 
 def _linear_fwd(input, weight, bias, packed):
@@ -25,7 +21,6 @@ def _linear_bwd(grad, input, weight, needs_input, needs_weight, needs_bias):
     )
 
 
-pack_weight = define("pack_weight(Tensor weight) -> Tensor", _pack_weight)
 linear_fwd = define(
     "linear_fwd(Tensor input, Tensor weight, Tensor? bias, Tensor? packed) -> Tensor", _linear_fwd
 )
@@ -55,7 +50,5 @@ forbid_double_backward(linear_bwd)
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """input @ weight.T + bias."""
-    from fasttx.packing import packed
-
     differentiable = wants_grad(input, weight, bias)
     return run(linear_fwd, differentiable, input, weight, bias, packed(weight))
