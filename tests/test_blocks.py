@@ -61,7 +61,7 @@ def start(x, norm_weight, norm_bias, norm_first):
 
 def attention_in_steps(
     x, weight_in, weight_out, bias_in=None, bias_out=None, norm_weight=None, norm_bias=None, *,
-    norm_first=False, batch_first=True, mask=None, packed=False, is_causal=False, dropout=False,
+    norm=True, norm_first=False, batch_first=True, mask=None, packed=False, is_causal=False, dropout=False,
 ):  # fmt: skip
     seed = {"dropout_p": P, "seed": SEEDS[0]} if dropout else {}
     y = start(x, norm_weight, norm_bias, norm_first)
@@ -75,7 +75,7 @@ def attention_in_steps(
         out = reference.attention(q, k, v, attn_mask=mask, is_causal=is_causal, **seed)
         attended = out.permute((0, 2, 1, 3) if batch_first else (2, 0, 1, 3)).flatten(2)
     value = torch.nn.functional.linear(attended, weight_out, bias_out)
-    return end(x, value, norm_weight, norm_bias, norm_first, dropout)
+    return end(x, value, norm_weight, norm_bias, norm_first, dropout) if norm else value
 
 
 def attention_fused(

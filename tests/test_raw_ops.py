@@ -162,6 +162,26 @@ RAW["attention_block_bwd"] = (
     [*BAD_BLOCK, wrong(grad=f32(B, T, W + 1)), wrong(grad=f32(B, T, W).double()), wrong(qkv=f32(B, T, 3)),
      wrong(attended=f32(B, T, 1)), wrong(stats=f32(B, H, T)), wrong(sum=f32(B, T, 1)), wrong(sum=f32(B, 1, W))],
 )  # fmt: skip
+SELF = {k: v for k, v in BLOCK.items() if k not in ("norm_weight", "eps", "dropout_p", "seed")}
+BAD_SELF = [
+    wrong(attention_p=0.5), wrong(attention_p=math.nan, attention_seed=SEED), wrong(weight_in=f32(3 * H * D, W + 1)),
+    wrong(weight_in=f32(3 * H * D + 1, W)), wrong(weight_in=f32(3 * H * D + 3 * H, W)),
+    wrong(weight_out=f32(W, H * D + 1)), wrong(weight_out=f32(W, H * D).double()), wrong(weight_out=VECTOR),
+    wrong(heads=0), wrong(heads=-1), wrong(input=f32(T, W)), wrong(input=f32()), wrong(input=f32(B, T, W).half()),
+    wrong(attn_mask=f32(1, 1, T, T + 1)), wrong(cu_seqlens=torch.tensor([0, T])),
+    wrong(input=f32(T, W), cu_seqlens=torch.tensor([0, T + 1])),
+]  # fmt: skip
+RAW["self_attention_fwd"] = (
+    {**SELF, "bias_in": f32(3 * H * D), "bias_out": VECTOR, "store": True, "packed_in": None, "packed_out": None},
+    [*BAD_SELF, wrong(bias_in=f32(H * D)), wrong(bias_out=f32(1)), wrong(packed_in=U8), wrong(packed_out=U8)],
+)  # fmt: skip
+RAW["self_attention_bwd"] = (
+    {**SELF, "grad": f32(B, T, W), "qkv": f32(B, T, 3 * H * D), "attended": f32(B, T, H * D),
+     "stats": f32(B, H, T, 2),
+     **{f"needs_{n}": True for n in ("input", "weight_in", "bias_in", "weight_out", "bias_out")}},
+    [*BAD_SELF, wrong(grad=f32(B, T, W + 1)), wrong(grad=f32(B, T, W).double()), wrong(qkv=f32(B, T, 3)),
+     wrong(attended=f32(B, T, 1)), wrong(stats=f32(B, H, T))],
+)  # fmt: skip
 FFN_DROPOUT = [wrong(dropout1_p=0.5), wrong(dropout2_p=0.5), wrong(dropout1_p=1.0, seed1=SEED),
                wrong(dropout2_p=-0.5, seed2=SEED)]  # fmt: skip
 FFN_BLOCK = {

@@ -78,4 +78,25 @@ void attention_backward(const Tensor& grad, const OptionalTensor& grad_lse, cons
                         const Tensor& value, const Tensor& output, const Tensor& stats, const AttentionOptions& options,
                         Tensor& dquery, Tensor& dkey, Tensor& dvalue);
 
+// What both directions of self-attention over a layer's input take beside tensors that get gradients.
+struct SelfAttention {
+  int64_t heads;
+  bool batch_first;
+  const OptionalTensor &attn_mask, &cu_seqlens;
+  bool is_causal;
+  double scale, attention_p;
+  const OptionalTensor& attention_seed;
+};
+
+// Writes the output, which is dense; returns (qkv, attended, stats), empty without `store`. x is dense.
+std::tuple<Tensor, Tensor, Tensor> self_attention_forward(
+    const Tensor& x, const Tensor& weight_in, const OptionalTensor& bias_in, const Tensor& weight_out,
+    const OptionalTensor& bias_out, const SelfAttention& of, bool store, const OptionalTensor& packed_in,
+    const OptionalTensor& packed_out, const Ending& ending, Tensor& output);
+// As linear_backward; returns (dweight_in, dbias_in, dweight_out, dbias_out).
+std::tuple<Tensor, Tensor, Tensor, Tensor> self_attention_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight_in, const Tensor& weight_out, const Tensor& qkv,
+    const Tensor& attended, const Tensor& stats, const SelfAttention& of, const OptionalTensor& residual,
+    Tensor* dinput, bool needs_weight_in, bool needs_bias_in, bool needs_weight_out, bool needs_bias_out);
+
 }  // namespace fasttx::bindings

@@ -8,13 +8,13 @@ from torch.nn import Module
 from torch.nn import functional as F
 
 from fasttx import functional
-from fasttx.dispatch import choose
+from fasttx.dispatch import takes_cpu
 from fasttx.ops._library import wants_grad
 from fasttx.ops.attention_block import attention_block
 from fasttx.ops.feed_forward_block import feed_forward_block
 from fasttx.rng import draw_seed
 
-from ._plain import adopt, is_plain, why_not_plain
+from ._plain import adopt, is_plain, parameter, why_not_plain
 from .attention import MultiheadAttention
 from .gelu import GELU
 from .layer_norm import LayerNorm
@@ -104,7 +104,7 @@ def why_no_dropout(dropout: object) -> str | None:
 def linear(module: Module, x: Tensor) -> Tensor:
     """A linear layer, called where it is not plain."""
     if is_plain(module, *LINEARS):
-        return functional.linear(x, module.weight, module.bias)
+        return functional.linear(x, parameter(module, "weight"), parameter(module, "bias"))
     return module(x)
 
 
@@ -112,7 +112,7 @@ def add_norm(norm: Module, dropout: Module, x: Tensor, residual: Tensor) -> Tens
     """norm(residual + dropout(x)): the end of each half of a post-norm layer."""
     if is_plain(norm, *NORMS) and is_plain_dropout(dropout):
         return functional.add_layer_norm(
-            x, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
+            x, residual, norm.normalized_shape, parameter(norm, "weight"), parameter(norm, "bias"), norm.eps,
             dropout_p=dropout.p, training=dropout.training,
         )  # fmt: skip
     return norm(residual + dropout(x))
@@ -124,7 +124,7 @@ def add_norm_and_sum(
     """As add_norm, and the sum that was normalised: what joins the halves of a pre-norm layer."""
     if is_plain(norm, *NORMS) and is_plain_dropout(dropout):
         return functional.add_layer_norm(
-            x, residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps,
+            x, residual, norm.normalized_shape, parameter(norm, "weight"), parameter(norm, "bias"), norm.eps,
             dropout_p=dropout.p, training=dropout.training, return_sum=True,
         )  # fmt: skip
     sum = residual + dropout(x)
@@ -147,7 +147,7 @@ def feed_forward(
         and (dropout is None or is_plain_dropout(dropout))
     ):
         return functional.feed_forward(
-            x, linear1.weight, linear1.bias, linear2.weight, linear2.bias, activation=name,
+            x, *(parameter(m, part) for m in (linear1, linear2) for part in ("weight", "bias")), activation=name,
             dropout_p=0.0 if dropout is None else dropout.p,
             training=dropout is not None and dropout.training,
         )  # fmt: skip
@@ -177,7 +177,7 @@ def attention_half(
     """
     if not (is_plain(norm, *NORMS) and is_plain_dropout(dropout)):
         return None
-    tensors = (x, *parameters, norm.weight, norm.bias)
+    tensors = (x, *parameters, parameter(norm, "weight"), parameter(norm, "bias"))
     op = "attention_block" if cu_seqlens is None else "attention_block_varlen"
     if not _can_fuse(op, tensors, norm, norm_first, mask):
         return None
@@ -209,9 +209,8 @@ def self_attention_half(
             return None
         is_causal = is_causal and key_padding_mask is None
         mask = attention.mask(None if is_causal else attn_mask, key_padding_mask, x.dtype)
-    out = attention.out_proj
     return attention_half(
-        x, (attention.in_proj_weight, attention.in_proj_bias, out.weight, out.bias), norm, dropout,
+        x, attention.parameters_of_projections(), norm, dropout,
         norm_first=norm_first, heads=attention.num_heads, scale=attention.head_dim**-0.5,
         dropout_p=attention.dropout if attention.training else 0.0,
         batch_first=attention.batch_first, mask=mask, cu_seqlens=cu_seqlens, is_causal=is_causal,
@@ -238,8 +237,7 @@ def feed_forward_half(
         and is_plain_dropout(dropout2)
         and (dropout1 is None or is_plain_dropout(dropout1))
     ):
-        parameters = (linear1.weight, linear1.bias, linear2.weight, linear2.bias)
-        tensors = (x, *parameters, norm.weight, norm.bias)
+        tensors = (x, *(parameter(m, name) for m in (linear1, linear2, norm) for name in ("weight", "bias")))
         if _can_fuse("feed_forward_block", tensors, norm, norm_first):
             p1 = dropout1.p if dropout1 is not None and dropout1.training else 0.0
             p2 = dropout2.p if dropout2.training else 0.0
@@ -265,7 +263,7 @@ def _can_fuse(
         return False
     if norm_first and wants_grad(*tensors):
         return False
-    return choose(op, tensors) == "cpu"
+    return takes_cpu(op, tensors)
 
 
 def _seed(p: float) -> Tensor | None:

@@ -8,8 +8,11 @@ from torch.nn import functional as F
 
 from fasttx import functional
 from fasttx._weak import WeakCache
+from fasttx.dispatch import takes_cpu
+from fasttx.ops.self_attention import self_attention
+from fasttx.rng import draw_seed
 
-from ._plain import step_aside
+from ._plain import parameter, step_aside
 
 # By in_proj_weight: where it lay, and its rows for queries and for keys and values. Kept, so that each
 # goes on having one packed copy.
@@ -49,6 +52,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         # The hint stands for the mask where torch lets it: without weights and without padding.
         is_causal = is_causal and key_padding_mask is None and not need_weights
         mask = self.mask(None if is_causal else attn_mask, key_padding_mask, query.dtype)
+        if query is key and key is value and not need_weights:
+            output = self._self_attention(query, mask, is_causal)
+            if output is not None:
+                return output, None
         q, k, v = map(self._split_heads, self._project(query, key, value))
         k, v, mask = self._extend(k, v, mask)
         dropout_p = self.dropout if self.training else 0.0
@@ -68,6 +75,27 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights if query.dim() == 3 else weights.squeeze(0)
         return self._join_heads(output, query.dim()), weights
+
+    def _self_attention(self, x: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor | None:
+        """Projections and attention as one operation; None where the call has no such form."""
+        if x.dim() != 3 or not self.can_pack() or (mask is not None and mask.requires_grad and torch.is_grad_enabled()):
+            return None
+        tensors = (x, *self.parameters_of_projections())
+        if not takes_cpu("self_attention", tensors):
+            return None
+        dropout_p = self.dropout if self.training else 0.0
+        return self_attention(
+            *tensors, self.num_heads, self.batch_first, mask, None, is_causal, self.head_dim**-0.5, dropout_p,
+            draw_seed() if dropout_p > 0.0 else None,
+        )  # fmt: skip
+
+    def parameters_of_projections(self) -> tuple[Tensor | None, ...]:
+        """Weight and bias of the joined projections of queries, keys and values, and of the one after."""
+        out = self.out_proj
+        return (
+            parameter(self, "in_proj_weight"), parameter(self, "in_proj_bias"),
+            parameter(out, "weight"), parameter(out, "bias"),
+        )  # fmt: skip
 
     def can_pack(self) -> bool:
         """Whether attention over packed sequences is this module's: one width, and no keys of its own."""
