@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 from .case import Case, Growth, dtype_name
 
-# The ops, and what is built of them: each has a file of its name here.
+# The ops, what is built of them, and what calls of either cost: each has a file of its name here.
 OPS = ("attention", "feed_forward", "layer_norm", "gelu", "softmax")
-STEMS = (*OPS, "encoder_layer", "bert")
+STEMS = (*OPS, "encoder_layer", "bert", "overhead")
 
 
 def select(stems: Iterable[str] = STEMS, dtypes: Iterable[str] = (), words: Iterable[str] = ()) -> list[Case | Growth]:
