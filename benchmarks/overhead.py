@@ -1,10 +1,9 @@
 """What a call costs: inputs so small that the arithmetic hardly counts, in inference and in training."""
 
-import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ def cases() -> Iterator[Case]:
         for mode in _MODES:
             yield Case(
                 "overhead", f"{name} {mode}", str(_SHAPE).replace(" ", ""), torch.float32,
-                partial(work, name, mode), flops=0.0, bytes=0.0, bar=_BAR,
+                partial(work, name, mode), flops=0.0, bytes=8.0 * math.prod(_SHAPE), bar=_BAR,
             )  # fmt: skip
 
 

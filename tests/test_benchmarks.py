@@ -58,7 +58,17 @@ def transcribed():
     wanted[BERT.format("eager", "4,512")] = (2.0, 1.8)
     wanted[BERT.format("OpenVINO", "8,128")] = (1.45, 1.35)
     wanted[BERT.format("OpenVINO", "4,512")] = (1.7, 1.5)
-    return _by_dtype(wanted)
+    layers = ("EncoderLayer", "Encoder", "DecoderLayer", "Decoder")
+    called = (
+        "layer_norm", "add_layer_norm", "softmax", "gelu", "gelu tanh", "linear", "feed_forward", "attention",
+        "nn.LayerNorm", "nn.GELU", "nn.MultiheadAttention", *(f"nn.Transformer{layer}" for layer in layers),
+    )  # fmt: skip
+    overheads = {
+        f"overhead {name} {mode} (1,16,64) {F32}": 1.0
+        for name in called
+        for mode in ("eval", "train fwd", "train fwd+bwd")
+    }
+    return _by_dtype(wanted) | overheads
 
 
 def rooflines():

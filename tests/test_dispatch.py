@@ -257,3 +257,48 @@ def test_threads_fixture_sets_and_puts_back(threads, count):
     with threads(count):
         assert torch.get_num_threads() == count
     assert torch.get_num_threads() == before
+
+
+PLAIN = torch.ones(2, 3)
+
+
+class Subclass(torch.Tensor):
+    """A tensor that may override anything."""
+
+
+@pytest.mark.parametrize(
+    ("tensors", "plain"),
+    [
+        ((PLAIN,), True),
+        ((PLAIN, None, torch.nn.Parameter(PLAIN), PLAIN.t()), True),
+        ((PLAIN.half(), PLAIN.half()), True),
+        ((PLAIN.double(),), True),
+        ((PLAIN, PLAIN.bfloat16()), False),
+        ((PLAIN.long(),), False),
+        ((PLAIN.to("meta"),), False),
+        ((PLAIN, PLAIN.to("meta")), False),
+        ((PLAIN.to_sparse(),), False),
+        ((PLAIN.to_mkldnn(),), False),
+        ((torch.nested.nested_tensor([torch.ones(2)]),), False),
+        ((PLAIN.as_subclass(Subclass),), False),
+        ((PLAIN, PLAIN.as_subclass(Subclass)), False),
+        ((None,), False),
+        (([1.0],), False),
+        ((PLAIN, 1.0), False),
+    ],
+)
+def test_only_plain_cpu_tensors_pass_the_quick_check(needs_extension, tensors, plain):
+    assert dispatch.runs_on_cpu(None, *tensors) is plain
+
+
+def test_whoever_chose_or_watches_gets_the_detailed_checks(needs_extension):
+    assert dispatch.runs_on_cpu("cpu", PLAIN) is False
+    with fasttx.backend("cpu"):
+        assert dispatch.runs_on_cpu(None, PLAIN) is False
+    with torch.autocast("cpu"):
+        assert dispatch.runs_on_cpu(None, PLAIN) is False
+    dispatch.listeners.append(print)
+    try:
+        assert dispatch.runs_on_cpu(None, PLAIN) is False
+    finally:
+        dispatch.listeners.remove(print)

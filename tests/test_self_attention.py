@@ -107,7 +107,8 @@ def test_compiles():
 def test_opcheck(op):
     x, weight_in, weight_out, bias_in, bias_out = (v.float() for v in inputs_of(2, 3).values())
     args = (x, weight_in, bias_in, weight_out, bias_out, H, True, None, None, False, 0.5, 0.0, None, True, None, None)
-    torch.library.opcheck(getattr(torch.ops.fasttx.self_attention_fwd, op), args, test_utils=("test_schema", "test_faketensor"))
+    op = getattr(torch.ops.fasttx.self_attention_fwd, op)
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("training", [False, True])

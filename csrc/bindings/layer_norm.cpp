@@ -46,7 +46,9 @@ Sum forward(const Tensor& input, const OptionalTensor& residual, int64_t width, 
 }
 
 struct Gradients {
-  Tensor dx, dinput, dweight, dbias;
+  Tensor dx;
+  OptionalTensor dropped;  // through the dropout, where that is wanted
+  Tensor dweight, dbias;
 };
 
 Gradients backward(const Tensor& grad, const OptionalTensor& grad_sum, const Tensor& input,
@@ -61,17 +63,19 @@ Gradients backward(const Tensor& grad, const OptionalTensor& grad_sum, const Ten
 
   const Tensor dy = dense(grad), x = dense(input);
   const OptionalTensor ds = dense(grad_sum), w = dense(weight);
-  const auto made = [&](bool wanted, const Tensor& like) { return wanted ? allocate_like(like) : nothing(like); };
-  Tensor dx = made(needs_input, input), dropped = made(needs_dropped, input);
+  Tensor dx = needs_input ? allocate_like(input) : nothing(input);
+  OptionalTensor dropped;
+  if (needs_dropped) dropped = allocate_like(input);
   Tensor dw = needs_weight ? allocate({width}, input.scalar_type()) : nothing(input);
   Tensor db = needs_bias ? allocate({width}, input.scalar_type()) : nothing(input);
 
   // Both parameters' partial sums in one block, each line dweight's before dbias's.
   const int64_t row_bytes = width * input.element_size(), operands = 2 + ds.has_value() + needs_input + needs_dropped;
   const int64_t chunks = sum_chunks(rows), line = (needs_weight + needs_bias) * width;
-  LayerNormBwd args{data(dy), data(ds), data(x), data(w), out_or_null(dx), out_or_null(dropped), nullptr, nullptr,
+  void* const ddropped = needs_dropped ? out_or_null(*dropped) : nullptr;
+  LayerNormBwd args{data(dy), data(ds), data(x), data(w), out_or_null(dx), ddropped, nullptr, nullptr,
                     rows, width, line, eps, dropout,
-                    streamed(operands * rows * row_bytes, row_bytes, {out_or_null(dx), out_or_null(dropped)})};
+                    streamed(operands * rows * row_bytes, row_bytes, {out_or_null(dx), ddropped})};
   if (line == 0) {
     launch(table().layer_norm_bwd[dtype], args);
     return {dx, dropped, dw, db};
@@ -115,9 +119,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_bwd(const Tensor& grad
                                                               int64_t width, double eps, double dropout_p,
                                                               const OptionalTensor& seed, bool needs_input,
                                                               bool needs_residual, bool needs_weight, bool needs_bias) {
-  auto [dx, dinput, dw, db] = backward(grad, grad_sum, sum, weight, width, eps, make_dropout(dropout_p, seed),
+  auto [dx, dropped, dw, db] = backward(grad, grad_sum, sum, weight, width, eps, make_dropout(dropout_p, seed),
                                        needs_residual, needs_input, needs_weight, needs_bias);
-  return {dx, dinput, dw, db};
+  return {dx, dropped.has_value() ? *dropped : nothing(sum), dw, db};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fasttx, CPU, m) {

@@ -50,8 +50,10 @@ def differentiate(op: Operator, backward: Callable, setup_context: Callable) -> 
     """Gives the op its gradient formula."""
     torch.library.register_autograd(op.registered, backward, setup_context=setup_context, lib=_LIBRARY)
 
+    raw = op.raw
+
     def forward(ctx, *args):
-        output = op.raw(*args)
+        output = raw(*args)
         setup_context(ctx, args, output)
         return output
 
