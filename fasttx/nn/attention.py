@@ -14,8 +14,8 @@ from fasttx.rng import draw_seed
 
 from ._plain import parameter, step_aside
 
-# By in_proj_weight: where it lay, and its rows for queries and for keys and values. Kept, so that each
-# goes on having one packed copy.
+# By in_proj_weight and in_proj_bias: where each lay, and its rows for queries and for keys and values. Kept, so that
+# each goes on having one packed copy.
 _rows = WeakCache()
 
 
@@ -204,13 +204,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """The three projections, fused as far as their inputs are one tensor."""
-        weight, bias, width = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        weight, bias = parameter(self, "in_proj_weight"), parameter(self, "in_proj_bias")
+        width = self.embed_dim
         if weight is not None and query is key and key is value:
             return functional.linear(query, weight, bias).chunk(3, -1)
         if weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         elif key is value:
-            query_bias, bias = (None, None) if bias is None else bias.split((width, 2 * width))
+            query_bias, bias = (None, None) if bias is None else _split_rows(bias, width)
             query_weight, weight = _split_rows(weight, width)
             keys_values = functional.linear(key, weight, bias).chunk(2, -1)
             return functional.linear(query, query_weight, query_bias), *keys_values
@@ -233,7 +234,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             x = x.squeeze(0).transpose(0, 1)
         else:
             x = x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)
-        return functional.linear(x.flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        out = self.out_proj
+        return functional.linear(x.flatten(-2), parameter(out, "weight"), parameter(out, "bias"))
 
     def _extend(
         self, k: Tensor, v: Tensor, mask: Tensor | None
