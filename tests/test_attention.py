@@ -74,6 +74,31 @@ def test_attention_within_budget(dtype, case):
     _assert_within_budget(draw_inputs(*shape), dtype, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", (True, False), ids=("of a batch", "of each query"))
+@pytest.mark.parametrize("place", ("left", "holes"))
+def test_padding_by_a_mask_within_budget(dtype, place, shared):
+    size = 170
+    keep = torch.arange(size) >= torch.tensor([40, 0, 60])[:, None]  # which leaves the first query some keys
+    if place == "holes":
+        keep = torch.rand(3, size) > torch.tensor([0.4, 0.0, 0.8])[:, None]
+    mask = keep[:, None, None]
+    if not shared:
+        mask = mask & (torch.rand(3, 1, 100, size) > 0.3)
+    _assert_within_budget(
+        draw_inputs(3, 4, 2, 100, size, 20, 12),
+        dtype,
+        attn_mask=mask,
+        key_lengths=torch.tensor([size, size - 3, size]),
+        is_causal=True,
+        query_offset=size - 100,
+        window=(150, -1),
+        alibi_slopes=torch.linspace(0.01, 0.2, 4),
+        dropout_p=0.2,
+        seed=SEED,
+    )
+
+
 MASK_SHAPES = ((2, 1, 1, 140), (2, 4, 50, 140), (1, 4, 1, 140), (50, 140), (4, 50, 1), (140,))
 
 

@@ -33,6 +33,13 @@ EMPTY = (
 )
 
 
+def _differentiate(inputs: dict[str, Tensor], slope: Tensor, **options) -> list[Tensor]:
+    """Output, lse, and the gradients of query, key and value."""
+    leaves = [x.detach().requires_grad_() for x in inputs.values()]
+    output, lse = run_op(*leaves, **options)
+    return [output, lse, *torch.autograd.grad(output, leaves, slope)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", INVARIANT, ids=lambda options: "".join(options) or "plain")
 def test_padding_and_the_batch_do_not_change_a_bit(isa, dtype, options):
@@ -46,16 +53,11 @@ def test_padding_and_the_batch_do_not_change_a_bit(isa, dtype, options):
     for b, length in enumerate(lengths):
         slope[b, :, length:] = 0
 
-    def differentiate(inputs, slope, **options):
-        leaves = [x.detach().requires_grad_() for x in inputs.values()]
-        output, lse = run_op(*leaves, **options)
-        return [output, lse, *torch.autograd.grad(output, leaves, slope)]
-
-    padded = differentiate(full, slope, key_lengths=torch.tensor(lengths), **options)
+    padded = _differentiate(full, slope, key_lengths=torch.tensor(lengths), **options)
     assert all(not x[b, :, n:].any() for x in padded[3:] for b, n in enumerate(lengths))
     for b, length in enumerate(lengths):
         alone = {name: x[b : b + 1, :, :length] for name, x in full.items()}
-        found = differentiate(alone, slope[b : b + 1, :, :length], **options)
+        found = _differentiate(alone, slope[b : b + 1, :, :length], **options)
         for whole, part in zip(padded, found, strict=True):
             assert same_bits(whole[b : b + 1, :, :length], part)
 
@@ -73,6 +75,78 @@ def test_padding_and_the_batch_do_not_change_a_bit(isa, dtype, options):
     gradients = torch.autograd.grad(output, leaves, pack(slope))
     for packed, whole in zip((output, lse.t(), *gradients), padded, strict=True):
         assert same_bits(packed, pack(whole))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("place", ("left", "holes"))
+@pytest.mark.parametrize("options", INVARIANT, ids=lambda options: "".join(options) or "plain")
+def test_masked_padding_anywhere_does_not_change_a_bit(isa, dtype, place, options):
+    # By a mask that all queries share, and by one for each query; in holes, distances are those of other positions.
+    if place == "holes" and ("window" in options or "alibi_slopes" in options):
+        options = {"is_causal": True, "scale": -0.2}
+    if dtype == torch.float64 and "alibi_slopes" in options:
+        options = {"alibi_slopes": options["alibi_slopes"].double()}
+    size, lengths = 330, [330, 7, 264, 1]
+    inputs = {name: x.to(dtype) for name, x in draw_inputs(4, 4, 2, size, size, 16, 24).items()}
+    slope = draw(4, 4, size, 24).to(dtype)
+    keep = torch.zeros(4, 1, 1, size, dtype=torch.bool)
+    places = [
+        torch.arange(size - n, size) if place == "left" else torch.randperm(size)[:n].sort().values for n in lengths
+    ]
+    for b, at in enumerate(places):
+        keep[b, :, :, at] = True
+    inputs["key"].masked_fill_(~keep.mT, math.nan)
+    inputs["value"].masked_fill_(~keep.mT, math.nan)
+    slope.masked_fill_(~keep.mT, 0)  # nothing reaches a query that is padding
+
+    shared = _differentiate(inputs, slope, attn_mask=keep, **options)
+    each = keep & torch.ones(size, size, dtype=torch.bool).tril() if options.get("is_causal") else keep
+    dense = each.expand(4, 1, size, size).contiguous()
+    by_query = _differentiate(inputs, slope, attn_mask=dense, **options)
+    for b, at in enumerate(places):
+        alone = {name: x[b : b + 1, :, at] for name, x in inputs.items()}
+        expected = _differentiate(alone, slope[b : b + 1, :, at], **options)
+        for found in (shared, by_query):
+            for whole, part in zip(found, expected, strict=True):
+                assert same_bits(whole[b : b + 1, :, at], part)
+        padding = ~keep[b].flatten()
+        assert all(not x[b, :, padding].any() for x in shared[2:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ((4, 1), (2, 4), (1, 5)))
+def test_masked_padding_of_a_cache(isa, dtype, rows):
+    # A few queries, one or four of them for each kv head, read the keys where they lie.
+    kv_heads, queries = rows
+    inputs = {name: x.to(dtype) for name, x in draw_inputs(3, 4, kv_heads, queries, 400, 24, 40).items()}
+    for place in ("left", "holes"):
+        keep = torch.zeros(3, 1, 1, 400, dtype=torch.bool)
+        places = [torch.arange(400 - n, 400) if place == "left" else torch.randperm(400)[:n].sort().values
+                  for n in (400, 150, 290)]  # fmt: skip
+        for b, at in enumerate(places):
+            keep[b, :, :, at] = True
+        dirty = inputs | {name: inputs[name].masked_fill(~keep.mT, math.nan) for name in ("key", "value")}
+        slope = draw(3, 4, queries, 40).to(dtype)
+        output, lse, *gradients = _differentiate(dirty, slope, attn_mask=keep)
+        for b, at in enumerate(places):
+            alone = {name: x[b : b + 1] if name == "query" else x[b : b + 1, :, at] for name, x in inputs.items()}
+            of_queries = [x[b : b + 1] for x in (output, lse, gradients[0])]
+            of_keys = [x[b : b + 1, :, at] for x in gradients[1:]]
+            for found, part in zip(of_queries + of_keys, _differentiate(alone, slope[b : b + 1]), strict=True):
+                assert same_bits(found, part)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_shorter_sequence_of_more_chunks(isa, dtype, threads):
+    # 1024 keys are four chunks of the backward, 1100 are three.
+    inputs = {name: x.to(dtype) for name, x in draw_inputs(2, 1, 1, 20, 1100, 8, 8).items()}
+    lengths = torch.tensor([1100, 1024])
+    slope = draw(2, 1, 20, 8).to(dtype)
+    with threads(2), poisoned():
+        found = _differentiate(inputs, slope, key_lengths=lengths)
+    alone = {name: x[1:] if name == "query" else x[1:, :, :1024] for name, x in inputs.items()}
+    for whole, part in zip(found, _differentiate(alone, slope[1:]), strict=True):
+        assert same_bits(whole[1:, :, : part.shape[2]], part)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -62,9 +62,8 @@ def assert_equal(actual, expected, what):
     assert torch.equal(actual, expected), f"{what}: {(actual != expected).sum()} values differ"
 
 
-# What becomes of the padding, and where it stands. Where it is kept to the left of a token or between tokens, the keys
-# stand in other places, and a sum over them has other partial sums.
-BATCHES = [("remove", "right"), ("remove", "left"), ("remove", "holes"), ("keep", "right")]
+# What becomes of the padding, and where it stands.
+BATCHES = [(padding, place) for padding in ("remove", "keep") for place in ("right", "left", "holes")]
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
@@ -159,6 +158,65 @@ def test_training_on_any_number_of_threads(dtype, norm_first, threads, isa):
             with threads(count):
                 for actual, wanted in zip(step(), expected, strict=True):
                     assert_equal(actual, wanted, f"{padding}, {count} threads")
+
+
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_tokens(dtype, norm_first, isa):
+    """What reaches a token, where the loss leaves padding out."""
+    model = fasttx.optimize(encoder(norm_first).to(dtype).eval())
+    alone = sequences(LENGTHS, dtype)
+
+    def gradient(x, valid, **options):
+        x = x.clone().requires_grad_()
+        model(x, **options)[valid].float().square().sum().backward()
+        return x.grad
+
+    with fasttx.backend("cpu"):
+        expected = [gradient(x[None], ...)[0] for x in alone]
+        for padding, place in BATCHES:
+            fasttx.optimize(model, padding=padding)
+            batch, mask, places = pad(alone, 45, place)
+            together = gradient(batch, ~mask, src_key_padding_mask=mask)
+            for row, at in enumerate(places):
+                assert_equal(together[row, at], expected[row], f"{padding}, {place}, sequence {row}")
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("place", ["right", "left", "holes"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_multihead_attention(dtype, place, causal, isa):
+    """Keys and queries from different sequences, several tiles of each."""
+    module = fasttx.nn.MultiheadAttention(E, H, batch_first=True).to(dtype).eval()
+    # Up to four queries over more than 128 keys are summed another way.
+    lengths = (60, 5, 33)
+    queries, keys = sequences(lengths, dtype), sequences(lengths if causal else (140, 270, 1), dtype)
+
+    def run(query, key, **options):
+        if causal:
+            options["attn_mask"] = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool).triu(1)
+        return module(query, key, key, need_weights=False, **options)[0]
+
+    def results(query, key, valid=..., **options):
+        given = [x.clone().requires_grad_() for x in (query, key)]
+        output = run(*given, **options)
+        output[valid].float().square().sum().backward()
+        return [output.detach(), *(x.grad for x in given)]
+
+    with fasttx.backend("cpu"):
+        query, query_mask, rows = pad(queries, 70, place)
+        key, mask, columns = pad(keys, 70 if causal else 300, place)
+        if causal:  # keys stand where their queries do
+            key, mask, columns = torch.randn_like(query), query_mask, rows
+            for sequence, row in zip(keys, zip(range(3), rows, strict=True), strict=True):
+                key[row] = sequence
+        found = results(query, key, ~query_mask, key_padding_mask=mask)
+        for row, (x, y) in enumerate(zip(queries, keys, strict=True)):
+            output, dx, dy = results(x[None], y[None])
+            assert_equal(found[0][row, rows[row]], output[0], f"output {row}")
+            assert_equal(found[1][row, rows[row]], dx[0], f"gradient of query {row}")
+            assert_equal(found[2][row, columns[row]], dy[0], f"gradient of key {row}")
+            assert not found[2][row, mask[row]].any()
 
 
 def test_inference_and_training_agree():

@@ -1,3 +1,4 @@
+#include "key_places.h"
 #include "layers.h"
 
 namespace fasttx::bindings {
@@ -9,6 +10,7 @@ struct Problem {
   bool packed;             // (total tokens, heads, width) instead of (batch, heads, tokens, width)
   int64_t total_queries;   // rows of one head on the token axis
   OptionalTensor key_lengths, cu_queries, cu_keys, alibi_slopes;
+  std::optional<Workspace> key_places;
 };
 
 bool has_unit_rows(const Tensor& tensor) {
@@ -126,6 +128,7 @@ Problem make_problem(const Tensor& query, const Tensor& key, const Tensor& value
   shape.scale = options.scale;
   shape.mask = make_mask(options.attn_mask, query, {shape.batch, heads, shape.queries, shape.keys});
   shape.dropout = make_dropout(options.dropout_p, options.seed);
+  leave_out_unseen_keys(shape, problem.key_places);
   return problem;
 }
 

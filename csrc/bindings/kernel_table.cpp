@@ -128,7 +128,7 @@ void define_attention(py::module_& m) {
   Fields<Strides>(m, "Strides").FIELD(Strides, b).FIELD(Strides, h).FIELD(Strides, t);
   using S = AttentionShape;
   Fields<S>(m, "AttentionShape").FIELD(S, batch).FIELD(S, heads).FIELD(S, kv_heads).FIELD(S, queries).FIELD(S, keys)
-      .FIELD(S, width).FIELD(S, value_width).FIELD(S, key_lengths).FIELD(S, cu_queries).FIELD(S, cu_keys)
+      .FIELD(S, width).FIELD(S, value_width).FIELD(S, key_lengths).FIELD(S, key_places).FIELD(S, cu_queries).FIELD(S, cu_keys)
       .FIELD(S, query_offset).FIELD(S, window_left).FIELD(S, window_right).FIELD(S, is_causal).FIELD(S, scale)
       .FIELD(S, mask).FIELD(S, alibi_slopes).FIELD(S, dropout).FIELD(S, first_pair).FIELD(S, pairs);
   using P = AttentionPack;

@@ -2,8 +2,9 @@
 // https://arxiv.org/abs/1805.02867; Dao et al. (2022), https://arxiv.org/abs/2205.14135.
 //
 // A query's result depends on its own scores alone, bit for bit: its keys are always taken in the same tiles, counted
-// from the sequence's first key, and tiles or lanes that it doesn't see add exact zeros. Only a sequence's own sizes
-// choose between packed keys and attention_decode.inl, whose sums run in another order.
+// from the first of the sequence's keys that take part (attention_rows.inl), and tiles or lanes that it doesn't see add
+// exact zeros. Only a sequence's own sizes choose between packed keys and attention_decode.inl, whose sums run in another
+// order.
 
 // Keys and values of one (sequence, kv head) as right operands: K as [panel of keys][width][kTileCols], V as [panel of
 // values][key][kTileCols], `pitch` keys a panel.
@@ -49,16 +50,26 @@ static inline PackedKeys<P> packed_of(const AttentionShape& g, void* keys, void*
           static_cast<P*>(values) + before * value_panels<P>(g) * kTileCols<P> * kTileCols<P>, pitch};
 }
 
-// Packs keys [key, key + n) of the sequence to the rows from `to` on; `key` and `to` are multiples of kTileCols.
+// Packs keys [key, key + n) of the sequence to the rows from `to` on, a multiple of kTileCols; `buffer` has room for
+// kTileCols rows.
 template <class T, class P = typename Packed<T>::type>
-static void pack_keys(const AttentionShape& g, const T* keys, const T* values, const Strides& k_strides,
-                      const Strides& v_strides, int64_t key, int64_t n, const PackedKeys<P>& packed, int64_t to) {
+static void pack_keys(const AttentionShape& g, const MatrixRows<T>& keys, const MatrixRows<T>& values,
+                      const Places& places, int64_t key, int64_t n, const PackedKeys<P>& packed, int64_t to, T* buffer) {
   for (int64_t i = 0; i < n; i += kTileCols<P>) {
-    pack_transposed(keys + (key + i) * k_strides.t, k_strides.t, min_of(kTileCols<P>, n - i), g.width,
+    const int64_t count = min_of(kTileCols<P>, n - i);
+    const auto k = rows_at(keys, places, key + i, count, g.width, buffer);
+    pack_transposed(k.first, k.stride, count, g.width,
                     packed.keys + (to + i) / kTileCols<P> * key_panel_size<P>(g));
+    const auto v = rows_at(values, places, key + i, count, g.value_width, buffer);
+    pack_rows(v.first, v.stride, count, g.value_width, packed.values + (to + i) * kTileCols<P>,
+              packed.pitch * kTileCols<P>);
   }
-  pack_rows(values + key * v_strides.t, v_strides.t, n, g.value_width, packed.values + to * kTileCols<P>,
-            packed.pitch * kTileCols<P>);
+}
+
+// Room to copy `count` keys or values to where they are side by side.
+template <class T>
+static inline T* take_buffer(const AttentionShape& g, ScratchPieces& pieces, int64_t count) {
+  return g.key_places == nullptr ? nullptr : pieces.take<T>(count * max_of(g.width, g.value_width));
 }
 
 // Items are (sequence, kv head, panel of keys).
@@ -69,19 +80,21 @@ struct AttentionPackKernel {
 
   static Plan plan(const AttentionPack& g) {
     const int64_t work = kTileCols<P> * (g.shape.width + g.shape.value_width);
-    return {pair_count(g.shape) * panels(g), max_of(1, 32768 / max_of(1, work)), 0, false};
+    ScratchPieces pieces{nullptr};
+    take_buffer<T>(g.shape, pieces, kTileCols<P>);
+    return {pair_count(g.shape) * panels(g), max_of(1, 32768 / max_of(1, work)), pieces.used, false};
   }
 
-  static void run(const AttentionPack& g, void*, int64_t begin, int64_t end) {
+  static void run(const AttentionPack& g, void* scratch, int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t key = item % panels(g) * kTileCols<P>, pair = item / panels(g) + g.shape.first_pair;
       const int64_t kv_head = pair % g.shape.kv_heads;
       const Sequence sequence = sequence_of(g.shape, pair / g.shape.kv_heads);
-      if (key >= sequence.keys) continue;
-      pack_keys<T>(g.shape, first_row<T>(g.k, g.k_strides, g.shape, sequence.batch, kv_head, sequence.first_key),
-                   first_row<T>(g.v, g.v_strides, g.shape, sequence.batch, kv_head, sequence.first_key), g.k_strides,
-                   g.v_strides, key, min_of(kTileCols<P>, sequence.keys - key),
-                   packed_of<P>(g.shape, g.k_packed, g.v_packed, pair), key);
+      if (key >= sequence.keys.count) continue;
+      pack_keys(g.shape, keys_of<T>(g.shape, g.k, g.k_strides, sequence, kv_head),
+                keys_of<T>(g.shape, g.v, g.v_strides, sequence, kv_head), sequence.keys, key,
+                min_of(kTileCols<P>, sequence.keys.count - key), packed_of<P>(g.shape, g.k_packed, g.v_packed, pair),
+                key, static_cast<T*>(scratch));
     }
   }
 };
@@ -150,8 +163,8 @@ struct QueryTile {
 
   // Scores to probabilities, not yet divided by their sum; n is a multiple of kKeyStep. Calls between(r) at each row.
   template <class F>
-  __attribute__((noinline)) void softmax(const AttentionShape& g, int64_t batch, const TileRows& rows, int64_t key,
-                                         int64_t n, const F& between) {
+  __attribute__((noinline)) void softmax(const AttentionShape& g, const Sequence& sequence, const TileRows& rows,
+                                         int64_t key, int64_t n, const F& between) {
     const V lowest = V::set1(-kInfinity<A>), exponent = V::set1(scale.exponent);
     for (int64_t r = 0; r < rows.count; ++r) {
       V top[2] = {lowest, lowest};
@@ -172,9 +185,7 @@ struct QueryTile {
       between(r);
       const A* row = scores + r * kKeyTile<P>;
       P* probabilities = reinterpret_cast<P*>(scores + r * kKeyTile<P>);
-      if (g.dropout.active)
-        dropout_keep(keep, n, g.dropout.seed, static_cast<uint32_t>(batch), static_cast<uint32_t>(rows.rows[r].head),
-                     rows.rows[r].query, key, g.dropout.threshold, static_cast<A>(g.dropout.scale));
+      if (g.dropout.active) keep_keys(g, sequence, rows.rows[r], key, n, keep);
       const V base = V::set1(shift[r]);
       V sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
       for (int64_t first = 0; first < n; first += 4 * V::kWidth) {
@@ -218,8 +229,13 @@ struct AttentionFwdKernel {
   struct Scratch {
     ScratchPieces pieces;
     QueryTile<P> tile;
+    T* buffer;             // (kKeyTile<P>) keys or values, or null
     PackedKeys<P> packed;  // of one tile of keys, or of a whole sequence where several tiles of queries read it
-    Scratch(const AttentionFwd& g, void* base) : pieces{static_cast<char*>(base)}, tile(g.shape, pieces), packed{} {
+    Scratch(const AttentionFwd& g, void* base)
+        : pieces{static_cast<char*>(base)},
+          tile(g.shape, pieces),
+          buffer(take_buffer<T>(g.shape, pieces, kKeyTile<P>)),
+          packed{} {
       if (g.k_packed != nullptr) return;
       const bool whole = query_tiles(g.shape, g.shape.queries) > 1;
       packed.pitch = max_of(kKeyTile<P>, whole ? round_up(g.shape.keys, kTileCols<P>) : 0);
@@ -252,44 +268,44 @@ struct AttentionFwdKernel {
         // The last tiles first: under a causal mask they take the longest.
         const int64_t index = most - 1 - item % most;
         if (index < tiles)
-          run_tile(g, sequence, kv_head, index, scratch.tile,
-                   packed_of<P>(shape, g.k_packed, g.v_packed, pair), false);
+          run_tile(g, sequence, kv_head, index, scratch, packed_of<P>(shape, g.k_packed, g.v_packed, pair), false);
         continue;
       }
-      if (tiles > 1) pack(g, sequence, kv_head, 0, sequence.keys, scratch.packed);
+      if (tiles > 1) pack(g, sequence, kv_head, 0, sequence.keys.count, scratch.packed, scratch.buffer);
       for (int64_t index = 0; index < tiles; ++index)
-        run_tile(g, sequence, kv_head, index, scratch.tile, scratch.packed, tiles == 1);
+        run_tile(g, sequence, kv_head, index, scratch, scratch.packed, tiles == 1);
     }
   }
 
   static void pack(const AttentionFwd& g, const Sequence& sequence, int64_t kv_head, int64_t key, int64_t n,
-                   const PackedKeys<P>& packed) {
-    pack_keys<T>(g.shape, first_row<T>(g.k, g.k_strides, g.shape, sequence.batch, kv_head, sequence.first_key),
-                 first_row<T>(g.v, g.v_strides, g.shape, sequence.batch, kv_head, sequence.first_key), g.k_strides,
-                 g.v_strides, key, n, packed, 0);
+                   const PackedKeys<P>& packed, T* buffer) {
+    pack_keys(g.shape, keys_of<T>(g.shape, g.k, g.k_strides, sequence, kv_head),
+              keys_of<T>(g.shape, g.v, g.v_strides, sequence, kv_head), sequence.keys, key, n, packed, 0, buffer);
   }
 
   static void run_tile(const AttentionFwd& g, const Sequence& sequence, int64_t kv_head, int64_t index,
-                       QueryTile<P>& tile, const PackedKeys<P>& packed, bool pack_each) {
+                       Scratch& scratch, const PackedKeys<P>& packed, bool pack_each) {
     const AttentionShape& shape = g.shape;
+    QueryTile<P>& tile = scratch.tile;
     TileRows rows;
     load_queries(g, sequence, kv_head, index, tile, rows);
     tile.start();
-    const bool direct = reads_keys_directly(shape, sequence.queries, sequence.keys);
+    const bool direct = reads_keys_directly(shape, sequence.queries, sequence.keys.count);
     bool first = true;
     int64_t ready = -1;  // the key whose tile's scores are there already
     for (int64_t key = rows.first / kKeyTile<P> * kKeyTile<P>; key < rows.last; key += kKeyTile<P>) {
-      TileMask<T> mask(shape, rows, sequence.batch, key, min_of(kKeyTile<P>, rows.last - key), tile.bias);
+      TileMask<T> mask(shape, rows, sequence, key, min_of(kKeyTile<P>, rows.last - key), tile.bias);
       const int64_t n = mask.n;
       if (n == 0) continue;
       const int64_t at = pack_each ? 0 : key;
       if (direct) {
-        const T* keys = first_row<T>(g.k, g.k_strides, shape, sequence.batch, kv_head, sequence.first_key + key);
+        const auto keys = rows_at(keys_of<T>(shape, g.k, g.k_strides, sequence, kv_head), sequence.keys, key, n,
+                                  shape.width, scratch.buffer);
         for (int64_t r = 0; r < rows.count; ++r)
-          score_directly(tile.q + r * tile.q_stride, keys, g.k_strides.t, n, shape.width,
+          score_directly(tile.q + r * tile.q_stride, keys.first, keys.stride, n, shape.width,
                          tile.scores + r * kKeyTile<P>);
       } else {
-        if (pack_each) pack(g, sequence, kv_head, key, n, packed);
+        if (pack_each) pack(g, sequence, kv_head, key, n, packed, scratch.buffer);
         if (key == ready) {
           A* scores = tile.ahead;
           tile.ahead = tile.scores;
@@ -302,15 +318,16 @@ struct AttentionFwdKernel {
       const int64_t next = key + kKeyTile<P>, coming = min_of(kKeyTile<P>, rows.last - next);
       const bool ahead = tile.ahead != nullptr && !direct && !pack_each && coming > 0;
       if (ahead) ready = next;
-      tile.softmax(shape, sequence.batch, rows, key, round_up(n, kKeyStep<P>), [&](int64_t r) {
+      tile.softmax(shape, sequence, rows, key, round_up(n, kKeyStep<P>), [&](int64_t r) {
         if (ahead)
           tile.score_ahead(shape, rows.count, packed.keys + next / kTileCols<P> * key_panel_size<P>(shape), coming, r);
       });
       if (direct) {
-        const T* values = first_row<T>(g.v, g.v_strides, shape, sequence.batch, kv_head, sequence.first_key + key);
+        const auto values = rows_at(keys_of<T>(shape, g.v, g.v_strides, sequence, kv_head), sequence.keys, key, n,
+                                    shape.value_width, scratch.buffer);
         for (int64_t r = 0; r < rows.count; ++r) {
           copy_as(reinterpret_cast<const P*>(tile.scores + r * kKeyTile<P>), tile.keep, n);
-          add_values_directly(tile.keep, values, g.v_strides.t, n, shape.value_width, first, tile.decay[r],
+          add_values_directly(tile.keep, values.first, values.stride, n, shape.value_width, first, tile.decay[r],
                               tile.out + r * tile.out_stride);
         }
       } else {
@@ -332,7 +349,7 @@ struct AttentionFwdKernel {
       pack_left(first_row<T>(g.q, g.q_strides, g.shape, sequence.batch, head, sequence.first_query + query0),
                 g.q_strides.t, queries, g.shape.width, tile.q + rows.count * tile.q_stride, tile.q_stride);
       for (int64_t query = query0; query < query0 + queries; ++query)
-        rows.add(tile_row(g.shape, head, query, sequence.keys));
+        rows.add(tile_row(g.shape, sequence.keys, head, query));
     }
     sign_queries(g.shape, tile.q, tile.q_stride, rows.count);
   }

@@ -3,19 +3,22 @@
 // With P = exp(S - largest) / sum, S = scale Q K^T + bias, and delta = rowsum(dO O):
 //   dV = P^T dO    dP = dO V^T    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q
 // and dropout multiplies P in dV, and dP, by its factors. Every sum runs over the queries or keys in order; dQ's is the
-// sum of those over chunks of keys, so that threads can share a sequence.
+// sum of those over chunks of keys, so that threads can share a sequence. Queries that no gradient reaches add zeros, and
+// take no part.
 
 // Keys of one tile.
 constexpr int64_t kKeys = 128;
 
 // Chunks of a sequence, and the keys of each but the last: of its own length alone.
+constexpr int64_t kMostChunks = 4, kLeastKeys = 2 * kKeys;
 static inline int64_t chunk_keys(int64_t keys) {
-  constexpr int64_t kMostChunks = 4, kLeastKeys = 2 * kKeys;
   return max_of(kLeastKeys, round_up(ceil_div(keys, kMostChunks), kKeys));
 }
 static inline int64_t key_chunks(int64_t keys) { return max_of(1, ceil_div(keys, chunk_keys(keys))); }
+// The most chunks of any sequence that has so many keys or fewer: a shorter one may have more chunks.
+static inline int64_t most_chunks(int64_t keys) { return max_of(1, min_of(kMostChunks, ceil_div(keys, kLeastKeys))); }
 
-// dQ in the accumulate type: (heads of the group * head_rows, stride).
+// dQ in the accumulate type, of the queries that take part: (heads of the group * head_rows, stride).
 template <class P>
 struct QueryGradient {
   int64_t head_rows, stride, size;
@@ -24,10 +27,22 @@ struct QueryGradient {
         stride(round_up(g.width, kTileCols<P>)),
         size(g.heads / max_of(1, g.kv_heads) * head_rows * stride) {}
 };
+// A pair's part of dq_partial: its chunks' shares of dQ, and the queries that they are of, their number first.
+template <class T>
+struct QueryShares {
+  accum_t<T>* shares;
+  int64_t* live;
+  QueryShares(const AttentionShape& g, ScratchPieces pieces)
+      : shares(pieces.take<accum_t<T>>(most_chunks(g.keys) * QueryGradient<typename Packed<T>::type>(g).size)),
+        live(pieces.take<int64_t>(1 + g.queries)),
+        bytes(pieces.used) {}
+  QueryShares(const AttentionShape& g, void* dq_partial, int64_t pair)
+      : QueryShares(g, ScratchPieces{static_cast<char*>(dq_partial) + pair * QueryShares(g, ScratchPieces{nullptr}).bytes}) {}
+  size_t bytes;
+};
 template <class T>
 static size_t attention_dq_bytes(const AttentionShape& g) {
-  const int64_t chunks = key_chunks(g.keys);
-  return chunks == 1 ? 0 : sizeof(accum_t<T>) * chunks * QueryGradient<typename Packed<T>::type>(g).size;
+  return most_chunks(g.keys) == 1 ? 0 : QueryShares<T>(g, ScratchPieces{nullptr}).bytes;
 }
 
 // A tile of keys on its way over the queries, and the tile of queries that it has come to.
@@ -104,21 +119,21 @@ struct KeyTile {
                 count, n);
   }
 
-  // Scores and dP become the (dropped) probabilities and dS, as the products read them.
-  __attribute__((noinline)) void differentiate(const AttentionShape& g, int64_t batch, const TileRows& rows,
-                                               const A* stats, const A* delta, int64_t key, int64_t n) {
+  // Scores and dP become the (dropped) probabilities and dS, as the products read them; stats and delta are those of all
+  // of the head's queries.
+  __attribute__((noinline)) void differentiate(const AttentionShape& g, const Sequence& sequence,
+                                               const TileRows& rows, const A* stats, const A* delta, int64_t key,
+                                               int64_t n) {
     const V exponent = V::set1(scale.exponent);
     for (int64_t r = 0; r < rows.count; r += kStep) {
       V largest[kStep], factor[kStep], row_delta[kStep];
       for (int j = 0; j < kStep; ++j) {
         const bool present = r + j < rows.count;  // else its probabilities are zero
-        largest[j] = V::set1(present ? stats[2 * (r + j)] : A(0));
-        factor[j] = V::set1(present ? stats[2 * (r + j) + 1] : A(0));
-        row_delta[j] = V::set1(present ? delta[r + j] : A(0));
-        if (present && g.dropout.active)
-          dropout_keep(keep + j * kKeys, n, g.dropout.seed, static_cast<uint32_t>(batch),
-                       static_cast<uint32_t>(rows.rows[r + j].head), rows.rows[r + j].query, key,
-                       g.dropout.threshold, static_cast<A>(g.dropout.scale));
+        const int64_t query = present ? rows.rows[r + j].query : 0;
+        largest[j] = V::set1(present ? stats[2 * query] : A(0));
+        factor[j] = V::set1(present ? stats[2 * query + 1] : A(0));
+        row_delta[j] = V::set1(present ? delta[query] : A(0));
+        if (present && g.dropout.active) keep_keys(g, sequence, rows.rows[r + j], key, n, keep + j * kKeys);
       }
       const int present = static_cast<int>(min_of(kStep, rows.count - r));
       for (int64_t i = 0; i < n; i += V::kWidth) {
@@ -213,14 +228,18 @@ struct AttentionBwdKernel {
     ScratchPieces pieces;
     KeyTile<P> tile;
     QueryGradient<P> gradient;
-    A* delta;      // (heads of the group, queries)
-    A *dq, *part;  // QueryGradient: over all chunks, and over one of those after the first
+    T* buffer;      // rows that are not side by side
+    int64_t* live;  // (queries): places of those that take part
+    A* delta;       // (heads of the group, queries)
+    A *dq, *part;   // QueryGradient: over all chunks, and over one of those after the first
     Scratch(const AttentionBwd& g, void* base)
         : pieces{static_cast<char*>(base)}, tile(g.shape, pieces), gradient(g.shape), dq(nullptr), part(nullptr) {
+      buffer = pieces.take<T>(max_of(kKeys, KeyTile<P>::kRows) * max_of(g.shape.width, g.shape.value_width));
+      live = pieces.take<int64_t>(g.shape.queries);
       delta = pieces.take<A>(g.shape.heads / g.shape.kv_heads * g.shape.queries);
       if (g.dq_partial != nullptr) return;
       dq = pieces.take<A>(gradient.size);
-      if (key_chunks(g.shape.keys) > 1) part = pieces.take<A>(gradient.size);
+      if (most_chunks(g.shape.keys) > 1) part = pieces.take<A>(gradient.size);
     }
   };
 
@@ -228,7 +247,7 @@ struct AttentionBwdKernel {
     const AttentionShape& shape = g.shape;
     if (shape.kv_heads == 0 || shape.heads == 0) return {0, 1, 0, false};
     const int64_t rows = shape.queries * (shape.heads / shape.kv_heads);
-    const int64_t chunks = g.dq_partial != nullptr ? key_chunks(shape.keys) : 1;
+    const int64_t chunks = g.dq_partial != nullptr ? most_chunks(shape.keys) : 1;
     const int64_t work = (rows + 1) * (shape.keys / chunks + 1) * (shape.width + shape.value_width + 1);
     return {pair_count(shape) * chunks, max_of(1, (int64_t{1} << 17) / work), Scratch(g, nullptr).pieces.used, true};
   }
@@ -238,53 +257,82 @@ struct AttentionBwdKernel {
     ProductUnit<P> unit;
     scratch.tile.unit = &unit;
     const AttentionShape& shape = g.shape;
-    const int64_t most = g.dq_partial != nullptr ? key_chunks(shape.keys) : 1;
+    const int64_t most = g.dq_partial != nullptr ? most_chunks(shape.keys) : 1;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t pair = item / most + shape.first_pair, kv_head = pair % shape.kv_heads;
       const Sequence sequence = sequence_of(shape, pair / shape.kv_heads);
-      const int64_t chunks = key_chunks(sequence.keys);
+      const int64_t chunks = key_chunks(sequence.keys.count), group = shape.heads / shape.kv_heads;
       if (item % most >= chunks) continue;
+      const Places live = find_live(g, sequence, kv_head, scratch.live);
       find_delta(g, sequence, kv_head, scratch);
       if (g.dq_partial != nullptr) {
-        run_chunk(g, sequence, kv_head, item % most, scratch,
-                  static_cast<A*>(g.dq_partial) + item * scratch.gradient.size);
+        const QueryShares<T> partial(shape, g.dq_partial, item / most);
+        run_chunk(g, sequence, live, kv_head, item % most, scratch,
+                  partial.shares + item % most * scratch.gradient.size);
+        if (item % most == 0) {
+          partial.live[0] = live.count;
+          for (int64_t i = 0; i < live.count; ++i) partial.live[1 + i] = live[i];
+        }
       } else {
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
           A* dq = chunk == 0 ? scratch.dq : scratch.part;
-          run_chunk(g, sequence, kv_head, chunk, scratch, dq);
+          run_chunk(g, sequence, live, kv_head, chunk, scratch, dq);
           if (chunk == 0) continue;
           for (int64_t i = 0; i < scratch.gradient.size; i += V::kWidth)
             (V::load(scratch.dq + i) + V::load(dq + i)).store(scratch.dq + i);
         }
-        const int64_t group = shape.heads / shape.kv_heads;
-        for (int64_t i = 0; i < group; ++i)
-          store(first_row<T>(g.dq, g.dq_strides, shape, sequence.batch, kv_head * group + i, sequence.first_query),
-                g.dq_strides.t, scratch.dq + i * scratch.gradient.head_rows * scratch.gradient.stride,
-                scratch.gradient.stride, sequence.queries, shape.width, static_cast<A>(shape.scale));
+        for (int64_t i = 0; i < group; ++i) {
+          T* dq = first_row<T>(g.dq, g.dq_strides, shape, sequence.batch, kv_head * group + i, sequence.first_query);
+          clear_others(dq, g.dq_strides.t, live, sequence.queries, shape.width);
+          store(dq, g.dq_strides.t, live, 0, live.count,
+                scratch.dq + i * scratch.gradient.head_rows * scratch.gradient.stride, scratch.gradient.stride,
+                shape.width, static_cast<A>(shape.scale));
+        }
       }
-      if (item % most == 0 && shape.cu_keys == nullptr) clear_padding(g, sequence, kv_head);
+      if (item % most == 0 && shape.cu_keys == nullptr) {
+        clear_others(first_row<T>(g.dk, g.dk_strides, shape, sequence.batch, kv_head, 0), g.dk_strides.t, sequence.keys,
+                     shape.keys, shape.width);
+        clear_others(first_row<T>(g.dv, g.dv_strides, shape, sequence.batch, kv_head, 0), g.dv_strides.t, sequence.keys,
+                     shape.keys, shape.value_width);
+      }
     }
   }
 
+  // The queries that a gradient reaches in any head of the group.
+  static Places find_live(const AttentionBwd& g, const Sequence& sequence, int64_t kv_head, int64_t* places) {
+    const int64_t group = g.shape.heads / g.shape.kv_heads;
+    int64_t count = 0;
+    for (int64_t query = 0; query < sequence.queries; ++query) {
+      bool live = false;
+      for (int64_t head = kv_head * group; head < (kv_head + 1) * group && !live; ++head) {
+        live = !is_zero(queries_of<T>(g.shape, g.dout, g.dout_strides, sequence, head)[query], g.shape.value_width);
+        if (g.dlse != nullptr)
+          live |= !is_zero(static_cast<const A*>(g.dlse) + lse_index(g.shape, sequence, head, query), 1);
+      }
+      if (live) places[count++] = query;
+    }
+    return {count, count == sequence.queries ? nullptr : places};
+  }
+
   // dK and dV of one chunk of keys, and its share of dQ.
-  static void run_chunk(const AttentionBwd& g, const Sequence& sequence, int64_t kv_head, int64_t chunk,
-                        Scratch& scratch, A* dq) {
+  static void run_chunk(const AttentionBwd& g, const Sequence& sequence, const Places& live, int64_t kv_head,
+                        int64_t chunk, Scratch& scratch, A* dq) {
     const AttentionShape& shape = g.shape;
     KeyTile<P>& tile = scratch.tile;
-    const int64_t group = shape.heads / shape.kv_heads, first = chunk * chunk_keys(sequence.keys);
-    const int64_t last = min_of(sequence.keys, first + chunk_keys(sequence.keys));
+    const int64_t group = shape.heads / shape.kv_heads, keys = sequence.keys.count, first = chunk * chunk_keys(keys);
+    const int64_t last = min_of(keys, first + chunk_keys(keys));
     memset(dq, 0, sizeof(A) * scratch.gradient.size);
     for (int64_t key = first; key < last; key += kKeys) {
       const int64_t n = min_of(kKeys, last - key);
-      load_keys(g, sequence, kv_head, key, n, tile);
+      load_keys(g, sequence, kv_head, key, n, scratch);
       for (int64_t i = 0; i < group; ++i)
-        for (int64_t query = 0; query < sequence.queries; query += KeyTile<P>::kRows)
-          run_tile(g, sequence, kv_head * group + i, query, key, tile, scratch.delta + i * shape.queries + query,
-                   dq + (i * scratch.gradient.head_rows + query) * scratch.gradient.stride, scratch.gradient.stride);
-      store(first_row<T>(g.dk, g.dk_strides, shape, sequence.batch, kv_head, sequence.first_key + key), g.dk_strides.t,
-            tile.dk, tile.dk_stride, n, shape.width, static_cast<A>(shape.scale));
-      store(first_row<T>(g.dv, g.dv_strides, shape, sequence.batch, kv_head, sequence.first_key + key), g.dv_strides.t,
-            tile.dv, tile.dv_stride, n, shape.value_width, A(1));
+        for (int64_t query = 0; query < live.count; query += KeyTile<P>::kRows)
+          run_tile(g, sequence, live, kv_head * group + i, query, key, scratch, scratch.delta + i * shape.queries,
+                   dq + (i * scratch.gradient.head_rows + query) * scratch.gradient.stride);
+      store(first_row<T>(g.dk, g.dk_strides, shape, sequence.batch, kv_head, sequence.first_key), g.dk_strides.t,
+            sequence.keys, key, n, tile.dk, tile.dk_stride, shape.width, static_cast<A>(shape.scale));
+      store(first_row<T>(g.dv, g.dv_strides, shape, sequence.batch, kv_head, sequence.first_key), g.dv_strides.t,
+            sequence.keys, key, n, tile.dv, tile.dv_stride, shape.value_width, A(1));
     }
   }
 
@@ -330,45 +378,52 @@ struct AttentionBwdKernel {
   }
 
   static void load_keys(const AttentionBwd& g, const Sequence& sequence, int64_t kv_head, int64_t key, int64_t n,
-                        KeyTile<P>& tile) {
+                        Scratch& scratch) {
     const AttentionShape& shape = g.shape;
-    const T* k = first_row<T>(g.k, g.k_strides, shape, sequence.batch, kv_head, sequence.first_key + key);
-    const T* v = first_row<T>(g.v, g.v_strides, shape, sequence.batch, kv_head, sequence.first_key + key);
-    constexpr int64_t kLeftStep = Packed<P>::kLeftStep, kCols = kTileCols<P>;
-    for (int64_t i = 0; i < n; i += kCols) {
-      const int64_t columns = min_of(kCols, n - i);
-      pack_transposed(k + i * g.k_strides.t, g.k_strides.t, columns, shape.width,
-                      tile.keys + i * round_up(shape.width, kLeftStep));
-      pack_transposed(v + i * g.v_strides.t, g.v_strides.t, columns, shape.value_width,
-                      tile.values + i * round_up(shape.value_width, kLeftStep));
-    }
-    pack_rows(k, g.k_strides.t, n, shape.width, tile.k.right, tile.k.pitch * kCols);
+    KeyTile<P>& tile = scratch.tile;
+    const auto pack = [&](const MatrixRows<T>& rows, int64_t width, P* panels) {
+      for (int64_t i = 0; i < n; i += kTileCols<P>)
+        pack_transposed(rows[i], rows.stride, min_of(kTileCols<P>, n - i), width,
+                        panels + i * round_up(width, Packed<P>::kLeftStep));
+    };
+    pack(rows_at(keys_of<T>(shape, g.v, g.v_strides, sequence, kv_head), sequence.keys, key, n, shape.value_width,
+                 scratch.buffer),
+         shape.value_width, tile.values);
+    const auto k = rows_at(keys_of<T>(shape, g.k, g.k_strides, sequence, kv_head), sequence.keys, key, n, shape.width,
+                           scratch.buffer);
+    pack(k, shape.width, tile.keys);
+    pack_rows(k.first, k.stride, n, shape.width, tile.k.right, tile.k.pitch * kTileCols<P>);
     memset(tile.dk, 0, sizeof(A) * kKeys * tile.dk_stride);
     memset(tile.dv, 0, sizeof(A) * kKeys * tile.dv_stride);
   }
 
-  // Queries from `query` on against the tile of keys from `key` on.
-  static void run_tile(const AttentionBwd& g, const Sequence& sequence, int64_t head, int64_t query, int64_t key,
-                       KeyTile<P>& tile, const A* delta, A* dq, int64_t dq_stride) {
+  // Live queries from `query` on against the tile of keys from `key` on.
+  static void run_tile(const AttentionBwd& g, const Sequence& sequence, const Places& live, int64_t head, int64_t query,
+                       int64_t key, Scratch& scratch, const A* delta, A* dq) {
     const AttentionShape& shape = g.shape;
+    KeyTile<P>& tile = scratch.tile;
     TileRows rows;
-    for (int64_t i = query; i < min_of(sequence.queries, query + KeyTile<P>::kRows); ++i)
-      rows.add(tile_row(shape, head, i, sequence.keys));
+    for (int64_t i = query; i < min_of(live.count, query + KeyTile<P>::kRows); ++i)
+      rows.add(tile_row(shape, sequence.keys, head, live[i]));
     if (rows.last <= key || rows.first >= key + kKeys) return;
-    TileMask<T> mask(shape, rows, sequence.batch, key, min_of(kKeys, rows.last - key), tile.bias);
+    TileMask<T> mask(shape, rows, sequence, key, min_of(kKeys, rows.last - key), tile.bias);
     const int64_t n = mask.n;
     if (n == 0) return;
-    tile.q.pack(first_row<T>(g.q, g.q_strides, shape, sequence.batch, head, sequence.first_query + query),
-                g.q_strides.t, rows.count);
-    tile.dout.pack(first_row<T>(g.dout, g.dout_strides, shape, sequence.batch, head, sequence.first_query + query),
-                   g.dout_strides.t, rows.count);
+    const auto pack = [&](const void* data, const Strides& strides, int64_t width, typename KeyTile<P>::Rows& packed) {
+      const auto from = rows_at(queries_of<T>(shape, data, strides, sequence, head), live, query, rows.count, width,
+                                scratch.buffer);
+      packed.pack(from.first, from.stride, rows.count);
+    };
+    pack(g.q, g.q_strides, shape.width, tile.q);
+    pack(g.dout, g.dout_strides, shape.value_width, tile.dout);
     sign_queries(shape, tile.q.left, tile.q.left_stride, rows.count);
-    if (reads_keys_directly(shape, sequence.queries, sequence.keys)) {
+    if (reads_keys_directly(shape, sequence.queries, sequence.keys.count)) {
       // As in the forward, to the bit: its numbers fit no other scores.
       const int64_t kv_head = head / (shape.heads / shape.kv_heads);
-      const T* keys = first_row<T>(g.k, g.k_strides, shape, sequence.batch, kv_head, sequence.first_key + key);
+      const auto keys = rows_at(keys_of<T>(shape, g.k, g.k_strides, sequence, kv_head), sequence.keys, key, n,
+                                shape.width, scratch.buffer);
       for (int64_t i = 0; i < rows.count; ++i)
-        score_directly(tile.q.left + i * tile.q.left_stride, keys, g.k_strides.t, n, shape.width,
+        score_directly(tile.q.left + i * tile.q.left_stride, keys.first, keys.stride, n, shape.width,
                        tile.p + i * kKeys);
     } else {
       tile.multiply_keys(tile.q, tile.keys, rows.count, n, tile.p);
@@ -378,28 +433,19 @@ struct AttentionBwdKernel {
     const int64_t padded = round_up(n, kKeyStep<P>);
     for (int64_t i = round_up(n, V::kWidth); i < padded; i += V::kWidth)
       for (int64_t r = 0; r < rows.count; ++r) V::zero().store(tile.ds + r * kKeys + i);
-    tile.differentiate(shape, sequence.batch, rows,
-                       static_cast<const A*>(g.stats) + 2 * lse_index(shape, sequence, head, query), delta, key,
-                       padded);
-    tile.multiply_outputs(shape, rows.count, n, dq, dq_stride);
+    tile.differentiate(shape, sequence, rows,
+                       static_cast<const A*>(g.stats) + 2 * lse_index(shape, sequence, head, 0), delta, key, padded);
+    tile.multiply_outputs(shape, rows.count, n, dq, scratch.gradient.stride);
   }
 
-  static void store(T* to, int64_t stride, const A* from, int64_t from_stride, int64_t rows, int64_t width,
-                    A scale) {
-    for (int64_t row = 0; row < rows; ++row) {
+  // Rows [first, first + n) of those at `places`.
+  static void store(T* to, int64_t stride, const Places& places, int64_t first, int64_t n, const A* from,
+                    int64_t from_stride, int64_t width, A scale) {
+    for (int64_t row = 0; row < n; ++row) {
+      T* line = to + places[first + row] * stride;
       for_vectors<V>(width, [&](int64_t i, int lanes) {
-        store_lanes(to + row * stride + i, V::load(from + row * from_stride + i) * V::set1(scale), lanes);
+        store_lanes(line + i, V::load(from + row * from_stride + i) * V::set1(scale), lanes);
       });
-    }
-  }
-
-  // Keys beyond the sequence's length take no part.
-  static void clear_padding(const AttentionBwd& g, const Sequence& sequence, int64_t kv_head) {
-    T* dk = first_row<T>(g.dk, g.dk_strides, g.shape, sequence.batch, kv_head, 0);
-    T* dv = first_row<T>(g.dv, g.dv_strides, g.shape, sequence.batch, kv_head, 0);
-    for (int64_t key = sequence.keys; key < g.shape.keys; ++key) {
-      memset(dk + key * g.dk_strides.t, 0, sizeof(T) * g.shape.width);
-      memset(dv + key * g.dv_strides.t, 0, sizeof(T) * g.shape.value_width);
     }
   }
 };
@@ -425,18 +471,19 @@ struct AttentionDqKernel {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t pair = item / blocks / group, head = item / blocks % group;
       const Sequence sequence = sequence_of(shape, (pair + shape.first_pair) / shape.kv_heads);
-      const int64_t chunks = key_chunks(sequence.keys);
-      const A* shares = static_cast<const A*>(g.dq_partial) + pair * key_chunks(shape.keys) * gradient.size +
-                        head * gradient.head_rows * gradient.stride;
+      const int64_t chunks = key_chunks(sequence.keys.count);
+      const QueryShares<T> partial(shape, g.dq_partial, pair);
+      const Places live = {partial.live[0], partial.live + 1};
+      T* dq = first_row<T>(g.dq, g.dq_strides, shape, sequence.batch,
+                           (pair + shape.first_pair) % shape.kv_heads * group + head, sequence.first_query);
       const int64_t first = item % blocks * kBlock;
-      for (int64_t query = first; query < min_of(sequence.queries, first + kBlock); ++query) {
-        T* dq = first_row<T>(g.dq, g.dq_strides, shape, sequence.batch,
-                             (pair + shape.first_pair) % shape.kv_heads * group + head, sequence.first_query + query);
+      if (first == 0) clear_others(dq, g.dq_strides.t, live, sequence.queries, shape.width);
+      for (int64_t query = first; query < min_of(live.count, first + kBlock); ++query) {
+        const A* shares = partial.shares + (head * gradient.head_rows + query) * gradient.stride;
         for_vectors<V>(shape.width, [&](int64_t i, int lanes) {
-          const A* from = shares + query * gradient.stride + i;
-          V sum = V::load(from);
-          for (int64_t chunk = 1; chunk < chunks; ++chunk) sum = sum + V::load(from + chunk * gradient.size);
-          store_lanes(dq + i, sum * scale, lanes);
+          V sum = V::load(shares + i);
+          for (int64_t chunk = 1; chunk < chunks; ++chunk) sum = sum + V::load(shares + i + chunk * gradient.size);
+          store_lanes(dq + live[query] * g.dq_strides.t + i, sum * scale, lanes);
         });
       }
     }

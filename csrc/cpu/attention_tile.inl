@@ -1,9 +1,8 @@
-// What attention's forward and backward share: sequences, the tile product, and what decides which key a query sees.
+// What attention's forward and backward share: a tile's size, its exponentials, and the mask that lies on it.
 
 // Rows and keys of one tile of scores. Both are whole tiles of the product's unit; a row's keys are padded to kKeyStep.
 template <class P>
 constexpr int64_t kQueryTile = kUsesAmx<P> ? 32 : 48;
-constexpr int64_t kMaxQueryTile = 64;
 template <class P>
 constexpr int64_t kKeyTile = kUsesAmx<P> ? 256 : 128;
 template <class P>
@@ -53,64 +52,6 @@ FASTTX_INLINE Vec<A> exp2(Vec<A> x) {
 // The (sequence, kv head) pairs of one launch.
 static inline int64_t pair_count(const AttentionShape& g) { return g.pairs != 0 ? g.pairs : g.batch * g.kv_heads; }
 
-// One sequence of the batch: its length, where its rows lie on the token axis, and where its lse is.
-struct Sequence {
-  int64_t batch, queries, keys, first_query, first_key;
-};
-static inline Sequence sequence_of(const AttentionShape& g, int64_t b) {
-  if (g.cu_queries != nullptr) {
-    return {b, g.cu_queries[b + 1] - g.cu_queries[b], g.cu_keys[b + 1] - g.cu_keys[b], g.cu_queries[b], g.cu_keys[b]};
-  }
-  return {b, g.queries, g.key_lengths == nullptr ? g.keys : g.key_lengths[b], 0, 0};
-}
-template <class T>
-static inline const T* first_row(const void* data, const Strides& strides, const AttentionShape& g, int64_t batch,
-                                 int64_t head, int64_t row) {
-  return static_cast<const T*>(data) + (g.cu_queries == nullptr ? batch * strides.b : 0) + head * strides.h +
-         row * strides.t;
-}
-template <class T>
-static inline T* first_row(void* data, const Strides& strides, const AttentionShape& g, int64_t batch, int64_t head,
-                           int64_t row) {
-  return const_cast<T*>(first_row<T>(static_cast<const void*>(data), strides, g, batch, head, row));
-}
-// Index of a row's lse: (batch, heads, queries), or packed (heads, total queries).
-static inline int64_t lse_index(const AttentionShape& g, const Sequence& sequence, int64_t head, int64_t query) {
-  if (g.cu_queries != nullptr) return head * g.cu_queries[g.batch] + sequence.first_query + query;
-  return (sequence.batch * g.heads + head) * g.queries + query;
-}
-
-// A query, and the keys [first, last) that its position and the sequence's length allow; last < first where none.
-struct TileRow {
-  int64_t head, query, first, last;
-};
-static inline TileRow tile_row(const AttentionShape& g, int64_t head, int64_t query, int64_t keys) {
-  const int64_t position = query + g.query_offset;
-  TileRow row = {head, query, 0, keys};
-  if (g.window_left >= 0) row.first = max_of(0, position - g.window_left);
-  if (g.is_causal) row.last = min_of(row.last, position + 1);
-  if (g.window_right >= 0) row.last = min_of(row.last, position + g.window_right + 1);
-  if (row.last <= row.first) row = {head, query, keys, 0};
-  return row;
-}
-
-// The rows of one tile, and the keys that any of them sees.
-struct TileRows {
-  TileRow rows[kMaxQueryTile];
-  int64_t count = 0, first = INT64_MAX, last = 0;
-  void add(const TileRow& row) {
-    rows[count++] = row;
-    first = min_of(first, row.first);
-    last = max_of(last, row.last);
-  }
-  // Whether every row sees all of [key, key + n).
-  bool all_see(int64_t key, int64_t n) const {
-    for (int64_t i = 0; i < count; ++i)
-      if (rows[i].first > key || rows[i].last < key + n) return false;
-    return true;
-  }
-};
-
 // How scores become exponents of 2. They are kept as the product leaves them, of queries with the scale's sign; only
 // where something is added to scores are they scaled first: then for every tile, so that all rows round alike.
 template <class A>
@@ -137,7 +78,8 @@ static void sign_queries(const AttentionShape& g, P* q, int64_t stride, int64_t 
     for (int64_t i = 0; i < g.width; ++i) bytes[(row * stride + i + 1) * sizeof(P) - 1] ^= 0x80;
 }
 
-// Widens n values of a mask, `stride` apart; a boolean becomes 0 where it allows and -inf where it does not.
+// Widens a mask's values for n > 0 keys from `key` on, `stride` apart; a boolean becomes 0 where it allows and -inf where it
+// does not.
 template <class S, class A>
 static inline A mask_value(S value, A*) {
   if constexpr (sizeof(S) == 1) {
@@ -147,9 +89,14 @@ static inline A mask_value(S value, A*) {
   }
 }
 template <class S, class A>
-static void widen_mask(const S* from, int64_t stride, int64_t n, A* out) {
+static void widen_mask(const S* from, int64_t stride, const Places& keys, int64_t key, int64_t n, A* out) {
+  if (!keys.adjoin(key, n)) {
+    for (int64_t i = 0; i < n; ++i) out[i] = mask_value(from[keys[key + i] * stride], out);
+    return;
+  }
+  from += keys[key] * stride;
   if (stride == 0) {
-    const A value = n > 0 ? mask_value(*from, out) : A(0);
+    const A value = mask_value(*from, out);
     for (int64_t i = 0; i < n; ++i) out[i] = value;
   } else if (stride != 1) {
     for (int64_t i = 0; i < n; ++i) out[i] = mask_value(from[i * stride], out);
@@ -169,15 +116,17 @@ struct TileMask {
   const AttentionShape& g;
   const TileRows& rows;
   const ScoreScale<A> scale;
-  int64_t batch, key;
+  const Sequence& sequence;
+  int64_t key;
   int64_t n;      // keys up to the last that a shared row of the mask allows
   A* bias;        // of one row
   bool has_bias;  // there is something to add
   bool shared;    // one row of bias serves every row
   bool full;      // every row sees all n keys, as far as positions go
 
-  TileMask(const AttentionShape& shape, const TileRows& tile, int64_t b, int64_t first_key, int64_t keys, A* buffer)
-      : g(shape), rows(tile), scale(shape), batch(b), key(first_key), n(keys), bias(buffer) {
+  TileMask(const AttentionShape& shape, const TileRows& tile, const Sequence& of, int64_t first_key, int64_t keys,
+           A* buffer)
+      : g(shape), rows(tile), scale(shape), sequence(of), key(first_key), n(keys), bias(buffer) {
     const bool one_head = rows.rows[0].head == rows.rows[rows.count - 1].head;
     has_bias = g.mask.kind != MaskKind::none;
     shared = has_bias && g.mask.stride_q == 0 && (g.mask.stride_h == 0 || one_head);
@@ -193,14 +142,14 @@ struct TileMask {
 
   void fill(const TileRow& row) {
     const Mask& mask = g.mask;
-    const int64_t at =
-        batch * mask.stride_b + row.head * mask.stride_h + row.query * mask.stride_q + key * mask.stride_k;
+    const int64_t at = sequence.batch * mask.stride_b + row.head * mask.stride_h + row.query * mask.stride_q;
+    const auto widen = [&](auto* values) { widen_mask(values + at, mask.stride_k, sequence.keys, key, n, bias); };
     if (mask.kind == MaskKind::boolean) {
-      widen_mask(static_cast<const uint8_t*>(mask.data) + at, mask.stride_k, n, bias);
+      widen(static_cast<const uint8_t*>(mask.data));
     } else if (mask.wide) {
-      widen_mask(static_cast<const A*>(mask.data) + at, mask.stride_k, n, bias);
+      widen(static_cast<const A*>(mask.data));
     } else {
-      widen_mask(static_cast<const T*>(mask.data) + at, mask.stride_k, n, bias);
+      widen(static_cast<const T*>(mask.data));
     }
   }
 
@@ -221,7 +170,7 @@ struct TileMask {
     const V first = V::set1(static_cast<A>(max_of(0, min_of(n, row.first - key))));
     const V last = V::set1(static_cast<A>(max_of(0, min_of(n, row.last - key))));
     const V slope = V::set1(g.alibi_slopes == nullptr ? A(0) : static_cast<const A*>(g.alibi_slopes)[row.head]);
-    const V distance = V::set1(static_cast<A>(key - row.query - g.query_offset));
+    const V distance = V::set1(static_cast<A>(sequence.keys[key] - row.query - g.query_offset));
     // What nothing is added to stays as it is where the row sees it.
     const bool begins = has_bias || scale.added || row.first > key;
     const int64_t start = begins ? 0 : max_of(0, min_of(n, row.last - key)) / V::kWidth * V::kWidth;
@@ -235,8 +184,17 @@ struct TileMask {
         seen = mask_and(seen, mask_not(eq(added, lowest)));
         score = scale.added ? max(least, score + added) : score;
       }
-      if (g.alibi_slopes != nullptr) score = fnma(slope, abs(distance + index), score);
+      if (g.alibi_slopes != nullptr) score = fnma(slope, abs(distance + places(i)), score);
       select(seen, score, lowest).store(scores + i);
     }
+  }
+
+  // How far the keys from the i-th on stand from the first.
+  V places(int64_t i) const {
+    if (sequence.keys.adjoin(key, n)) return V::iota() + V::set1(static_cast<A>(i));
+    A lanes[V::kWidth] = {};
+    for (int64_t j = i; j < min_of(n, i + V::kWidth); ++j)
+      lanes[j - i] = static_cast<A>(sequence.keys[key + j] - sequence.keys[key]);
+    return V::load(lanes);
   }
 };

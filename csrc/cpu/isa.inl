@@ -12,6 +12,7 @@
 #include "activation.inl"
 #include "softmax.inl"
 #include "attention_product.inl"
+#include "attention_rows.inl"
 #include "attention_tile.inl"
 #include "attention_decode.inl"
 #include "attention.inl"

@@ -141,6 +141,8 @@ struct Strides {
 struct AttentionShape {
   int64_t batch, heads, kv_heads, queries, keys, width, value_width;
   const int64_t* key_lengths;  // (batch) or null
+  const int64_t* key_places;   // (batch, keys) or null: where the key_lengths[b] keys of sequence b stand, ascending; no
+                               // query sees any other
   const int64_t* cu_queries;   // (batch + 1) or null: packed
   const int64_t* cu_keys;      // (batch + 1) or null
   int64_t query_offset;

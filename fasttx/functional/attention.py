@@ -34,7 +34,7 @@ def attention(
     i + query_offset, key j at position j. All of these hold together:
 
     attn_mask     broadcastable to (B, H, Tq, Tk): bool (True = may attend), or floating, of query's dtype or float32
-                  (added)
+                  (added). Keys that a bool mask keeps from every query of a sequence are padding too
     key_lengths   (B,) integers in [0, Tk]: sequence b has that many keys; the rest is padding, never read into a result
     is_causal     keys at or before the query's position
     window        (left, right): keys at most that far before and after it; a negative side is unlimited
