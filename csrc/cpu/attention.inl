@@ -250,7 +250,9 @@ struct AttentionFwdKernel {
     const int64_t tiles = query_tiles(shape, shape.queries), pairs = pair_count(shape);
     const int64_t rows = g.k_packed != nullptr ? kQueryTile<P> : shape.queries * (shape.heads / shape.kv_heads);
     const int64_t work = (rows + 1) * (shape.keys + 1) * (shape.width + shape.value_width + 1);
-    return {g.k_packed != nullptr ? pairs * tiles : pairs, max_of(1, (int64_t{1} << 18) / work),
+    // Where there are many, several together: each has the next one's rows fetched while it is in work.
+    const int64_t together = g.k_packed != nullptr ? 1 : min_of(4, pairs / 32);
+    return {g.k_packed != nullptr ? pairs * tiles : pairs, max_of(max_of(1, together), (int64_t{1} << 18) / work),
             Scratch(g, nullptr).pieces.used, true};
   }
 
@@ -271,10 +273,29 @@ struct AttentionFwdKernel {
           run_tile(g, sequence, kv_head, index, scratch, packed_of<P>(shape, g.k_packed, g.v_packed, pair), false);
         continue;
       }
+      if (item + 1 < end) fetch(g, pair + 1);
       if (tiles > 1) pack(g, sequence, kv_head, 0, sequence.keys.count, scratch.packed, scratch.buffer);
       for (int64_t index = 0; index < tiles; ++index)
         run_tile(g, sequence, kv_head, index, scratch, scratch.packed, tiles == 1);
     }
+  }
+
+  // Starts to bring a pair's rows to the second-level cache, as far as half of it.
+  static void fetch(const AttentionFwd& g, int64_t pair) {
+    const AttentionShape& shape = g.shape;
+    const int64_t kv_head = pair % shape.kv_heads, group = shape.heads / shape.kv_heads;
+    const Sequence sequence = sequence_of(shape, pair / shape.kv_heads);
+    constexpr int64_t kLine = 64, kMostBytes = int64_t{1} << 18;
+    const auto fetch_rows = [](const MatrixRows<T>& rows, int64_t count, int64_t width) {
+      const int64_t bytes = width * sizeof(T);
+      for (int64_t row = 0; row < min_of(count, kMostBytes / max_of(1, bytes)); ++row)
+        for (int64_t i = 0; i < bytes; i += kLine)
+          __builtin_prefetch(reinterpret_cast<const char*>(rows[row]) + i, 0, 2);
+    };
+    const int64_t keys = sequence.keys.count == 0 ? 0 : sequence.keys[sequence.keys.count - 1] + 1;
+    fetch_rows(keys_of<T>(shape, g.k, g.k_strides, sequence, kv_head), keys, shape.width);
+    fetch_rows(keys_of<T>(shape, g.v, g.v_strides, sequence, kv_head), keys, shape.value_width);
+    fetch_rows(queries_of<T>(shape, g.q, g.q_strides, sequence, kv_head * group), sequence.queries, shape.width);
   }
 
   static void pack(const AttentionFwd& g, const Sequence& sequence, int64_t kv_head, int64_t key, int64_t n,
