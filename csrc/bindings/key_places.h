@@ -5,8 +5,9 @@
 
 namespace fasttx::bindings {
 
-// Where a boolean mask keeps keys from every query of a sequence, as padding is, the shape is given what is left: lengths,
-// places where those keys are not a sequence's first, and no mask where it says nothing else. Both lie in `memory`.
+// Where a boolean mask keeps keys from every query of a sequence, as padding is, the shape is given what is left:
+// lengths, places where those keys are not a sequence's first, and no mask where it says nothing else. Lengths and
+// places lie in `memory`.
 void leave_out_unseen_keys(AttentionShape& shape, std::optional<Workspace>& memory);
 
 }  // namespace fasttx::bindings

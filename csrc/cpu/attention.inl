@@ -2,9 +2,9 @@
 // https://arxiv.org/abs/1805.02867; Dao et al. (2022), https://arxiv.org/abs/2205.14135.
 //
 // A query's result depends on its own scores alone, bit for bit: its keys are always taken in the same tiles, counted
-// from the first of the sequence's keys that take part (attention_rows.inl), and tiles or lanes that it doesn't see add
-// exact zeros. Only a sequence's own sizes choose between packed keys and attention_decode.inl, whose sums run in another
-// order.
+// from the first of the sequence's keys that take part (attention_rows.inl), and tiles or lanes that it doesn't see
+// add exact zeros. Only a sequence's own sizes choose between packed keys and attention_decode.inl, whose sums run in
+// another order.
 
 // Keys and values of one (sequence, kv head) as right operands: K as [panel of keys][width][kTileCols], V as [panel of
 // values][key][kTileCols], `pitch` keys a panel.
@@ -54,7 +54,8 @@ static inline PackedKeys<P> packed_of(const AttentionShape& g, void* keys, void*
 // kTileCols rows.
 template <class T, class P = typename Packed<T>::type>
 static void pack_keys(const AttentionShape& g, const MatrixRows<T>& keys, const MatrixRows<T>& values,
-                      const Places& places, int64_t key, int64_t n, const PackedKeys<P>& packed, int64_t to, T* buffer) {
+                      const Places& places, int64_t key, int64_t n, const PackedKeys<P>& packed, int64_t to,
+                      T* buffer) {
   for (int64_t i = 0; i < n; i += kTileCols<P>) {
     const int64_t count = min_of(kTileCols<P>, n - i);
     const auto k = rows_at(keys, places, key + i, count, g.width, buffer);

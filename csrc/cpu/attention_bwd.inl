@@ -3,8 +3,8 @@
 // With P = exp(S - largest) / sum, S = scale Q K^T + bias, and delta = rowsum(dO O):
 //   dV = P^T dO    dP = dO V^T    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q
 // and dropout multiplies P in dV, and dP, by its factors. Every sum runs over the queries or keys in order; dQ's is the
-// sum of those over chunks of keys, so that threads can share a sequence. Queries that no gradient reaches add zeros, and
-// take no part.
+// sum of those over chunks of keys, so that threads can share a sequence. Queries that no gradient reaches add zeros,
+// and take no part.
 
 // Keys of one tile.
 constexpr int64_t kKeys = 128;
@@ -37,7 +37,8 @@ struct QueryShares {
         live(pieces.take<int64_t>(1 + g.queries)),
         bytes(pieces.used) {}
   QueryShares(const AttentionShape& g, void* dq_partial, int64_t pair)
-      : QueryShares(g, ScratchPieces{static_cast<char*>(dq_partial) + pair * QueryShares(g, ScratchPieces{nullptr}).bytes}) {}
+      : QueryShares(g, ScratchPieces{static_cast<char*>(dq_partial) +
+                                     pair * QueryShares(g, ScratchPieces{nullptr}).bytes}) {}
   size_t bytes;
 };
 template <class T>
@@ -119,8 +120,8 @@ struct KeyTile {
                 count, n);
   }
 
-  // Scores and dP become the (dropped) probabilities and dS, as the products read them; stats and delta are those of all
-  // of the head's queries.
+  // Scores and dP become the (dropped) probabilities and dS, as the products read them; stats and delta are those of
+  // all of the head's queries.
   __attribute__((noinline)) void differentiate(const AttentionShape& g, const Sequence& sequence,
                                                const TileRows& rows, const A* stats, const A* delta, int64_t key,
                                                int64_t n) {

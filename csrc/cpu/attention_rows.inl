@@ -35,7 +35,8 @@ struct MatrixRows {
   const T* operator[](int64_t row) const { return first + row * stride; }
 };
 
-// Rows [first, first + n), n > 0, of those at `places`: where they lie if they are side by side, else copied to `buffer`.
+// Rows [first, first + n), n > 0, of those at `places`: where they lie if they are side by side, else copied to
+// `buffer`.
 template <class T>
 static MatrixRows<T> rows_at(const MatrixRows<T>& matrix, const Places& places, int64_t first, int64_t n, int64_t width,
                              T* buffer) {

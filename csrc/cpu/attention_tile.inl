@@ -78,8 +78,8 @@ static void sign_queries(const AttentionShape& g, P* q, int64_t stride, int64_t 
     for (int64_t i = 0; i < g.width; ++i) bytes[(row * stride + i + 1) * sizeof(P) - 1] ^= 0x80;
 }
 
-// Widens a mask's values for n > 0 keys from `key` on, `stride` apart; a boolean becomes 0 where it allows and -inf where it
-// does not.
+// Widens a mask's values for n > 0 keys from `key` on, `stride` apart; a boolean becomes 0 where it allows and -inf
+// where it does not.
 template <class S, class A>
 static inline A mask_value(S value, A*) {
   if constexpr (sizeof(S) == 1) {
