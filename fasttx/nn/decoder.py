@@ -20,7 +20,7 @@ from ._blocks import (
     self_attention_half,
 )
 from ._padding import packings_of
-from ._plain import adopt, is_plain, step_aside
+from ._plain import adopt, is_plain, step_aside, why_patched
 from .transformer import causal_by
 
 
@@ -49,8 +49,9 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        if tgt.is_nested or memory.is_nested:
-            step_aside("transformer_decoder_layer", "a tensor is nested")
+        refusal = "a tensor is nested" if tgt.is_nested or memory.is_nested else why_patched(self)
+        if refusal is not None:
+            step_aside("transformer_decoder_layer", refusal)
             return super().forward(
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
                 tgt_is_causal, memory_is_causal,

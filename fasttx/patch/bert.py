@@ -228,6 +228,10 @@ class FastBertEncoder(BertEncoder):
         return None if bool(valid.all()) else Packing.of(valid)
 
 
+SWAPS = {BertLayer: FastBertLayer, BertEncoder: FastBertEncoder}
+PACKING = {FastBertEncoder}
+
+
 def _call_refusal(
     encoder_hidden_states: Tensor | None, past_key_values: Any, kwargs: dict[str, Any]
 ) -> str | None:
