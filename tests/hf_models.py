@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 LENGTH, WIDTH = 7, 16
 _VOCABULARY = 50
-_NO_DROPOUT = {
+_DROPOUTS = {
     "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
     "roberta": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
     "distilbert": ("dropout", "attention_dropout"),
@@ -65,8 +65,8 @@ def make(
     Without dropout unless it is asked for; `changes` go to the config.
     """
     config_class, model_class = _CLASSES[family]
-    off = {} if dropout else dict.fromkeys(_NO_DROPOUT[family], 0.0)
-    model = (cls or model_class)(config_class(**_SIZES[family] | off | changes)).eval()
+    p = dict.fromkeys(_DROPOUTS[family], 0.2 if dropout else 0.0)
+    model = (cls or model_class)(config_class(**_SIZES[family] | p | changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Biases and norms that are zeros and ones would hide mistakes.

@@ -142,9 +142,7 @@ def attention_mask(
         and not kwargs.get("use_vmap")
     )
     if not mere_padding:
-        return sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
-        )
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs)
     valid = prepare_padding_mask(attention_mask, kv_length, kv_offset)[:, kv_offset : kv_offset + kv_length]
     # What is in a mask is not known while it is traced.
     if kwargs.get("allow_is_bidirectional_skip") and not is_tracing(valid) and bool(valid.all()):

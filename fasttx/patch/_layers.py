@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class SelfAttention:
     def half(self, x: Tensor, parts: Parts, norm_first: bool, **options: Any) -> Tensor | None:
         """The attention half of a layer as one operation, or None where it has no such form; `options` as attend's."""
         joined = join(self.owner, self.linears) if is_plain(self.out, *_blocks.LINEARS) else None
-        if joined is None:
+        if joined is None or len(joined[0]) != 3 * x.shape[-1]:
             return None
         return _blocks.attention_half(
             x, (*joined, parameter(self.out, "weight"), parameter(self.out, "bias")), parts.norm1, parts.dropout1,
@@ -91,15 +92,26 @@ def post_norm_attention(x: Tensor, attend: Attend, parts: Parts, half: Half | No
     return _blocks.add_norm(parts.norm1, parts.dropout1, attend(x), x) if y is None else y
 
 
-def pre_norm(x: Tensor, attend: Attend, parts: Parts, half: Half | None = None) -> Tensor:
-    """y + f(norm2(y)) of y = x + attend(norm1(x)); the arguments as post_norm's."""
+def pre_norm(
+    x: Tensor, attend: Attend, parts: Parts, half: Half | None = None, feed_forward: Attend | None = None
+) -> Tensor:
+    """y + dropout2(f(norm2(y))) of y = x + dropout1(attend(norm1(x))); the arguments as post_norm's.
+
+    feed_forward: the f to call, where it is not to be read from the parts.
+    """
     y = None if half is None else half(x)
     if y is not None:
-        return feed_forward_half(y, parts, norm_first=True)
-    normed, y = _blocks.add_norm_and_sum(parts.norm2, parts.dropout1, attend(parts.norm1(x)), x)
-    hidden = _blocks.feed_forward(
-        parts.linear1, parts.activation, parts.dropout_inner, parts.linear2, normed, parts.name
-    )
+        if feed_forward is None:
+            return feed_forward_half(y, parts, norm_first=True)
+        normed = parts.norm2(y)
+    else:
+        normed, y = _blocks.add_norm_and_sum(parts.norm2, parts.dropout1, attend(parts.norm1(x)), x)
+    if feed_forward is not None:
+        hidden = feed_forward(normed)
+    else:
+        hidden = _blocks.feed_forward(
+            parts.linear1, parts.activation, parts.dropout_inner, parts.linear2, normed, parts.name
+        )
     return y + parts.dropout2(hidden)
 
 
@@ -109,6 +121,25 @@ def feed_forward_half(x: Tensor, parts: Parts, norm_first: bool = False) -> Tens
         parts.linear1, parts.activation, parts.dropout_inner, parts.linear2, parts.dropout2, parts.norm2, x,
         parts.name, norm_first,
     )  # fmt: skip
+
+
+def attention_refusal(attention: Module, dropout_p: float, *modules: tuple[Module, type]) -> str | None:
+    """Why a self-attention module has to be called; `modules`: it and those around it, as `why_called`'s.
+
+    dropout_p: that of its weights, 0 in eval mode.
+    """
+    implementation = attention.config._attn_implementation
+    if implementation not in _hf.KNOWN_IMPLEMENTATIONS:
+        return f"the attention implementation is {implementation!r}"
+    return "attention dropout is 1" if dropout_p >= 1.0 else why_called(*modules)
+
+
+def why_called(*modules: tuple[Module, type]) -> str | None:
+    """Why the first of these modules that is not plainly of the class beside it has to be called, or None."""
+    for module, known in modules:
+        if not _hf.is_plain_or_captured(module, known):
+            return f"{known.__name__}: {why_not_plain(module, known)}"
+    return None
 
 
 def describe(
@@ -126,7 +157,7 @@ def describe(
     for name in dropouts:
         yield name, _blocks.why_no_dropout(layer.get_submodule(name))
     for name in activations:
-        known = _hf.activation_name(layer.get_submodule(name)) is not None
+        known = _hf.activation_name(attrgetter(name)(layer)) is not None
         yield name, None if known else "it is neither a plain relu nor a plain gelu"
 
 

@@ -18,7 +18,7 @@ from transformers.models.bert.modeling_bert import (
 from transformers.pytorch_utils import apply_chunking_to_forward
 
 from fasttx.nn import _blocks
-from fasttx.nn._plain import step_aside, why_not_plain
+from fasttx.nn._plain import step_aside
 from fasttx.patch import _hf, _layers
 
 
@@ -75,7 +75,7 @@ class LayerMixin:
         attention, parts = self.attention.self, self._parts()
         read = _layers.SelfAttention(
             attention, (attention.query, attention.key, attention.value), self.attention.output.dense,
-            attention.num_attention_heads, attention.scaling, attention.dropout.p if attention.training else 0.0,
+            attention.num_attention_heads, attention.scaling, self._attention_dropout(),
         )  # fmt: skip
         return _layers.post_norm_attention(
             x, lambda x: read.attend(x, **options), parts, lambda x: read.half(x, parts, norm_first=False, **options)
@@ -99,9 +99,7 @@ class LayerMixin:
         if refusal is None:
             return _layers.feed_forward_half(x, self._parts())
         step_aside("feed_forward_half", refusal)
-        return apply_chunking_to_forward(
-            self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, x
-        )
+        return apply_chunking_to_forward(self.feed_forward_chunk, self.chunk_size_feed_forward, self.seq_len_dim, x)
 
     def _parts(self) -> _layers.Parts:
         attended, activation, output = self.attention.output, self.intermediate.intermediate_act_fn, self.output
@@ -115,12 +113,11 @@ class LayerMixin:
         """Why the self-attention module, as it stands, has to be called."""
         container, attention, output, *_ = self.known
         modules = (self.attention, container), (self.attention.self, attention), (self.attention.output, output)
-        implementation = self.attention.self.config._attn_implementation
-        if implementation not in _hf.KNOWN_IMPLEMENTATIONS:
-            return f"the attention implementation is {implementation!r}"
-        if self.attention.self.training and self.attention.self.dropout.p >= 1.0:
-            return "attention dropout is 1"
-        return _why_called(*modules)
+        return _layers.attention_refusal(self.attention.self, self._attention_dropout(), *modules)
+
+    def _attention_dropout(self) -> float:
+        attention = self.attention.self
+        return attention.dropout.p if attention.training else 0.0
 
     def _feed_forward_refusal(self) -> str | None:
         *_, intermediate, output = self.known
@@ -128,7 +125,7 @@ class LayerMixin:
             return "the feed-forward half is computed in chunks"
         if "feed_forward_chunk" in self.__dict__:
             return "its feed_forward_chunk was replaced"
-        return _why_called((self.intermediate, intermediate), (self.output, output))
+        return _layers.why_called((self.intermediate, intermediate), (self.output, output))
 
     def can_pack(self) -> bool:
         """Whether the layer may see packed tokens: nobody who expects a batch looks on."""
@@ -159,13 +156,6 @@ class LayerMixin:
             activations=("intermediate.intermediate_act_fn",),
         ):
             yield name, feed_forward or reason
-
-
-def _why_called(*modules: tuple[Module, type]) -> str | None:
-    for module, known in modules:
-        if not _hf.is_plain_or_captured(module, known):
-            return f"{known.__name__}: {why_not_plain(module, known)}"
-    return None
 
 
 class EncoderMixin:
