@@ -158,17 +158,19 @@ def test_saving_and_copies(family, tmp_path):
 
 
 def test_pickles_in_another_process(tmp_path):
-    """What a pickle names registers the attention, and the masks, that its config names."""
-    ours, inputs = fasttx.optimize(hf_models.make("bert"), padding="keep"), hf_models.batch("bert")
+    """A pickle registers the attention, and the masks, that its config names: of a family with classes and without."""
+    inputs = hf_models.batch("bert")
+    models = [fasttx.optimize(m, padding="keep") for m in (hf_models.make("bert"), albert())]
     path = tmp_path / "model.pickle"
-    path.write_bytes(pickle.dumps((ours, inputs, run(ours, inputs).last_hidden_state)))
-    program = (
-        "import pickle, sys, torch\n"
-        "model, inputs, expected = pickle.load(open(sys.argv[1], 'rb'))\n"
-        "with torch.no_grad():\n"
-        "    torch.testing.assert_close(model(**inputs).last_hidden_state, expected)\n"
-    )
-    subprocess.run([sys.executable, "-c", program, str(path)], check=True, timeout=120)
+    for model in models:
+        path.write_bytes(pickle.dumps((model, inputs, run(model, inputs).last_hidden_state)))
+        program = (
+            "import pickle, sys, torch\n"
+            "model, inputs, expected = pickle.load(open(sys.argv[1], 'rb'))\n"
+            "with torch.no_grad():\n"
+            "    torch.testing.assert_close(model(**inputs).last_hidden_state, expected)\n"
+        )
+        subprocess.run([sys.executable, "-c", program, str(path)], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("family", ENCODERS)
@@ -390,13 +392,17 @@ def test_softcap_stays_with_the_eager_function():
     torch.testing.assert_close(actual, expected)
 
 
-def test_a_family_without_classes_of_its_own():
-    """ALBERT: attention through the interface, layer norms and activations swapped."""
+def albert():
     config = transformers.AlbertConfig(
         vocab_size=50, embedding_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, hidden_act="gelu",
     )  # fmt: skip
-    theirs = transformers.AlbertModel(config).double().eval()
+    return transformers.AlbertModel(config).eval()
+
+
+def test_a_family_without_classes_of_its_own():
+    """ALBERT: attention through the interface, layer norms and activations swapped."""
+    theirs = albert().double()
     ours, inputs = fasttx.optimize(copy.deepcopy(theirs)), hf_models.batch("bert")
     assert ours.config._attn_implementation == "fasttx"
     assert_same(theirs, ours, inputs)

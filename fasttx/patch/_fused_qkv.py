@@ -23,7 +23,7 @@ def project(owner: Module, linears: Sequence[Module], x: Tensor) -> tuple[Tensor
     """
     joined = join(owner, linears)
     if joined is None:
-        return tuple(_blocks.linear(linear, x) for linear in linears)
+        return tuple(_blocks.linear(linear, x, "projection") for linear in linears)
     return functional.linear(x, *joined).chunk(len(linears), -1)
 
 

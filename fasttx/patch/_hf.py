@@ -36,7 +36,12 @@ from fasttx.nn import _blocks
 from fasttx.nn._padding import Packing
 from fasttx.nn._plain import is_plain, step_aside
 
-SDPA, EAGER = "fasttx", "fasttx-eager"
+
+class Implementation(str):
+    """The name of an attention implementation: a config that is unpickled with one brings its registration along."""
+
+
+SDPA, EAGER = Implementation("fasttx"), Implementation("fasttx-eager")
 _SWITCHED = {"sdpa": SDPA, "eager": EAGER}
 _UNSWITCHED = {fast: original for original, fast in _SWITCHED.items()}
 # The implementations that compute softmax(scale q k^T + mask) v and nothing else: what fused layers compute.
@@ -327,6 +332,7 @@ SWAPS = {
     NewGELUActivation: FastNewGELUActivation,
     GELUTanh: FastGELUTanh,
 }
+PACKING = set()
 
 
 def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -21,7 +20,7 @@ Attend = Callable[[Tensor], Tensor]
 Half = Callable[[Tensor], Tensor | None]
 
 # For a layer that drops nothing where others do.
-NO_DROPOUT = torch.nn.Dropout(0.0)
+NO_DROPOUT = _blocks.Dropout(0.0, False)
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,14 @@ class Parts:
     linear2, where there is one.
     """
 
-    dropout1: Module
+    dropout1: Module | _blocks.Dropout
     norm1: Module
     linear1: Module
     activation: Callable[[Tensor], Tensor]
     name: str | None
-    dropout_inner: Module | None
+    dropout_inner: Module | _blocks.Dropout | None
     linear2: Module
-    dropout2: Module
+    dropout2: Module | _blocks.Dropout
     norm2: Module
 
 
@@ -65,7 +64,7 @@ class SelfAttention:
         else:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             attended = functional.attention(q, k, v, attn_mask=mask, **options).transpose(1, 2)
-        return _blocks.linear(self.out, attended.flatten(-2))
+        return _blocks.linear(self.out, attended.flatten(-2), "output projection")
 
     def half(self, x: Tensor, parts: Parts, norm_first: bool, **options: Any) -> Tensor | None:
         """The attention half of a layer as one operation, or None where it has no such form; `options` as attend's."""
@@ -158,7 +157,7 @@ def describe(
         yield name, _blocks.why_no_dropout(layer.get_submodule(name))
     for name in activations:
         known = _hf.activation_name(attrgetter(name)(layer)) is not None
-        yield name, None if known else "it is neither a plain relu nor a plain gelu"
+        yield name, None if known else _blocks.NO_FUSED_FORM
 
 
 def run_packed(

@@ -76,3 +76,4 @@ class FastViTLayer(ViTLayer):
 
 
 SWAPS = {ViTLayer: FastViTLayer}
+PACKING = set()
