@@ -14,6 +14,7 @@ from fasttx._weak import WeakCache
 from fasttx.dispatch import extension
 from fasttx.ops.pack_weight import pack_weight
 
+_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 _packed = WeakCache()
 _KINDS = (Tensor, torch.nn.Parameter)
 
@@ -22,9 +23,9 @@ def settled_state(tensor: Tensor | None) -> tuple | None:
     """What changes when the tensor does, so that what was made of it can be kept.
 
     None where a gradient by it is wanted (its next use will find it changed), and for tensors whose changes cannot be
-    seen: inference tensors, views with gaps, subclasses, and what a compiler traces.
+    seen: inference tensors, views with gaps, subclasses, and what a compiler or a function transform traces.
     """
-    if type(tensor) not in _KINDS or extension is None or is_compiling():
+    if type(tensor) not in _KINDS or extension is None or is_compiling() or _are_functorch_transforms_active():
         return None
     if (tensor.requires_grad and is_grad_enabled()) or tensor.is_inference():
         return None
