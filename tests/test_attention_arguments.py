@@ -108,10 +108,10 @@ def test_bad_arguments():
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_a_mask_that_wants_a_gradient_is_left_to_the_reference(dtype):
+def test_slopes_that_want_a_gradient_are_left_to_the_reference(dtype):
     inputs = {name: x.to(dtype) for name, x in draw_inputs(1, 2, 2, 5, 6, 8, 8).items()}
-    mask = torch.zeros(5, 6, requires_grad=True)
-    F.attention(**inputs, attn_mask=mask).sum().backward()
-    assert mask.grad.abs().sum() > 0
+    slopes = torch.zeros(2, requires_grad=True)
+    F.attention(**inputs, alibi_slopes=slopes).sum().backward()
+    assert slopes.grad.abs().sum() > 0
     with pytest.raises(RuntimeError, match="gradient"):
-        F.attention(**inputs, attn_mask=mask, backend="cpu")
+        F.attention(**inputs, alibi_slopes=slopes, backend="cpu")

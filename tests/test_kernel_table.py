@@ -226,9 +226,23 @@ def attention_bwd(isa, dtype, batch=3, heads=2, queries=50, keys=70, width=24):
     return Call("attention_bwd", "AttentionBwd", isa, dtype, inputs, outputs, **fields)
 
 
+def attention_bias_bwd(isa, dtype, batch=3, heads=2, queries=300, keys=140, width=24):
+    """A mask for each head, of which a sequence and a row of keys have one."""
+    backward = attention_bwd(isa, dtype, batch, heads, queries, keys, width)
+    mask, kept = torch.zeros(heads, queries, dtype=accumulate(dtype)), accumulate(dtype)
+    shape, stride = backward.fields["shape"], extension.Mask()
+    stride.data, stride.kind, stride.wide, stride.stride_h, stride.stride_q = mask.data_ptr(), 2, True, queries, 1
+    shape.mask = stride
+    fields = backward.fields | {"mask_batch": 1, "mask_heads": heads, "mask_queries": queries, "mask_keys": 1}
+    outputs = {"dmask": ((1, heads, queries, 1), kept)}
+    call = Call("attention_bias_bwd", "AttentionBiasBwd", isa, dtype, backward.inputs, outputs, **fields)
+    call.mask = mask  # which the shape points to
+    return call
+
+
 KERNELS = (
     layer_norm, layer_norm_bwd, reduce_rows, reduce_rows_to_two, column_sum, activation, without_bias, activation_bwd,
-    softmax_fwd, softmax_bwd, pack_b, gemm, attention_fwd, attention_bwd,
+    softmax_fwd, softmax_bwd, pack_b, gemm, attention_fwd, attention_bwd, attention_bias_bwd,
 )  # fmt: skip
 every_kernel = pytest.mark.parametrize("make", KERNELS, ids=lambda make: make.__name__)
 

@@ -123,12 +123,18 @@ BAD_ATTENTION = [
       for c in ([0, S + 1], [1, S], [0, S + 1, S], [0], [])),
 ]  # fmt: skip
 RAW["attention_fwd"] = (ATTENTION, BAD_ATTENTION)
-RAW["attention_bwd"] = (
-    {**ATTENTION, "grad": f32(B, H, T, DV), "grad_lse": None, "output": f32(B, H, T, DV),
-     "stats": f32(B, H, T, 2)},
-    [*BAD_ATTENTION, wrong(grad=f32(B, H, T, D)), wrong(output=f32(B, H, 1, DV)),
-     wrong(stats=f32(B, H, T)), wrong(stats=f32(B, H, T, 2).double()),
-     wrong(grad_lse=f32(B, H, 1))],
+ATTENTION_BWD = {
+    **ATTENTION, "grad": f32(B, H, T, DV), "grad_lse": None, "output": f32(B, H, T, DV), "stats": f32(B, H, T, 2)
+}  # fmt: skip
+BAD_ATTENTION_BWD = [
+    *BAD_ATTENTION, wrong(grad=f32(B, H, T, D)), wrong(output=f32(B, H, 1, DV)), wrong(stats=f32(B, H, T)),
+    wrong(stats=f32(B, H, T, 2).double()), wrong(grad_lse=f32(B, H, 1)),
+]  # fmt: skip
+RAW["attention_bwd"] = (ATTENTION_BWD, BAD_ATTENTION_BWD)
+RAW["attention_bias_bwd"] = (
+    {**ATTENTION_BWD, "attn_mask": f32(1, H, T, 1)},
+    [*BAD_ATTENTION_BWD, wrong(attn_mask=None), wrong(attn_mask=torch.ones(1, 1, T, S, dtype=torch.bool)),
+     wrong(attn_mask=f32(1, H, T, 1).double()), wrong(attn_mask=f32(B + 1, 1, 1, 1))],
 )  # fmt: skip
 
 U8 = torch.zeros(3, dtype=torch.uint8)

@@ -80,7 +80,7 @@ def attention(
 
     seed = draw_seed() if dropout_p > 0.0 else None
     chosen = choose(
-        "attention", (query, key, value), backend, cpu_refusal=_refusal(attn_mask, alibi_slopes)
+        "attention", (query, key, value), backend, cpu_refusal=_refusal(alibi_slopes)
     )
     if chosen == "reference":
         return reference.attention(
@@ -139,7 +139,7 @@ def attention_varlen(
     )  # fmt: skip
 
     seed = draw_seed() if dropout_p > 0.0 else None
-    refusal = _refusal(None, alibi_slopes)
+    refusal = _refusal(alibi_slopes)
     if choose("attention_varlen", (query, key, value), backend, cpu_refusal=refusal) == "reference":
         return reference.attention_varlen(
             query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal=is_causal, window=window,
@@ -239,11 +239,8 @@ def _check_offsets(name: str, offsets: Tensor, total: int) -> Tensor:
     return offsets
 
 
-def _refusal(attn_mask: Tensor | None, alibi_slopes: Tensor | None) -> str | None:
+def _refusal(alibi_slopes: Tensor | None) -> str | None:
     """What the CPU kernels leave to the reference."""
-    if torch.is_grad_enabled():
-        if attn_mask is not None and attn_mask.requires_grad:
-            return "attn_mask wants a gradient"
-        if alibi_slopes is not None and alibi_slopes.requires_grad:
-            return "alibi_slopes wants a gradient"
+    if torch.is_grad_enabled() and alibi_slopes is not None and alibi_slopes.requires_grad:
+        return "alibi_slopes wants a gradient"
     return None
