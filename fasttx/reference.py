@@ -127,6 +127,56 @@ def attention_varlen(
     return (torch.cat(outputs), torch.cat(lses, dim=1)) if return_lse else torch.cat(outputs)
 
 
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor | None = None,
+    *,
+    attn_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    is_causal: bool = False,
+    query_offset: int = 0,
+    window: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`attention`'s probabilities, (B, H, Tq, Tk) in query's dtype: the exponentials of scores less lse.
+
+    lse (B, H, Tq), None: that of these very scores. A query whose lse is -inf gives zeros. With
+    dropout_p > 0 they are dropped by the Philox mask of (seed, batch, head, query, key).
+
+    Raises ValueError when dropout is active without a seed.
+    """
+    scores = _attention_scores(
+        query, key, attn_mask, key_lengths, is_causal, query_offset, window, alibi_slopes, scale, enable_gqa
+    )
+    if lse is None:
+        probabilities = _softmax(scores, -1)[0]
+    else:
+        empty = (lse == -math.inf)[..., None]
+        shifted = scores - _widen(lse)[..., None].masked_fill(empty, 0.0)
+        probabilities = shifted.masked_fill(empty, -math.inf).exp()
+    batch = torch.arange(query.shape[0], device=query.device)
+    return _drop_probabilities(probabilities, dropout_p, seed, batch).to(query.dtype)
+
+
+def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """`attention` over two sets of keys, from its outputs and lse over each.
+
+    out1, out2 (B, H, T, D) and lse1, lse2 (B, H, T), or (total, H, D) and (H, total). Each output
+    counts by its part of the sum of exponentials: softmax((lse1, lse2)) weighs them, and the
+    logarithm of that softmax's sum is the lse. Both -inf: zeros and -inf.
+    """
+    shares, lse = _softmax(torch.stack((_widen(lse1), _widen(lse2))), 0)
+    if out1.dim() == 3:
+        shares = shares.mT
+    merged = (shares[..., None] * torch.stack((_widen(out1), _widen(out2)))).sum(0)
+    return merged.to(out1.dtype), lse.squeeze(0)
+
+
 def softmax(
     input: Tensor, *, mask: Tensor | None = None, is_causal: bool = False, dim: int = -1
 ) -> Tensor:
@@ -258,25 +308,51 @@ def _attention(
     seed: int | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and lse; batch (B,) holds each sequence's index in the dropout counter."""
-    q, k, v = _widen(query), _widen(key), _widen(value)
-    heads, kv_heads = q.shape[1], k.shape[1]
-    if enable_gqa and heads != kv_heads:
-        k = k.repeat_interleave(heads // kv_heads, dim=1)
-        v = v.repeat_interleave(heads // kv_heads, dim=1)
+    scores = _attention_scores(
+        query, key, attn_mask, key_lengths, is_causal, query_offset, window, alibi_slopes, scale, enable_gqa
+    )
+    probabilities, lse = _softmax(scores, -1)
+    probabilities = _drop_probabilities(probabilities, dropout_p, seed, batch)
+    v = _widen(value)
+    if enable_gqa and scores.shape[1] != v.shape[1]:
+        v = v.repeat_interleave(scores.shape[1] // v.shape[1], dim=1)
+    return (probabilities @ v).to(query.dtype), lse.squeeze(-1)
+
+
+def _attention_scores(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    is_causal: bool,
+    query_offset: int,
+    window: tuple[int, int] | None,
+    alibi_slopes: Tensor | None,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """(B, H, Tq, Tk): scaled and biased, -inf where a query does not attend to a key."""
+    q, k = _widen(query), _widen(key)
+    if enable_gqa and q.shape[1] != k.shape[1]:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
-
     relative = _relative_positions(q.shape[2], k.shape[2], query_offset, q.device)
     allowed = _attention_allowed(relative, attn_mask, key_lengths, is_causal, window)
     bias = _attention_bias(relative, attn_mask, alibi_slopes, q.dtype)
     scores = (q @ k.transpose(-2, -1)) * scale + bias
-    probabilities, lse = _softmax(scores.masked_fill(~allowed, -math.inf), -1)
+    return scores.masked_fill(~allowed, -math.inf)
 
-    if dropout_p > 0:
-        head = torch.arange(heads, device=q.device)
-        keep = philox.keep_mask(_need(seed), batch, head, *scores.shape[2:], dropout_p)
-        probabilities = _drop(probabilities, keep, dropout_p)
-    return (probabilities @ v).to(query.dtype), lse.squeeze(-1)
+
+def _drop_probabilities(
+    probabilities: Tensor, p: float, seed: int | Tensor | None, batch: Tensor
+) -> Tensor:
+    """Dropout of (B, H, Tq, Tk), the sequences' indices in its counter being batch (B,)."""
+    if p == 0:
+        return probabilities
+    head = torch.arange(probabilities.shape[1], device=probabilities.device)
+    keep = philox.keep_mask(_need(seed), batch, head, *probabilities.shape[2:], p)
+    return _drop(probabilities, keep, p)
 
 
 def _relative_positions(queries: int, keys: int, query_offset: int, device: torch.device) -> Tensor:

@@ -30,7 +30,7 @@ def run_reference(query: Tensor, key: Tensor, value: Tensor, **options) -> tuple
     return reference.attention(query, key, value, **options, enable_gqa=True, return_lse=True)
 
 
-def _bias(queries: int, keys: int, dtype: torch.dtype, **options) -> Tensor:
+def bias_of(queries: int, keys: int, dtype: torch.dtype, **options) -> Tensor:
     """Everything that is added to the scores, -inf where a key is not attended to."""
     distance = torch.arange(keys) - torch.arange(queries)[:, None] - options.get("query_offset", 0)
     keep = torch.ones(1, 1, queries, keys, dtype=torch.bool)
@@ -56,7 +56,7 @@ def _bias(queries: int, keys: int, dtype: torch.dtype, **options) -> Tensor:
 
 def run_eager(query: Tensor, key: Tensor, value: Tensor, **options) -> tuple[Tensor, Tensor]:
     """PyTorch's attention where every row sees a key, and lse in float32."""
-    bias = _bias(query.shape[2], key.shape[2], query.dtype, **options)
+    bias = bias_of(query.shape[2], key.shape[2], query.dtype, **options)
     scale = options.get("scale", query.shape[-1] ** -0.5)
     groups = query.shape[1] // max(key.shape[1], 1)
     wide_key = key.repeat_interleave(groups, 1).float()

@@ -35,6 +35,20 @@ VALID = {
         "cu_seqlens_k": torch.tensor([0, 3, S]),
         "alibi_slopes": f32(H),
     },
+    "attention_weights": lambda: {
+        "query": f32(B, H, T, D),
+        "key": f32(B, H, S, D),
+        "lse": f32(B, H, T),
+        "attn_mask": torch.ones(T, S, dtype=torch.bool),
+        "key_lengths": torch.tensor([5, 2]),
+        "alibi_slopes": f32(H),
+    },
+    "merge_attention": lambda: {
+        "out1": f32(B, H, T, DV),
+        "lse1": f32(B, H, T),
+        "out2": f32(B, H, T, DV),
+        "lse2": f32(B, H, T),
+    },
     "softmax": lambda: {"input": f32(T, S), "mask": torch.ones(T, S, dtype=torch.bool)},
     "layer_norm": lambda: {
         "input": f32(T, W),
@@ -65,6 +79,7 @@ VALID = {
 OPTIONAL = {
     "attention": {"attn_mask", "key_lengths", "alibi_slopes"},
     "attention_varlen": {"alibi_slopes"},
+    "attention_weights": {"lse", "attn_mask", "key_lengths", "alibi_slopes"},
     "softmax": {"mask"},
     "layer_norm": {"weight", "bias"},
     "add_layer_norm": {"weight", "bias"},
@@ -141,8 +156,12 @@ def test_mixed_dtypes(function, name):
     assert found.dtype == torch.float32 and found.isfinite().all()
 
 
-@pytest.mark.parametrize("function", ["attention", "attention_varlen"])
-@pytest.mark.parametrize("name", ["key", "value"])
+@pytest.mark.parametrize(
+    "function, name",
+    [(f, n) for f in ("attention", "attention_varlen") for n in ("key", "value")]
+    + [("attention_weights", n) for n in ("key", "lse")]
+    + [("merge_attention", n) for n in ("lse1", "out2", "lse2")],
+)
 def test_attention_wants_one_dtype(function, name):
     assert_raises(TypeError, name, function, **{name: VALID[function]()[name].bfloat16()})
 
@@ -153,7 +172,7 @@ def test_tensors_on_different_devices(function, name):
     moved = VALID[function]()[name].to("meta")
     if len([f for f, _ in TENSORS if f == function]) == 1:
         assert call(function, **{name: moved}).device.type == "meta"
-    elif name in ("input", "query"):
+    elif name in ("input", "query", "out1"):
         with pytest.raises(ValueError, match="is on cpu but .* is on meta"):
             call(function, **{name: moved})
     else:
@@ -262,6 +281,21 @@ MISMATCHES = [
     ("attention", "key_lengths", {"key_lengths": torch.tensor([[1, 2]])}),
     ("attention", "alibi_slopes", {"alibi_slopes": f32(H + 1)}),
     ("attention", "window", {"window": (1, 2, 3)}),
+    ("attention", "scale", {"scale": math.nan}),
+    ("attention", "scale", {"scale": math.inf}),
+    ("attention_weights", "query", {"query": f32(H, T, D)}),
+    ("attention_weights", "batch", {"key": f32(B + 1, H, S, D)}),
+    ("attention_weights", "heads", {"key": f32(B, 2, S, D)}),
+    ("attention_weights", "lse", {"lse": f32(B, H, T + 1)}),
+    ("attention_weights", "lse", {"lse": f32(B, H, 1)}),
+    ("attention_weights", "attn_mask", {"attn_mask": torch.ones(T, S + 1, dtype=torch.bool)}),
+    ("attention_weights", "key_lengths", {"key_lengths": torch.tensor([1, S + 1])}),
+    ("attention_weights", "dropout_p", {"dropout_p": 1.0}),
+    ("attention_weights", "seed", {"dropout_p": 0.5}),
+    ("merge_attention", "out1", {"out1": f32(T, DV)}),
+    ("merge_attention", "out2", {"out2": f32(B, H, T, DV + 1)}),
+    ("merge_attention", "lse1", {"lse1": f32(B, T, H)}),
+    ("merge_attention", "lse2", {"lse2": f32(B, H, T, 1)}),
     ("attention_varlen", "query", {"query": f32(1, T, H, D)}),
     ("attention_varlen", "length", {"value": f32(S + 1, H, DV)}),
     ("attention_varlen", "heads", {"query": f32(T, H + 1, D)}),
@@ -289,6 +323,19 @@ WRONG_DTYPES = [
     ("attention", "attn_mask", torch.ones(T, S, dtype=torch.float64)),
     ("attention", "key_lengths", torch.tensor([1.0, 2.0])),
     ("attention", "key_lengths", torch.tensor([True, False])),
+    *(
+        (function, name, value)
+        for function in ("attention", "attention_varlen", "attention_weights")
+        for name, value in (
+            ("is_causal", 1), ("is_causal", None), ("window", 3), ("window", (1, 2.0)), ("window", (True, 2)),
+            ("scale", "1"), ("scale", True), ("scale", torch.tensor(1.0)),
+        )
+    ),
+    *(
+        (function, "query_offset", value)
+        for function in ("attention", "attention_weights")
+        for value in (1.0, True, None, torch.tensor(1))
+    ),
     ("attention_varlen", "cu_seqlens_q", torch.tensor([0.0, 1.0, 3.0])),
     ("attention_varlen", "cu_seqlens_k", torch.tensor([0, 3, 5], dtype=torch.int16)),
     ("layer_norm", "normalized_shape", 7.0),
@@ -299,6 +346,14 @@ WRONG_DTYPES = [
 @pytest.mark.parametrize("function, name, value", WRONG_DTYPES)
 def test_a_wrong_dtype_or_type(function, name, value):
     assert_raises(TypeError, name, function, **{name: value})
+
+
+@pytest.mark.parametrize("name, value", [("is_causal", 1), ("query_offset", 1.0), ("scale", "1"), ("scale", math.nan)])
+def test_options_are_checked_on_the_quick_way_too(name, value):
+    """The call without masks, which goes straight to its kernel."""
+    x = f32(B, H, T, D)
+    with pytest.raises((TypeError, ValueError), match=name):
+        functional.attention(x, x, x, **{name: value})
 
 
 @pytest.mark.usefixtures("needs_extension")

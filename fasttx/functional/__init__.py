@@ -7,19 +7,23 @@ before anything is computed.
 """
 
 from .attention import attention, attention_varlen
+from .attention_weights import attention_weights
 from .feed_forward import feed_forward, linear
 from .gelu import bias_gelu, gelu
 from .layer_norm import add_layer_norm, layer_norm
+from .merge_attention import merge_attention
 from .softmax import softmax
 
 __all__ = [
     "add_layer_norm",
     "attention",
     "attention_varlen",
+    "attention_weights",
     "bias_gelu",
     "feed_forward",
     "gelu",
     "layer_norm",
     "linear",
+    "merge_attention",
     "softmax",
 ]

@@ -1,6 +1,7 @@
 """Attention: padded, and packed (variable length)."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,6 +10,9 @@ from fasttx import checks, reference
 from fasttx.dispatch import choose, runs_on_cpu
 from fasttx.ops import attention as ops
 from fasttx.rng import draw_seed
+
+from ._attention_checks import check_common, check_offsets, check_padded, require_dims
+from ._nested import any_nested, attend_nested, refuse_options
 
 
 def attention(
@@ -47,6 +51,9 @@ def attention(
     h // (H / Hkv). return_lse: the result is (output, lse), lse (B, H, Tq) in float32 (float64 for float64): the
     natural log of the sum of exponentials of the masked scores, before dropout.
 
+    query, key and value may be jagged nested tensors (B, H, ragged length, D): each sequence attends to its own keys,
+    without attn_mask, key_lengths and query_offset, and the results are as ragged as query.
+
     Vaswani et al. 2017; computed without a (Tq, Tk) matrix, after Milakov and Gimelshein 2018 and Dao et al. 2022.
     """
     if (
@@ -54,48 +61,70 @@ def attention(
         and dropout_p == 0.0
         and runs_on_cpu(backend, query, key, value)
         and _fit(query, key, value)
+        and type(is_causal) is bool
+        and type(query_offset) is int
+        and (scale is None or (type(scale) is float and math.isfinite(scale)))
     ):
         output, lse = ops.attention(
             query, key, value, None, None, None, None, None, is_causal, query_offset, -1, -1, 0.0, None,
             _scale(scale, query), return_lse,
         )  # fmt: skip
         return (output, lse) if return_lse else output
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _require_dims(name, tensor, 4, "(batch, heads, length, width)")
-    batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
-    if key.shape[0] != batch or value.shape[0] != batch:
-        raise ValueError(f"query, key and value differ in batch: {_shapes(query, key, value)}")
-    if value.shape[2] != keys:
-        raise ValueError(f"key and value differ in length: {_shapes(query, key, value)}")
-    _check_common(query, key, value, window, alibi_slopes, dropout_p, scale, enable_gqa)
-    if attn_mask is not None:
-        checks.require_mask("attn_mask", attn_mask, query, (batch, heads, queries, keys))
-    if key_lengths is not None:
-        key_lengths = _check_integers("key_lengths", key_lengths, batch)
-        _check_range("key_lengths", key_lengths, keys)
-    checks.require_same_device(
-        "query", query, attn_mask=attn_mask, key_lengths=key_lengths, alibi_slopes=alibi_slopes
+    options = {
+        "is_causal": is_causal, "window": window, "alibi_slopes": alibi_slopes, "dropout_p": dropout_p, "scale": scale
+    }  # fmt: skip
+    if any_nested(query, key, value):
+        refuse_options(attn_mask=attn_mask, key_lengths=key_lengths, query_offset=query_offset or None)
+        packed = partial(
+            attention_varlen, **options, enable_gqa=enable_gqa, return_lse=return_lse, backend=backend
+        )
+        return attend_nested(packed, query, key, value)
+    key_lengths = check_padded(
+        query, key, value, attn_mask, key_lengths, query_offset, **options, enable_gqa=enable_gqa
     )
-
     seed = draw_seed() if dropout_p > 0.0 else None
+    output, lse = attend(
+        query, key, value, attn_mask=attn_mask, key_lengths=key_lengths, query_offset=query_offset,
+        **options, seed=seed, return_lse=return_lse, backend=backend,
+    )  # fmt: skip
+    return (output, lse) if return_lse else output
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    is_causal: bool = False,
+    query_offset: int = 0,
+    window: tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    seed: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """attention() of arguments that were checked, under a seed that the caller knows: output and, where asked, lse."""
     chosen = choose(
         "attention", (query, key, value), backend, cpu_refusal=_refusal(alibi_slopes)
     )
     if chosen == "reference":
-        return reference.attention(
+        output = reference.attention(
             query, key, value, attn_mask=attn_mask, key_lengths=key_lengths, is_causal=is_causal,
             query_offset=query_offset, window=window, alibi_slopes=alibi_slopes,
-            dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa, return_lse=return_lse,
-            seed=seed,
+            dropout_p=dropout_p, scale=scale, enable_gqa=True, return_lse=return_lse, seed=seed,
         )  # fmt: skip
+        return output if return_lse else (output, None)
     if attn_mask is not None:
-        attn_mask = attn_mask.expand(batch, heads, queries, keys)
-    output, lse = ops.attention(
+        # Not expanded: its gradient is summed over what it broadcasts over, and has its own shape.
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    return ops.attention(
         query, key, value, attn_mask, key_lengths, None, None, alibi_slopes, is_causal,
         query_offset, *(window or (-1, -1)), dropout_p, seed, _scale(scale, query), return_lse,
     )  # fmt: skip
-    return (output, lse) if return_lse else output
 
 
 def attention_varlen(
@@ -122,21 +151,21 @@ def attention_varlen(
     lse is (H, total_q).
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _require_dims(name, tensor, 3, "(total tokens, heads, width)")
+        require_dims(name, tensor, 3, "(total tokens, heads, width)")
     if value.shape[0] != key.shape[0]:
-        raise ValueError(f"key and value differ in length: {_shapes(query, key, value)}")
-    _check_common(query, key, value, window, alibi_slopes, dropout_p, scale, enable_gqa)
-    cu_seqlens_q = _check_offsets("cu_seqlens_q", cu_seqlens_q, query.shape[0])
-    cu_seqlens_k = _check_offsets("cu_seqlens_k", cu_seqlens_k, key.shape[0])
+        raise ValueError(f"key and value differ in length: {key.shape[0]} and {value.shape[0]} tokens")
+    check_common(
+        query, key, value, is_causal=is_causal, window=window, alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa,
+    )  # fmt: skip
+    cu_seqlens_q = check_offsets("cu_seqlens_q", cu_seqlens_q, query.shape[0])
+    cu_seqlens_k = check_offsets("cu_seqlens_k", cu_seqlens_k, key.shape[0])
     if len(cu_seqlens_q) != len(cu_seqlens_k):
         raise ValueError(
             "cu_seqlens_q and cu_seqlens_k must describe the same number of sequences, got "
             f"{len(cu_seqlens_q) - 1} and {len(cu_seqlens_k) - 1}"
         )
-    checks.require_same_device(
-        "query", query, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        alibi_slopes=alibi_slopes,
-    )  # fmt: skip
+    checks.require_same_device("query", query, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
 
     seed = draw_seed() if dropout_p > 0.0 else None
     refusal = _refusal(alibi_slopes)
@@ -162,81 +191,8 @@ def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return of_key == (batch, heads, of_value[2], width) and of_value[:2] == of_key[:2] and width > 0
 
 
-def _shapes(*tensors: Tensor) -> str:
-    return ", ".join(checks.shape(tensor) for tensor in tensors)
-
-
 def _scale(scale: float | None, query: Tensor) -> float:
     return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-
-
-def _require_dims(name: str, tensor: Tensor, dims: int, meaning: str) -> None:
-    checks.require_floating(name, tensor)
-    if tensor.dim() != dims:
-        raise ValueError(f"{name} must be {meaning}, got the shape {checks.shape(tensor)}")
-
-
-def _check_common(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: tuple[int, int] | None,
-    alibi_slopes: Tensor | None,
-    dropout_p: float,
-    scale: float | None,
-    enable_gqa: bool,
-) -> None:
-    checks.require_same_device("query", query, key=key, value=value)
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} but query is {query.dtype}: use one dtype")
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query and key differ in width: {query.shape[-1]} and {key.shape[-1]}")
-    if query.shape[-1] == 0 and scale is None:
-        raise ValueError("query has width 0: the default scale 1 / sqrt(width) is undefined")
-    heads, kv_heads = query.shape[1], key.shape[1]
-    if value.shape[1] != kv_heads:
-        raise ValueError(f"key has {kv_heads} heads but value has {value.shape[1]}")
-    if heads != kv_heads and not enable_gqa:
-        raise ValueError(
-            f"query has {heads} heads but key has {kv_heads}: they must agree unless enable_gqa=True"
-        )
-    if enable_gqa and (kv_heads == 0 or heads % kv_heads != 0):
-        raise ValueError(f"query's {heads} heads are not a multiple of key's {kv_heads}")
-    if window is not None and len(window) != 2:
-        raise ValueError(f"window must be (left, right), got {window}")
-    if alibi_slopes is not None:
-        checks.require_shape("alibi_slopes", alibi_slopes, (heads,), "one for each query head")
-    checks.require_probability("dropout_p", dropout_p)
-
-
-def _check_integers(name: str, tensor: Tensor, length: int) -> Tensor:
-    checks.require_tensor(name, tensor)
-    if tensor.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be int64 or int32, got {tensor.dtype}")
-    if tuple(tensor.shape) != (length,):
-        raise ValueError(f"{name} must have the shape ({length},), got {checks.shape(tensor)}")
-    return tensor.to(torch.int64)
-
-
-def _checkable(tensor: Tensor) -> bool:
-    """Whether values can be looked at: not while tracing, and not where that would wait for a GPU."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_range(name: str, lengths: Tensor, most: int) -> None:
-    if _checkable(lengths) and bool(((lengths < 0) | (lengths > most)).any()):
-        raise ValueError(f"{name} must lie in [0, {most}], got {lengths.tolist()}")
-
-
-def _check_offsets(name: str, offsets: Tensor, total: int) -> Tensor:
-    checks.require_tensor(name, offsets)
-    offsets = _check_integers(name, offsets, max(offsets.numel(), 1))
-    if _checkable(offsets):
-        sorted_up = bool((offsets[1:] >= offsets[:-1]).all())
-        if offsets[0] != 0 or offsets[-1] != total or not sorted_up:
-            raise ValueError(f"{name} must rise from 0 to {total}, got {offsets.tolist()}")
-    return offsets
 
 
 def _refusal(alibi_slopes: Tensor | None) -> str | None:

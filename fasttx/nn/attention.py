@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from fasttx import functional
 from fasttx._weak import WeakCache
 from fasttx.dispatch import takes_cpu
+from fasttx.functional.attention import attend
+from fasttx.functional.attention_weights import weigh
 from fasttx.ops.self_attention import self_attention
 from fasttx.rng import draw_seed
 
@@ -26,10 +28,11 @@ _rows = WeakCache()
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """torch.nn.MultiheadAttention by fasttx.functional.attention, with all its arguments and masks.
 
-    As in torch.nn, True in a bool mask means "ignore". It differs from torch in two things. A query
-    with nothing to attend to gives zeros, before out_proj, and zero weights, where torch gives NaN.
-    And where weights are asked for while dropout or gradients act, they are computed, returned and applied as one
-    matrix, dropped as in torch, outside the fused kernel.
+    As in torch.nn, True in a bool mask means "ignore". It differs from torch in one thing: a query with nothing to
+    attend to gives zeros, before out_proj, and zero weights, where torch gives NaN, or does not say.
+
+    Weights, where they are asked for, are computed beside the fused kernel, which does not write them down: they are
+    those that it applied, under dropout too, and gradients reach the inputs through both.
 
     With a fasttx.nn.KVCache as `cache`, query holds the new tokens alone: where it is key and value too, they are
     appended and attend causally to all that were (is_causal need not be given); otherwise key and value are a memory,
@@ -75,19 +78,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         q, k, v = map(self._split_heads, self._project(query, key, value))
         k, v, mask = self._extend(k, v, mask)
         dropout_p = self.dropout if self.training else 0.0
+        seed = draw_seed() if dropout_p > 0.0 else None
+        output, _ = attend(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, seed=seed)
         weights = None
         if need_weights:
-            scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
-            weights = F.dropout(functional.softmax(scores, mask=mask), dropout_p)
-        if need_weights and (weights.requires_grad or dropout_p > 0.0):
-            # The weights that are returned are the ones applied: one dropout, and one way for
-            # gradients.
-            output = weights @ v
-        else:
-            output = functional.attention(
-                q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p
-            )
-        if weights is not None:
+            weights = weigh(q, k, attn_mask=mask, dropout_p=dropout_p, seed=seed)
             weights = weights.mean(dim=1) if average_attn_weights else weights
             weights = weights if query.dim() == 3 else weights.squeeze(0)
         return self._join_heads(output, query.dim()), weights
@@ -151,7 +146,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if query.is_nested or key.is_nested or value.is_nested:
             return "a tensor is nested"
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
-        if torch.overrides.has_torch_function((query, key, value, weight)):
+        # What torch.export traces with is a subclass too, but one that knows every operator.
+        if not torch.compiler.is_compiling() and torch.overrides.has_torch_function((query, key, value, weight)):
             return "a tensor is of a subclass"
         if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
             return "query, key and value must all have three dimensions, or two"
