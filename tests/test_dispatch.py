@@ -59,6 +59,12 @@ def test_auto_takes_the_kernels(decisions, needs_extension):
         functional.gelu(X)
     assert chosen(decisions) == ["cpu"] * 3
     assert str(decisions[0]) == "gelu: cpu"
+    assert decisions[0].kernel == "gelu_fwd" and not decisions[0].is_fallback
+
+
+def test_every_kernel_is_an_operator():
+    for kernel in dispatch.KERNELS.values():
+        assert hasattr(torch.ops.fasttx, kernel)
 
 
 def test_context_names_a_backend_and_ends(decisions, needs_extension):
@@ -109,15 +115,16 @@ def test_named_backend_never_falls_back(name, decisions):
 
 def test_refusal_gives_the_calls_own_reason(decisions, needs_extension):
     q = torch.randn(1, 2, 5, 8)
-    mask = torch.zeros(5, requires_grad=True)
-    with pytest.raises(fasttx.UnsupportedError, match="attention.*attn_mask wants a gradient"):
-        functional.attention(q, q, q, attn_mask=mask, backend="cpu")
-    functional.attention(q, q, q, attn_mask=mask)
+    slopes = torch.zeros(2, requires_grad=True)
+    with pytest.raises(fasttx.UnsupportedError, match="attention.*alibi_slopes wants a gradient"):
+        functional.attention(q, q, q, alibi_slopes=slopes, backend="cpu")
+    functional.attention(q, q, q, alibi_slopes=slopes)
     assert chosen(decisions) == ["reference"]
-    assert decisions[0].refusals == (("cpu", "attn_mask wants a gradient"),)
-    assert "not cpu: attn_mask wants a gradient" in str(decisions[0])
+    assert decisions[0].refusals == (("cpu", "alibi_slopes wants a gradient"),)
+    assert "not cpu: alibi_slopes wants a gradient" in str(decisions[0])
+    assert decisions[0].is_fallback and decisions[0].kernel == ""
     with torch.no_grad():
-        functional.attention(q, q, q, attn_mask=mask, backend="cpu")
+        functional.attention(q, q, q, alibi_slopes=slopes, backend="cpu")
 
 
 @pytest.mark.parametrize(
