@@ -4,6 +4,7 @@ fasttx.functional   the operations
 fasttx.reference    what each of them computes, in plain PyTorch
 fasttx.nn           drop-in modules
 fasttx.optimize     swaps a model's modules for them, in place; fasttx.restore swaps back
+fasttx.parity       runs a model before and after, and both against float64
 fasttx.backend      a context in which one backend runs; fasttx.explain says what ran, and why
 fasttx.strict       a context in which leaving the kernels is an error; fasttx.warn_on_fallback warns instead
 fasttx.memory       what is kept between calls; fasttx.empty_cache frees it
@@ -16,12 +17,13 @@ from fasttx._memory import empty_cache, memory
 from fasttx.dispatch import FallbackError, FallbackWarning, UnsupportedError, backend, strict, warn_on_fallback
 from fasttx.dispatch import extension_missing as _extension_missing
 from fasttx.packing import invalidate as invalidate_packed_weights
-from fasttx.patch import explain, optimize, restore
+from fasttx.patch import Parity, explain, optimize, parity, restore
 
 __version__ = "0.1.0"
 __all__ = [
     "FallbackError",
     "FallbackWarning",
+    "Parity",
     "UnsupportedError",
     "backend",
     "empty_cache",
@@ -31,6 +33,7 @@ __all__ = [
     "memory",
     "nn",
     "optimize",
+    "parity",
     "reference",
     "restore",
     "strict",

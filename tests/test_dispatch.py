@@ -59,6 +59,12 @@ def test_auto_takes_the_kernels(decisions, needs_extension):
         functional.gelu(X)
     assert chosen(decisions) == ["cpu"] * 3
     assert str(decisions[0]) == "gelu: cpu"
+    assert decisions[0].kernel == "gelu_fwd" and not decisions[0].is_fallback
+
+
+def test_every_kernel_is_an_operator():
+    for kernel in dispatch.KERNELS.values():
+        assert hasattr(torch.ops.fasttx, kernel)
 
 
 def test_context_names_a_backend_and_ends(decisions, needs_extension):
@@ -116,6 +122,7 @@ def test_refusal_gives_the_calls_own_reason(decisions, needs_extension):
     assert chosen(decisions) == ["reference"]
     assert decisions[0].refusals == (("cpu", "alibi_slopes wants a gradient"),)
     assert "not cpu: alibi_slopes wants a gradient" in str(decisions[0])
+    assert decisions[0].is_fallback and decisions[0].kernel == ""
     with torch.no_grad():
         functional.attention(q, q, q, alibi_slopes=slopes, backend="cpu")
 

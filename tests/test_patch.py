@@ -155,18 +155,31 @@ def test_explain_modules(model):
     explanation = fasttx.explain(model)
     rows = {row.module: row for row in explanation.rows}
     assert len(rows) == len(list(model.modules()))
-    assert rows["encoder"].reason == "swapped"
+    assert rows["encoder"].reason == rows["encoder"].status == "swapped"
     assert rows["encoder"].class_name == "TransformerEncoder -> fasttx's PackingTransformerEncoder"
     assert rows["encoder.layers.0.linear1"].reason == "fused into encoder.layers.0"
     out_proj = rows["encoder.layers.0.self_attn.out_proj"]
     assert out_proj.reason == "fused into encoder.layers.0.self_attn"
     assert "a subclass of LayerNorm" in rows["head.2"].reason
     assert "no fused form" in rows["embed"].reason
+    statuses = {"embed": "as torch", "head.0": "as torch", "head.2": "left alone", "encoder.layers.0.linear1": "fused"}
+    assert {name: rows[name].status for name in statuses} == statuses
+    assert not explanation.slow and explanation.as_dicts()[0]["module"] == "(model)"
     lines = str(explanation).splitlines()
     assert len(lines) == len(rows) + 1
-    starts = {line.index(rows[name].reason) for line, name in zip(lines[1:], rows, strict=True)}
+    starts = {line.rindex(rows[name].reason) for line, name in zip(lines[1:], rows, strict=True)}
     assert len(starts) == 1
     assert "optimize(model) would" in str(fasttx.explain(Model()))
+    assert {row.status for row in fasttx.explain(Model()).slow} == {"not optimized"}
+
+
+def test_explain_a_forward_replaced_before_the_swap():
+    """As accelerate's hooks do: the instance's forward goes on running, the class's does not."""
+    norm = torch.nn.LayerNorm(E)
+    norm.forward = lambda input: input * 2
+    (row,) = fasttx.explain(fasttx.optimize(norm)).slow
+    assert row.status == "called" and "its forward was replaced" in row.reason
+    assert torch.equal(norm(torch.ones(E)), torch.full((E,), 2.0))
 
 
 def test_explain_a_run(model, inputs):
@@ -178,11 +191,13 @@ def test_explain_a_run(model, inputs):
         ("encoder.norm", "layer_norm"),
         ("cross", "attention"), ("head.1", "gelu"),
     } <= ran  # fmt: skip
+    assert {row.status for row in rows} == {"ran"} and not fasttx.explain(model, *inputs).slow
+    assert {row.kernel for row in rows if row.op == "attention_block_varlen"} == {"attention_block_fwd"}
     with fasttx.backend("reference"):
         assert {row.backend for row in fasttx.explain(model, *inputs).rows} == {"reference"}
     nested = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(5, E)])
     reasons = [row for row in fasttx.explain(model.encoder.eval(), nested).rows]
-    assert any(row.backend == "original" and "nested" in row.reason for row in reasons)
+    assert any(row.backend == "original" and "nested" in row.reason and row.module == "(model)" for row in reasons)
 
 
 def test_explain_names_the_instruction_set(model, inputs, isa):
@@ -190,7 +205,7 @@ def test_explain_names_the_instruction_set(model, inputs, isa):
     rows = fasttx.explain(model, *inputs).rows
     assert {row.isa for row in rows} == {isa} and {row.backend for row in rows} == {"cpu"}
     half = fasttx.explain(fasttx.nn.LayerNorm(E), torch.randn(2, E).half()).rows[0]
-    assert half.backend == "reference" and "dtypes differ" in half.reason
+    assert half.backend == "reference" and half.status == "slow" and "dtypes differ" in half.reason
 
 
 def test_transformers_is_not_imported():

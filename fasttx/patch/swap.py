@@ -51,8 +51,9 @@ def optimize(model: Module, *, padding: str = "remove") -> Module:
 
     Known are torch.nn's LayerNorm, GELU, MultiheadAttention, TransformerEncoderLayer,
     TransformerEncoder, TransformerDecoderLayer and TransformerDecoder, anywhere in the model, and
-    Hugging Face's BERT. Unknown modules are left alone; `explain(model)` lists them all. To do it
-    twice is harmless.
+    Hugging Face's BERT, RoBERTa, DistilBERT, ViT, GPT-2, BART, Marian and Whisper; other Hugging Face models get
+    fasttx's attention where they take theirs from transformers' interface. Unknown modules are left
+    alone; `explain(model)` lists them all. To do it twice is harmless.
 
     padding="remove": given a padding mask, encoders and decoders run on the valid tokens alone, in inference and
     in training; results at valid positions are those of the padded batch, padded positions hold
@@ -110,6 +111,14 @@ def swaps_for(padding: str) -> dict[type, type]:
             if padding == "remove" or swapped not in family.PACKING
         }
     return swaps | _PACKING if padding == "remove" else swaps
+
+
+def why_attention_stays(module: Module) -> str | None:
+    """Why a Hugging Face model cannot have fasttx's attention; None where it can, and for any other module."""
+    hugging_face = _hugging_face()
+    if hugging_face is None or not isinstance(module, hugging_face.PreTrainedModel):
+        return None
+    return hugging_face.why_not_switched(module)
 
 
 def _families() -> list[ModuleType]:
