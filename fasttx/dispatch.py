@@ -2,24 +2,57 @@
 
 Every op has an ordered list of backends. `auto` takes the first that supports the call; a backend that is named - by
 the `backend=` argument, `with fasttx.backend(...)` or FASTTX_BACKEND - is used or the call raises with the reason.
+What `auto` takes is told to explain(); where it is no kernel, fasttx.strict() makes it an error, and
+fasttx.warn_on_fallback() a warning.
 """
 
 import contextlib
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.compiler import is_compiling
+from torch.nn import Parameter
+
+from fasttx import _callers
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# By op, the operator of the `fasttx` library that a backend with kernels runs; attention over packed sequences is
+# attention told where they begin.
+KERNELS = {
+    "attention": "attention_fwd",
+    "attention_varlen": "attention_fwd",
+    "attention_block": "attention_block_fwd",
+    "attention_block_varlen": "attention_block_fwd",
+    "self_attention": "self_attention_fwd",
+    "softmax": "softmax_fwd",
+    "layer_norm": "layer_norm_fwd",
+    "add_layer_norm": "add_layer_norm_fwd",
+    "gelu": "gelu_fwd",
+    "bias_gelu": "gelu_fwd",
+    "linear": "linear_fwd",
+    "feed_forward": "feed_forward_fwd",
+    "feed_forward_block": "feed_forward_block_fwd",
+}
 
 
 class UnsupportedError(RuntimeError):
     """The backend that was asked for cannot run this call; the message says why."""
+
+
+class FallbackError(UnsupportedError):
+    """Under fasttx.strict(): a call would have left the kernels; the message says which, where and why."""
+
+
+class FallbackWarning(UserWarning):
+    """After fasttx.warn_on_fallback(): a call left the kernels; the message says which, where and why."""
 
 
 def _load_extension():
@@ -42,6 +75,26 @@ def _load_extension():
 extension, extension_missing = _load_extension()
 
 
+_TENSORS = (Tensor, Parameter, FakeTensor, FunctionalTensor)
+
+
+def is_plain_tensor(tensor: Tensor) -> bool:
+    """Whether operators see in it what they see in a torch.Tensor.
+
+    A subclass with a __torch_function__ or __torch_dispatch__ of its own, as quantized weights have, may know how to
+    take part in torch's operators, and knows none of fasttx's.
+    """
+    kind = type(tensor)
+    return kind in _TENSORS or (
+        getattr(kind.__torch_function__, "__func__", kind.__torch_function__) in _FUNCTION_IMPLS
+        and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
+
+
+# Tensor's and Parameter's.
+_FUNCTION_IMPLS = (Tensor.__torch_function__.__func__, Parameter.__torch_function__)
+
+
 def _refusal_by_cpu(tensors: tuple[Tensor | None, ...]) -> str | None:
     if extension is None:
         return extension_missing
@@ -55,6 +108,8 @@ def _refusal_by_cpu(tensors: tuple[Tensor | None, ...]) -> str | None:
             return f"a tensor has the layout {tensor.layout}"
         if tensor.is_nested:
             return "a tensor is nested"
+        if not is_plain_tensor(tensor):
+            return f"a tensor is a {type(tensor).__name__}, which may know torch's operators only"
         if tensor.dtype is not dtype:
             return f"dtypes differ: {dtype} and {tensor.dtype}"
     if dtype not in _CPU_DTYPES:
@@ -84,8 +139,23 @@ _ORDER_CPU = ("cpu", "reference")
 _ORDER_GPU = ("cuda", "triton", "reference")
 
 
+def _flag(variable: str) -> bool:
+    value = os.environ.get(variable) or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"{variable} must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
 class _Requested(threading.local):
     name: str = os.environ.get("FASTTX_BACKEND") or "auto"
+    strict: bool = _flag("FASTTX_STRICT")
+
+
+class _Warnings:
+    """Whether fallbacks are warned of, in every thread, and which have been: (op, reason)."""
+
+    wanted: bool = _flag("FASTTX_WARN")
+    given: set[tuple[str, str]] = set()
 
 
 _requested = _Requested()
@@ -115,21 +185,87 @@ def backend(name: str) -> Iterator[None]:
         _requested.name = previous
 
 
+@contextlib.contextmanager
+def strict(enabled: bool = True) -> Iterator[None]:
+    """Within this context, a call of this thread that would leave the kernels raises FallbackError with the reason.
+
+    That is an op that no kernel takes, and a module that runs its original forward, or calls a child that would else be
+    fused. What the user named is no fallback, such as `backend="reference"`, and neither is a module that fasttx does
+    not know. FASTTX_STRICT=1 is this context around everything; enabled=False is the way out of one.
+    """
+    previous = _requested.strict
+    _requested.strict = enabled
+    try:
+        yield
+    finally:
+        _requested.strict = previous
+
+
+def warn_on_fallback(enabled: bool = True) -> None:
+    """From now on, where a call leaves the kernels, FallbackWarning says so: once for each op and reason.
+
+    In every thread, and not while torch.compile traces. To enable it again is to hear of all again. FASTTX_WARN=1 does
+    it from the start.
+    """
+    _Warnings.wanted = enabled
+    _Warnings.given.clear()
+
+
 @dataclass(frozen=True)
 class Decision:
-    """What one call ran on: the op, the backend taken, and why each earlier backend in the list was not."""
+    """What one call ran on: the op, the backend taken, why each earlier backend in the list was not, and the operator.
+
+    The backend is one of BACKENDS, or "original": the code of the module itself, where its fused form was refused.
+    """
 
     op: str
     backend: str
     refusals: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def kernel(self) -> str:
+        """The operator of the `fasttx` library that ran; empty where none did."""
+        return "" if self.backend in ("reference", "original") else KERNELS.get(self.op, "")
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether the call ran on no kernel, and nobody had asked for that."""
+        return bool(self.refusals) and self.backend in ("reference", "original")
+
+    @property
+    def reason(self) -> str:
+        """Why not otherwise, in words; empty where the first backend took the call."""
+        if self.backend == "original":
+            return "; ".join(reason for _, reason in self.refusals)
+        return "; ".join(f"not {name}: {reason}" for name, reason in self.refusals)
+
     def __str__(self) -> str:
-        reasons = "; ".join(f"not {name}: {reason}" for name, reason in self.refusals)
-        return f"{self.op}: {self.backend}" + (f" ({reasons})" if reasons else "")
+        return f"{self.op}: {self.backend}" + (f" ({self.reason})" if self.refusals else "")
 
 
 # Who wants to hear of decisions: explain() adds itself here while it runs.
 listeners: list[Callable[[Decision], None]] = []
+
+
+def report(op: str, backend: str, refusals: tuple[tuple[str, str], ...] = ()) -> None:
+    """Tells whoever wants to know what a call is about to run on; raises FallbackError under strict()."""
+    if not listeners and not (refusals and (_requested.strict or _Warnings.wanted)):
+        return
+    decision = Decision(op, backend, refusals)
+    for listen in listeners:
+        listen(decision)
+    if decision.is_fallback:
+        if _requested.strict:
+            raise FallbackError(_fallback(decision, "would run"))
+        if _Warnings.wanted and not is_compiling() and (op, decision.reason) not in _Warnings.given:
+            _Warnings.given.add((op, decision.reason))
+            warnings.warn(_fallback(decision, "runs"), FallbackWarning, stacklevel=3)
+
+
+def _fallback(decision: Decision, verb: str) -> str:
+    place = "" if is_compiling() else _callers.path()
+    on = "in the module's own code" if decision.backend == "original" else f"on the {decision.backend}"
+    return f"{decision.op}{place and ' of '}{place} {verb} {on}: {decision.reason}"
 
 
 _autocast_enabled = torch._C._is_any_autocast_enabled
@@ -173,14 +309,19 @@ def choose(
         if reason is None and candidate == "cpu":
             reason = cpu_refusal
         if reason is None:
-            if listeners:
-                for listen in listeners:
-                    listen(Decision(op, candidate, refusals))
+            report(op, candidate, refusals)
             return candidate
         refusals += ((candidate, reason),)
     raise UnsupportedError(f"{op} cannot run on the backend {name!r}: {refusals[0][1]}")
 
 
 def takes_cpu(op: str, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether `choose` takes the CPU kernels for a call; raises as it does."""
-    return runs_on_cpu(None, *tensors) or choose(op, tensors) == "cpu"
+    """Whether one operation that joins several, and has a kernel on the CPU alone, is to run; else each chooses."""
+    if runs_on_cpu(None, *tensors):
+        return True
+    # Autocast's casts come between the operations; and where a backend is named or the kernels refuse, each operation
+    # says so itself.
+    if _autocast_enabled() or _requested.name not in ("auto", "cpu") or _refusal_by_cpu(tensors) is not None:
+        return False
+    report(op, "cpu")
+    return True

@@ -1,6 +1,7 @@
 """The fused steps that transformer layers are made of, each with its way out for children that must be called."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from fasttx.ops.attention_block import attention_block
 from fasttx.ops.feed_forward_block import feed_forward_block
 from fasttx.rng import draw_seed
 
-from ._plain import adopt, is_plain, parameter, why_not_plain
+from ._plain import adopt, is_plain, parameter, step_aside, why_not_plain, why_patched
 from .attention import MultiheadAttention
 from .gelu import GELU
 from .layer_norm import LayerNorm
@@ -24,6 +25,7 @@ NORMS = (torch.nn.LayerNorm, LayerNorm)
 DROPOUTS = (torch.nn.Dropout,)
 _GELUS = (torch.nn.GELU, GELU)
 _FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}
+NO_FUSED_FORM = "it is neither a plain relu nor a plain gelu"
 # Activations without a fused form, which see each value by itself: packed tokens are as good to
 # them as a batch.
 _POINTWISE = dict.fromkeys([
@@ -31,6 +33,17 @@ _POINTWISE = dict.fromkeys([
     torch.nn.Sigmoid, torch.nn.Softplus, torch.nn.Tanh, F.elu, F.hardswish, F.leaky_relu, F.mish,
     F.selu, F.silu, F.softplus, torch.sigmoid, torch.tanh,
 ], True)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of models that keep its probability as a number, where these functions take a module."""
+
+    p: float
+    training: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, self.training)
 
 
 def adopt_children(layer: Module) -> None:
@@ -52,14 +65,15 @@ def parts(layer: Module) -> Iterator[tuple[str, str | None]]:
         elif name.startswith("dropout"):
             yield name, why_no_dropout(child)
     known = activation_name(layer.activation) is not None
-    yield "activation", None if known else "it is neither a plain relu nor a plain gelu"
+    yield "activation", None if known else NO_FUSED_FORM
 
 
 def can_pack(layer: Module) -> bool:
     """Whether a torch.nn layer may see packed tokens: nobody who expects a batch looks on."""
     fused = (reason is None for name, reason in parts(layer) if name != "activation")
     return (
-        all(fused)
+        why_patched(layer) is None
+        and all(fused)
         and all(child.can_pack() for child in layer.children() if type(child) is MultiheadAttention)
         and (activation_name(layer.activation) is not None or is_pointwise(layer.activation))
     )
@@ -91,35 +105,38 @@ def _look_up(table: dict, function: Callable):
 
 def is_plain_dropout(dropout: object) -> bool:
     """Plain, and with a probability that the kernels take: torch also allows 1."""
-    return is_plain(dropout, *DROPOUTS) and not (dropout.training and dropout.p >= 1.0)
+    return (type(dropout) is Dropout or is_plain(dropout, *DROPOUTS)) and not (dropout.training and dropout.p >= 1.0)
 
 
 def why_no_dropout(dropout: object) -> str | None:
     """Why a dropout cannot be part of a fusion."""
-    if is_plain(dropout, *DROPOUTS):
-        return None if is_plain_dropout(dropout) else "its probability is 1"
-    return why_not_plain(dropout, *DROPOUTS)
+    if is_plain_dropout(dropout):
+        return None
+    reason = None if type(dropout) is Dropout else why_not_plain(dropout, *DROPOUTS)
+    return reason or "its probability is 1"
 
 
-def linear(module: Module, x: Tensor) -> Tensor:
-    """A linear layer, called where it is not plain."""
+def linear(module: Module, x: Tensor, name: str = "the linear layer") -> Tensor:
+    """A linear layer, called where it is not plain; `name`: what the reason calls it."""
     if is_plain(module, *LINEARS):
         return functional.linear(x, parameter(module, "weight"), parameter(module, "bias"))
+    step_aside("linear", f"{name}: {why_not_plain(module, *LINEARS)}")
     return module(x)
 
 
-def add_norm(norm: Module, dropout: Module, x: Tensor, residual: Tensor) -> Tensor:
+def add_norm(norm: Module, dropout: Module | Dropout, x: Tensor, residual: Tensor) -> Tensor:
     """norm(residual + dropout(x)): the end of each half of a post-norm layer."""
     if is_plain(norm, *NORMS) and is_plain_dropout(dropout):
         return functional.add_layer_norm(
             x, residual, norm.normalized_shape, parameter(norm, "weight"), parameter(norm, "bias"), norm.eps,
             dropout_p=dropout.p, training=dropout.training,
         )  # fmt: skip
+    _call_end("add_layer_norm", norm, dropout)
     return norm(residual + dropout(x))
 
 
 def add_norm_and_sum(
-    norm: Module, dropout: Module, x: Tensor, residual: Tensor
+    norm: Module, dropout: Module | Dropout, x: Tensor, residual: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As add_norm, and the sum that was normalised: what joins the halves of a pre-norm layer."""
     if is_plain(norm, *NORMS) and is_plain_dropout(dropout):
@@ -127,14 +144,22 @@ def add_norm_and_sum(
             x, residual, norm.normalized_shape, parameter(norm, "weight"), parameter(norm, "bias"), norm.eps,
             dropout_p=dropout.p, training=dropout.training, return_sum=True,
         )  # fmt: skip
+    _call_end("add_layer_norm", norm, dropout)
     sum = residual + dropout(x)
     return norm(sum), sum
+
+
+def _call_end(op: str, norm: Module, dropout: Module | Dropout) -> None:
+    """Tells why a half's norm and dropout are called, if one of them has to be."""
+    for name, reason in (("norm", why_not_plain(norm, *NORMS)), ("dropout", why_no_dropout(dropout))):
+        if reason is not None:
+            step_aside(op, f"{name}: {reason}")
 
 
 def feed_forward(
     linear1: Module,
     activation: Callable[[Tensor], Tensor],
-    dropout: Module | None,
+    dropout: Module | Dropout | None,
     linear2: Module,
     x: Tensor,
     name: str | None,
@@ -151,15 +176,22 @@ def feed_forward(
             dropout_p=0.0 if dropout is None else dropout.p,
             training=dropout is not None and dropout.training,
         )  # fmt: skip
-    hidden = activation(linear(linear1, x))
-    return linear(linear2, hidden if dropout is None else dropout(hidden))
+    if name is None:
+        step_aside("feed_forward", f"activation: {NO_FUSED_FORM}")
+    hidden = activation(linear(linear1, x, "linear1"))
+    if dropout is not None:
+        reason = why_no_dropout(dropout)
+        if reason is not None:
+            step_aside("feed_forward", f"dropout: {reason}")
+        hidden = dropout(hidden)
+    return linear(linear2, hidden, "linear2")
 
 
 def attention_half(
     x: Tensor,
     parameters: tuple[Tensor | None, ...],
     norm: Module,
-    dropout: Module,
+    dropout: Module | Dropout,
     *,
     norm_first: bool,
     heads: int,
@@ -176,6 +208,8 @@ def attention_half(
     of the one after. None where a child has to be called or the call has no fused form.
     """
     if not (is_plain(norm, *NORMS) and is_plain_dropout(dropout)):
+        if norm_first:
+            _call_end("attention_block", norm, dropout)
         return None
     tensors = (x, *parameters, parameter(norm, "weight"), parameter(norm, "bias"))
     op = "attention_block" if cu_seqlens is None else "attention_block_varlen"
@@ -191,7 +225,7 @@ def attention_half(
 def self_attention_half(
     attention: Module,
     norm: Module,
-    dropout: Module,
+    dropout: Module | Dropout,
     x: Tensor,
     *,
     norm_first: bool,
@@ -201,7 +235,10 @@ def self_attention_half(
     is_causal: bool = False,
 ) -> Tensor | None:
     """attention_half of a MultiheadAttention with its masks, or over packed sequences."""
-    if not (is_plain(attention, MultiheadAttention) and attention.can_pack()):
+    if not is_plain(attention, MultiheadAttention):
+        step_aside("attention_block", f"attention: {why_not_plain(attention, MultiheadAttention)}")
+        return None
+    if not attention.can_pack():
         return None
     mask = None
     if cu_seqlens is None:
@@ -220,21 +257,21 @@ def self_attention_half(
 def feed_forward_half(
     linear1: Module,
     activation: Callable[[Tensor], Tensor],
-    dropout1: Module | None,
+    dropout1: Module | Dropout | None,
     linear2: Module,
-    dropout2: Module,
+    dropout2: Module | Dropout,
     norm: Module,
     x: Tensor,
     name: str | None,
     norm_first: bool = False,
 ) -> Tensor:
     """norm(x + dropout2(f(x))), or x + dropout2(f(norm(x))), where f is feed_forward; `name` as there."""
+    plain_end = is_plain(norm, *NORMS) and is_plain_dropout(dropout2)
     if (
         name is not None
+        and plain_end
         and is_plain(linear1, *LINEARS)
         and is_plain(linear2, *LINEARS)
-        and is_plain(norm, *NORMS)
-        and is_plain_dropout(dropout2)
         and (dropout1 is None or is_plain_dropout(dropout1))
     ):
         tensors = (x, *(parameter(m, name) for m in (linear1, linear2, norm) for name in ("weight", "bias")))
@@ -245,6 +282,8 @@ def feed_forward_half(
                 *tensors, norm.eps, norm_first, name, p1, _seed(p1), p2, _seed(p2)
             )
     if norm_first:
+        if not plain_end:
+            _call_end("feed_forward_block", norm, dropout2)
         return x + dropout2(feed_forward(linear1, activation, dropout1, linear2, norm(x), name))
     return add_norm(norm, dropout2, feed_forward(linear1, activation, dropout1, linear2, x, name), x)
 

@@ -1,12 +1,12 @@
 """What may be fused: modules that do nothing but what their class says.
 
 A fused operation reads a child's parameters and never calls it. So a child that was replaced,
-subclassed, hooked, parametrized or given a forward of its own has to be called, and the fusion
-steps aside.
+subclassed, hooked, parametrized, quantized or given a forward of its own has to be called, and the
+fusion steps aside.
 """
 
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 from torch.nn.modules import module as torch_module
 
 from fasttx import dispatch
@@ -18,11 +18,16 @@ _GLOBAL_HOOKS = (
     torch_module._global_backward_hooks,
     torch_module._global_backward_pre_hooks,
 )
+# The methods that the forwards of torch.nn's layers consist of.
+_HALVES = ("_sa_block", "_mha_block", "_ff_block")
 
 
 def is_plain(module: object, *classes: type) -> bool:
-    """Whether the module's class is exactly one of these and nothing observes or replaces its forward."""
-    return not (
+    """Whether the module's class is exactly one of these, its forward and its parameters are as that class has them.
+
+    That is: nothing observes or replaces the forward, and no parameter is of a class that overrides operators.
+    """
+    if (
         type(module) not in classes
         or module._forward_hooks
         or module._forward_pre_hooks
@@ -30,18 +35,38 @@ def is_plain(module: object, *classes: type) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
         or any(_GLOBAL_HOOKS)
-    )
+    ):
+        return False
+    for tensor in module._parameters.values():
+        if tensor is not None and type(tensor) is not Parameter and not dispatch.is_plain_tensor(tensor):
+            return False
+    return True
 
 
 def why_not_plain(module: object, *classes: type) -> str | None:
     """The reason, in words, why `is_plain` says no; None where it says yes."""
     if is_plain(module, *classes):
         return None
-    if type(module) not in classes:
-        return f"it is a {type(module).__name__}, not a {classes[0].__name__}"
+    kind = type(module)
+    if kind not in classes:
+        same_name = kind.__name__ == classes[0].__name__
+        return f"it is a {kind.__module__ + '.' if same_name else ''}{kind.__name__}, not a {classes[0].__name__}"
     if "forward" in module.__dict__:
         return "its forward was replaced"
-    return "a global module hook is set" if any(_GLOBAL_HOOKS) else "it has hooks"
+    if any(_GLOBAL_HOOKS):
+        return "a global module hook is set"
+    for name, tensor in module._parameters.items():
+        if tensor is not None and not dispatch.is_plain_tensor(tensor):
+            return f"its {name} is a {type(tensor).__name__}"
+    return "it has hooks"
+
+
+def why_patched(layer: Module) -> str | None:
+    """The reason, in words, why one of torch.nn's layers has to run torch's own forward; None where it need not."""
+    for name in _HALVES:
+        if name in layer.__dict__:
+            return f"its {name} was replaced"
+    return None
 
 
 def parameter(module: Module, name: str) -> Tensor | None:
@@ -58,8 +83,5 @@ def adopt(module: Module | None, fast: type[Module]) -> None:
 
 
 def step_aside(op: str, reason: str) -> None:
-    """Tells whoever listens to decisions that a module runs its original forward, and why."""
-    if dispatch.listeners:
-        decision = dispatch.Decision(op, "original", (("fasttx", reason),))
-        for listen in dispatch.listeners:
-            listen(decision)
+    """Tells whoever wants to know that a module runs its original forward, or calls a child, and why."""
+    dispatch.report(op, "original", (("fasttx", reason),))

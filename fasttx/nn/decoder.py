@@ -19,7 +19,7 @@ from ._blocks import (
     self_attention_half,
 )
 from ._padding import packings_of, run_where_packed, takes_remove_padding, zeroed_by_packing
-from ._plain import adopt, is_plain, step_aside
+from ._plain import adopt, is_plain, step_aside, why_patched
 from .attention import MultiheadAttention
 from .cache import KVCache
 from .transformer import causal_by, normed, where_causal
@@ -55,11 +55,15 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         *,
         cache: KVCache | None = None,
     ) -> Tensor:
+        nested = "a tensor is nested" if tgt.is_nested or memory.is_nested else None
+        refusal = why_patched(self) or nested
         if cache is not None:
+            if refusal is not None:
+                raise ValueError(f"a layer with a cache cannot run torch's forward: {refusal}")
             for name in ("self_attn", "multihead_attn"):
                 _require_caching(name, getattr(self, name), MultiheadAttention)
-        elif tgt.is_nested or memory.is_nested:
-            step_aside("transformer_decoder_layer", "a tensor is nested")
+        elif refusal is not None:
+            step_aside("transformer_decoder_layer", refusal)
             return super().forward(
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
                 tgt_is_causal, memory_is_causal,

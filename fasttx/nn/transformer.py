@@ -20,7 +20,7 @@ from ._blocks import (
     self_attention_half,
 )
 from ._padding import packings_of, run_where_packed, takes_remove_padding, zeroed_by_packing
-from ._plain import adopt, is_plain, step_aside
+from ._plain import adopt, is_plain, step_aside, why_patched
 from .attention import MultiheadAttention
 
 
@@ -45,8 +45,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if src.is_nested:
-            step_aside("transformer_encoder_layer", "src is nested")
+        refusal = "src is nested" if src.is_nested else why_patched(self)
+        if refusal is not None:
+            step_aside("transformer_encoder_layer", refusal)
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         x = self._attention_half(
             src, attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal

@@ -1,6 +1,5 @@
 """explain(): what each module of a model was swapped to and ran on, and why not otherwise."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from fasttx import dispatch
+from fasttx import _callers, dispatch
 from fasttx.patch import swap
 
 
@@ -57,7 +56,7 @@ def explain(model: Module, *inputs: Any, **kwargs: Any) -> Explanation:
     rows: dict[Row, None] = {}
 
     def listen(decision: dispatch.Decision) -> None:
-        module = _calling_module(paths)
+        module = next((caller for caller in _callers.modules() if id(caller) in paths), None)
         rows[_row(decision, "" if module is None else paths[id(module)], module)] = None
 
     dispatch.listeners.append(listen)
@@ -70,7 +69,6 @@ def explain(model: Module, *inputs: Any, **kwargs: Any) -> Explanation:
 
 
 def _row(decision: dispatch.Decision, path: str, module: Module | None) -> Row:
-    reasons = "; ".join(f"not {name}: {reason}" for name, reason in decision.refusals)
     on_cpu = decision.backend == "cpu" and dispatch.extension is not None
     return Row(
         path,
@@ -78,19 +76,8 @@ def _row(decision: dispatch.Decision, path: str, module: Module | None) -> Row:
         decision.op,
         decision.backend,
         dispatch.extension.isa() if on_cpu else "",
-        reasons,
+        decision.reason,
     )
-
-
-def _calling_module(paths: dict[int, str]) -> Module | None:
-    """The innermost of the model's modules among the callers. Frames tell, so that modules need not keep track."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Module) and id(caller) in paths:
-            return caller
-        frame = frame.f_back
-    return None
 
 
 def _describe(model: Module) -> list[Row]:

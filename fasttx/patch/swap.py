@@ -5,7 +5,9 @@ optimizers, deepcopy and pickle go on as before. Only modules of exactly a known
 a subclass may do something else.
 """
 
+import importlib
 import sys
+from types import ModuleType
 
 import torch
 from torch.nn import Module
@@ -15,6 +17,33 @@ from fasttx.nn.decoder import PackingTransformerDecoder
 from fasttx.nn.transformer import PackingTransformerEncoder
 
 _PADDING = ("remove", "keep")
+_SWAPS = {
+    torch.nn.LayerNorm: nn.LayerNorm,
+    torch.nn.GELU: nn.GELU,
+    torch.nn.MultiheadAttention: nn.MultiheadAttention,
+    torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
+    torch.nn.TransformerEncoder: nn.TransformerEncoder,
+    torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
+    torch.nn.TransformerDecoder: nn.TransformerDecoder,
+}
+# What these become with padding="remove".
+_PACKING = {
+    torch.nn.TransformerEncoder: PackingTransformerEncoder,
+    torch.nn.TransformerDecoder: PackingTransformerDecoder,
+}
+# By module of Hugging Face's, what fasttx has for it: a module with SWAPS, by original class the one that it becomes,
+# and PACKING, those of the latter that remove padding.
+_FAMILIES = {
+    "transformers.modeling_utils": "fasttx.patch._hf",
+    "transformers.models.bart.modeling_bart": "fasttx.patch.bart",
+    "transformers.models.bert.modeling_bert": "fasttx.patch.bert",
+    "transformers.models.distilbert.modeling_distilbert": "fasttx.patch.distilbert",
+    "transformers.models.gpt2.modeling_gpt2": "fasttx.patch.gpt2",
+    "transformers.models.marian.modeling_marian": "fasttx.patch.bart",
+    "transformers.models.roberta.modeling_roberta": "fasttx.patch.roberta",
+    "transformers.models.vit.modeling_vit": "fasttx.patch.vit",
+    "transformers.models.whisper.modeling_whisper": "fasttx.patch.whisper",
+}
 
 
 def optimize(model: Module, *, padding: str = "remove") -> Module:
@@ -37,9 +66,12 @@ def optimize(model: Module, *, padding: str = "remove") -> Module:
     originals, swaps = original_classes(), swaps_for(padding)
     for module in model.modules():
         original = originals.get(type(module), type(module))
-        swapped = swaps.get(original)
-        if swapped is not None:
+        swapped = swaps.get(original, original)
+        if type(module) is not swapped:
             module.__class__ = swapped
+    hugging_face = _hugging_face()
+    if hugging_face is not None:
+        hugging_face.switch(model)
     return model
 
 
@@ -56,47 +88,44 @@ def restore(model: Module) -> Module:
         original = originals.get(type(module))
         if original is not None:
             module.__class__ = original
+    hugging_face = _hugging_face()
+    if hugging_face is not None:
+        hugging_face.unswitch(model)
     return model
 
 
 def original_classes() -> dict[type, type]:
     """By swapped class, the class that it is swapped in for."""
-    originals = {
-        nn.LayerNorm: torch.nn.LayerNorm,
-        nn.GELU: torch.nn.GELU,
-        nn.MultiheadAttention: torch.nn.MultiheadAttention,
-        nn.TransformerEncoderLayer: torch.nn.TransformerEncoderLayer,
-        nn.TransformerEncoder: torch.nn.TransformerEncoder,
-        PackingTransformerEncoder: torch.nn.TransformerEncoder,
-        nn.TransformerDecoderLayer: torch.nn.TransformerDecoderLayer,
-        nn.TransformerDecoder: torch.nn.TransformerDecoder,
-        PackingTransformerDecoder: torch.nn.TransformerDecoder,
-    }
-    bert = _bert()
-    if bert is not None:
-        originals[bert.FastBertLayer] = bert.BertLayer
-        originals[bert.FastBertEncoder] = bert.BertEncoder
-    return originals
+    tables = (_SWAPS, _PACKING, *(family.SWAPS for family in _families()))
+    return {swapped: original for table in tables for original, swapped in table.items()}
 
 
 def swaps_for(padding: str) -> dict[type, type]:
     """By original class, what it becomes: with padding="keep", nothing that packs where the original does not."""
-    swaps = {original: swapped for swapped, original in original_classes().items()}
-    bert = _bert()
-    if padding == "keep":
-        swaps[torch.nn.TransformerEncoder] = nn.TransformerEncoder
-        swaps[torch.nn.TransformerDecoder] = nn.TransformerDecoder
-        if bert is not None:
-            swaps[bert.BertEncoder] = bert.BertEncoder
-    return swaps
+    swaps = dict(_SWAPS)
+    for family in _families():
+        swaps |= {
+            original: swapped
+            for original, swapped in family.SWAPS.items()
+            if padding == "remove" or swapped not in family.PACKING
+        }
+    return swaps | _PACKING if padding == "remove" else swaps
 
 
-def _bert():
-    """fasttx.patch.bert, where Hugging Face's BERT is loaded already: a model made of it cannot exist before."""
-    if "transformers.models.bert.modeling_bert" not in sys.modules:
+def _families() -> list[ModuleType]:
+    """What fasttx has for those of Hugging Face's modules that are loaded: no model is made of others."""
+    return [family for name in _FAMILIES if (family := _family(name)) is not None]
+
+
+def _family(name: str) -> ModuleType | None:
+    if name not in sys.modules:
         return None
     try:
-        from fasttx.patch import bert
+        return importlib.import_module(_FAMILIES[name])
     except ImportError:
         return None  # a transformers older than those this is written for
-    return bert
+
+
+def _hugging_face() -> ModuleType | None:
+    """fasttx.patch._hf, which switches a model's attention to fasttx's (`switch`) and back (`unswitch`)."""
+    return _family("transformers.modeling_utils")
