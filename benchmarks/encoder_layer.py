@@ -139,10 +139,10 @@ def _train(shape: tuple[int, int], dtype: torch.dtype) -> Work:
         return run
 
     theirs, ours = step(copy.deepcopy(layer)), step(fasttx.optimize(copy.deepcopy(layer)))
-    return Work({"eager": theirs}, ours, partial(_judge_training, layer, x, slope))
+    return Work({"eager": theirs}, ours, partial(judge_training, layer, x, slope))
 
 
-def _judge_training(layer: torch.nn.Module, x: Tensor, slope: Tensor) -> Verdict:
+def judge_training(layer: torch.nn.Module, x: Tensor, slope: Tensor) -> Verdict:
     """The output's and the gradients' errors.
 
     torch cannot draw fasttx's dropout, but fasttx's reference does, in float64: that is the truth. What error is

@@ -387,6 +387,10 @@ def test_children_that_know_no_cache():
     with pytest.raises(ValueError, match=r"cache: layers.0 is a Other, not a fasttx.nn.TransformerDecoderLayer"):
         model(x, memory, cache=KVCache())
     model = fasttx.optimize(make_decoder())
+    model.layers[1]._ff_block = lambda x: x
+    with pytest.raises(ValueError, match="a layer with a cache cannot run torch's forward: its _ff_block was replaced"):
+        model(x, memory, cache=KVCache())
+    model = fasttx.optimize(make_decoder())
     model.layers[1] = model.layers[0]
     with pytest.raises(ValueError, match="cache: layers share a self_attn"):
         model(x, memory, cache=KVCache())

@@ -214,9 +214,14 @@ def test_drop_in_construction():
     from_theirs = fasttx.nn.TransformerEncoder(plain, 1, enable_nested_tensor=False)
     assert type(from_theirs.layers[0]) is fasttx.nn.TransformerEncoderLayer
     assert type(plain) is torch.nn.TransformerEncoderLayer
-    for name in ("TransformerEncoder", "TransformerEncoderLayer"):
-        wanted = inspect.signature(getattr(torch.nn, name))
-        assert inspect.signature(getattr(fasttx.nn, name)) == wanted
+    of_layer, of_encoder = (
+        inspect.signature(getattr(fasttx.nn, name)) for name in ("TransformerEncoderLayer", "TransformerEncoder")
+    )
+    assert of_layer == inspect.signature(torch.nn.TransformerEncoderLayer)
+    *parameters, remove_padding = of_encoder.parameters.values()
+    assert parameters == list(inspect.signature(torch.nn.TransformerEncoder).parameters.values())
+    assert str(remove_padding) == "remove_padding: bool | None = None"
+    assert remove_padding.kind is inspect.Parameter.KEYWORD_ONLY
     for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert [type(m) for m in twin.modules()] == [type(m) for m in ours.modules()]
         assert all(torch.equal(v, state[name]) for name, v in twin.state_dict().items())

@@ -258,9 +258,13 @@ def test_drop_in_construction():
     assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
     from_theirs = fasttx.nn.TransformerDecoder(torch.nn.TransformerDecoderLayer(E, H), 1)
     assert type(from_theirs.layers[0]) is fasttx.nn.TransformerDecoderLayer
-    for name in ("TransformerDecoder", "TransformerDecoderLayer"):
-        wanted = inspect.signature(getattr(torch.nn, name))
-        assert inspect.signature(getattr(fasttx.nn, name)) == wanted
+    of_layer, of_decoder = (
+        inspect.signature(getattr(fasttx.nn, name)) for name in ("TransformerDecoderLayer", "TransformerDecoder")
+    )
+    assert of_layer == inspect.signature(torch.nn.TransformerDecoderLayer)
+    *parameters, remove_padding = of_decoder.parameters.values()
+    assert parameters == list(inspect.signature(torch.nn.TransformerDecoder).parameters.values())
+    assert str(remove_padding) == "remove_padding: bool | None = None"
     for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert [type(m) for m in twin.modules()] == [type(m) for m in ours.modules()]
 
@@ -292,3 +296,72 @@ def test_dropout_is_drawn_in_training_alone_and_from_torchs_seed(training):
 
     assert torch.equal(run(1), run(1))
     assert torch.equal(run(1), run(2)) == (not training)
+
+
+def drop_in(decoder, **options):
+    """fasttx.nn's TransformerDecoder with the parameters of torch's."""
+    layers, norm = len(decoder.layers), copy.deepcopy(decoder.norm)
+    ours = fasttx.nn.TransformerDecoder(copy.deepcopy(decoder.layers[0]), layers, norm, **options)
+    ours.load_state_dict(decoder.state_dict())
+    return ours.double().train(decoder.training)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("remove", [True, False, None])
+def test_remove_padding_of_a_drop_in(remove, training):
+    theirs = make_decoder().double().train(training)
+    ours = drop_in(theirs, remove_padding=remove)
+    tensors = {name: tensor.double() for name, tensor in inputs().items()}
+    of_tgt, of_memory = paddings()
+    masks = {"tgt_key_padding_mask": of_tgt, "memory_key_padding_mask": of_memory, "tgt_mask": CAUSAL}
+    expected, output = (m(**tensors, **masks) for m in (theirs, ours))
+    torch.testing.assert_close(output[~of_tgt], expected[~of_tgt])
+    assert bool((output[of_tgt] == 0).all()) == bool(remove)
+    if not remove:
+        torch.testing.assert_close(output, expected)
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(twin(**tensors, **masks), output)
+    packing = fasttx.optimize(ours)
+    assert bool((packing(**tensors, **masks)[of_tgt] == 0).all()) == (remove is not False)
+
+
+@pytest.mark.parametrize("changed", [(0,), (1,), (0, 2), (0, 1, 2)], ids=str)
+def test_layers_that_cannot_pack_take_turns_with_those_that_can(changed):
+    theirs = make_decoder(layers=3).double()
+    for i in changed:
+        replace_linear(theirs.layers[i])
+    ours = fasttx.optimize(copy.deepcopy(theirs))
+    tensors = {name: tensor.double() for name, tensor in inputs().items()}
+    of_tgt, of_memory = paddings()
+    masks = {"tgt_key_padding_mask": of_tgt, "memory_key_padding_mask": of_memory, "tgt_mask": CAUSAL}
+    heard = []
+    dispatch.listeners.append(heard.append)
+    try:
+        output = ours(**tensors, **masks)
+    finally:
+        dispatch.listeners.pop()
+    torch.testing.assert_close(output[~of_tgt], theirs(**tensors, **masks)[~of_tgt])
+    assert (output[of_tgt] == 0).all()
+    # In a layer that runs packed, the attention to the memory is the one that is no block.
+    packed = sum(d.op == "attention_varlen" for d in heard)
+    assert packed == 3 - len(changed) or dispatch.extension is None
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_compiled_padding_removal_equals_eager_everywhere(batch_first):
+    ours = drop_in(make_decoder(batch_first=batch_first), remove_padding=True)
+    # What was compiled for another module of the class is not checked for hooks.
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager", dynamic=True)
+    of_tgt, of_memory = paddings()
+    bias = torch.randn(B, S).double()
+    for masks in (
+        {"tgt_key_padding_mask": of_tgt},
+        {"memory_key_padding_mask": of_memory},
+        {"tgt_key_padding_mask": of_tgt, "memory_key_padding_mask": floating(of_memory).double(), "tgt_mask": CAUSAL},
+        {"tgt_key_padding_mask": of_tgt, "memory_key_padding_mask": bias},
+        {"tgt_key_padding_mask": of_tgt, "tgt_mask": CAUSAL, "tgt_is_causal": True},
+        {"tgt_key_padding_mask": of_tgt, "memory_mask": torch.zeros(T, S).double()},
+    ):
+        tensors = [tensor.double() for tensor in inputs(batch_first).values()]
+        torch.testing.assert_close(compiled(*tensors, **masks), ours(*tensors, **masks))

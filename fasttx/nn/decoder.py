@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ._blocks import (
-    NORMS,
     activation_name,
     add_norm,
     add_norm_and_sum,
@@ -19,11 +18,11 @@ from ._blocks import (
     parts,
     self_attention_half,
 )
-from ._padding import packings_of
+from ._padding import packings_of, run_where_packed, takes_remove_padding, zeroed_by_packing
 from ._plain import adopt, is_plain, step_aside, why_patched
 from .attention import MultiheadAttention
 from .cache import KVCache
-from .transformer import causal_by
+from .transformer import causal_by, normed, where_causal
 
 
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
@@ -59,6 +58,8 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         nested = "a tensor is nested" if tgt.is_nested or memory.is_nested else None
         refusal = why_patched(self) or nested
         if cache is not None:
+            if refusal is not None:
+                raise ValueError(f"a layer with a cache cannot run torch's forward: {refusal}")
             for name in ("self_attn", "multihead_attn"):
                 _require_caching(name, getattr(self, name), MultiheadAttention)
         elif refusal is not None:
@@ -145,10 +146,17 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
 class TransformerDecoder(torch.nn.TransformerDecoder):
     """torch.nn.TransformerDecoder of fasttx's layers.
 
+    remove_padding: True: wherever a key padding mask is given for target or memory, and no mask but a causal one, in
+    inference and training, the layers run on the valid tokens alone: valid positions get the padded batch's values,
+    padded ones zeros (while torch.compile traces, the layers run padded and the zeros are put there). None or False: on
+    the padded batch, as torch.
+
     `cache`, a fasttx.nn.KVCache, as in TransformerDecoderLayer; padding is not removed then.
     """
 
-    @functools.wraps(torch.nn.TransformerDecoder.__init__)
+    remove_padding: bool | None = None
+
+    @takes_remove_padding(torch.nn.TransformerDecoder)
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         for layer in self.layers:
@@ -169,64 +177,54 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         *,
         cache: KVCache | None = None,
     ) -> Tensor:
-        if cache is None:
-            return super().forward(
-                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
-                tgt_is_causal, memory_is_causal,
+        cached = {} if cache is None else {"cache": cache}
+        if cache is not None:
+            self._require_caching()
+        batch_first = self.layers[0].self_attn.batch_first
+        length = tgt.shape[1 if batch_first and tgt.dim() == 3 else 0]
+        causal = cache is None and causal_by(tgt_mask, tgt_is_causal, length)
+
+        def padded(layer: torch.nn.Module, x: Tensor) -> Tensor:
+            return layer(
+                x, memory, tgt_mask=tgt_mask, memory_mask=memory_mask, tgt_key_padding_mask=tgt_key_padding_mask,
+                memory_key_padding_mask=memory_key_padding_mask, tgt_is_causal=causal,
+                memory_is_causal=memory_is_causal, **cached,
             )  # fmt: skip
+
+        packings = zeroed = None
+        nested = tgt.is_nested or memory.is_nested
+        if self.remove_padding and cache is None and memory_mask is None and not (memory_is_causal or nested):
+            batches = (tgt, tgt_key_padding_mask), (memory, memory_key_padding_mask)
+            if torch.compiler.is_compiling():
+                zeroed = where_causal(zeroed_by_packing(batch_first, *batches), tgt_mask, tgt_is_causal, length)
+            elif causal == (tgt_mask is not None):
+                packings = packings_of(batch_first, *batches)
+        if packings is None:
+            x = tgt
+            for layer in self.layers:
+                x = padded(layer, x)
+            return normed(self.norm, x, None if zeroed is None else lambda x: x.masked_fill(zeroed, 0))
+
+        of_tgt, of_memory = packings
+        packed_memory = of_memory.pack(memory)
+
+        def packed(layer: torch.nn.Module, x: Tensor) -> Tensor:
+            return layer.run_packed(x, packed_memory, of_tgt.cu_seqlens, of_memory.cu_seqlens, causal)
+
+        x = run_where_packed(self.layers, tgt, of_tgt, _can_pack, packed, padded)
+        return normed(self.norm, x, of_tgt.unpack)
+
+    def _require_caching(self) -> None:
         for i, layer in enumerate(self.layers):
             _require_caching(f"layers.{i}", layer, TransformerDecoderLayer)
         if len({layer.self_attn for layer in self.layers}) < len(self.layers):
             raise ValueError("cache: layers share a self_attn, and a cache keeps the keys of one layer for each")
-        for layer in self.layers:
-            tgt = layer(
-                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, cache=cache
-            )
-        return tgt if self.norm is None else self.norm(tgt)
 
 
 class PackingTransformerDecoder(TransformerDecoder):
-    """TransformerDecoder that removes the padding of target and memory; optimize() makes it.
+    """TransformerDecoder that removes padding wherever key padding masks allow it; optimize() makes it."""
 
-    Wherever a key padding mask is given and no other but a causal one, in inference and training:
-    valid positions get the padded batch's values, padded ones zeros (the final
-    norm of zeros, where that norm has to be called).
-    """
-
-    def forward(
-        self,
-        tgt: Tensor,
-        memory: Tensor,
-        tgt_mask: Tensor | None = None,
-        memory_mask: Tensor | None = None,
-        tgt_key_padding_mask: Tensor | None = None,
-        memory_key_padding_mask: Tensor | None = None,
-        tgt_is_causal: bool | None = None,
-        memory_is_causal: bool = False,
-        *,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        packings = None
-        if cache is None and memory_mask is None and not memory_is_causal and all(map(_can_pack, self.layers)):
-            batch_first = self.layers[0].self_attn.batch_first
-            length = tgt.shape[1 if batch_first and tgt.dim() == 3 else 0]
-            causal = causal_by(tgt_mask, tgt_is_causal, length)
-            if causal == (tgt_mask is not None):
-                packings = packings_of(
-                    batch_first, (tgt, tgt_key_padding_mask), (memory, memory_key_padding_mask)
-                )
-        if packings is None:
-            return super().forward(
-                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
-                tgt_is_causal, memory_is_causal, cache=cache,
-            )  # fmt: skip
-        of_tgt, of_memory = packings
-        x, memory = of_tgt.pack(tgt), of_memory.pack(memory)
-        for layer in self.layers:
-            x = layer.run_packed(x, memory, of_tgt.cu_seqlens, of_memory.cu_seqlens, causal)
-        if self.norm is not None and not is_plain(self.norm, *NORMS):
-            return self.norm(of_tgt.unpack(x))
-        return of_tgt.unpack(x if self.norm is None else self.norm(x))
+    remove_padding = True
 
 
 def _can_pack(layer: torch.nn.Module) -> bool:

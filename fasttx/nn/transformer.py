@@ -19,7 +19,7 @@ from ._blocks import (
     parts,
     self_attention_half,
 )
-from ._padding import packings_of
+from ._padding import packings_of, run_where_packed, takes_remove_padding, zeroed_by_packing
 from ._plain import adopt, is_plain, step_aside, why_patched
 from .attention import MultiheadAttention
 
@@ -115,12 +115,16 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     nested-tensor path: the valid tokens are packed once, every layer runs on them alone, and padded
     positions hold zeros before the final norm, as there. Otherwise, and while torch.compile traces,
     the layers run on the padded batch.
+
+    remove_padding: None, as said. True: any padding pattern, in inference and in training, beside a causal mask too:
+    valid positions get the padded batch's values, padded ones zeros (while torch.compile traces, the layers run padded
+    and the zeros are put there). False: never, and padded positions are computed like others, also where torch would
+    leave zeros.
     """
 
-    # None: packs where torch does. True: wherever a key padding mask allows it, in training too.
     remove_padding: bool | None = None
 
-    @functools.wraps(torch.nn.TransformerEncoder.__init__)
+    @takes_remove_padding(torch.nn.TransformerEncoder)
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         for layer in self.layers:
@@ -141,34 +145,33 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         batch_first = self.layers[0].self_attn.batch_first
         length = src.shape[1 if batch_first and src.dim() == 3 else 0]
         causal = causal_by(mask, is_causal, length)
-        as_torch = _torch_would_nest(self, src, mask, src_key_padding_mask)
-        packings = None
+        as_torch = self.remove_padding is not False and _torch_would_nest(self, src, mask, src_key_padding_mask)
+
+        def padded(layer: torch.nn.Module, x: Tensor) -> Tensor:
+            return self._padded(layer, x, mask, src_key_padding_mask, causal)
+
+        packings = zeroed = None
         if as_torch or (self.remove_padding and src_key_padding_mask is not None):
+            batch = (src, src_key_padding_mask)
+            if torch.compiler.is_compiling():
+                zeroed = zeroed_by_packing(batch_first, batch)
+                zeroed = where_causal(zeroed, mask, is_causal, length)
             # Of masks beside the padding only a causal one survives packing; the hint alone is torch's error.
-            if as_torch or causal == (mask is not None):
-                packings = packings_of(batch_first, (src, src_key_padding_mask))
+            elif as_torch or causal == (mask is not None):
+                packings = packings_of(batch_first, batch)
         if packings is None:
             for layer in self.layers:
-                src = self._padded(layer, src, mask, src_key_padding_mask, causal)
-            return src if self.norm is None else self.norm(src)
+                src = padded(layer, src)
+            return normed(self.norm, src, None if zeroed is None else lambda x: x.masked_fill(zeroed, 0))
 
         (packing,) = packings
-        x, packed = packing.pack(src), True
         within = causal and mask is not None
-        for layer in self.layers:
-            if _can_pack(layer):
-                x, packed = x if packed else packing.pack(x), True
-                x = layer.run_packed(x, packing.cu_seqlens, within)
-            else:
-                x, packed = packing.unpack(x) if packed else x, False
-                x = self._padded(layer, x, mask, src_key_padding_mask, causal)
-        x = x if packed else packing.pack(x)
-        if self.norm is None:
-            return packing.unpack(x)
+        x = run_where_packed(
+            self.layers, src, packing, _can_pack,
+            lambda layer, x: layer.run_packed(x, packing.cu_seqlens, within), padded,
+        )  # fmt: skip
         # torch's nested path normalises the zeros too.
-        if as_torch or not is_plain(self.norm, *NORMS):
-            return self.norm(packing.unpack(x))
-        return packing.unpack(self.norm(x))
+        return normed(self.norm, x, packing.unpack, of_zeros=as_torch)
 
     @staticmethod
     def _padded(
@@ -187,11 +190,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
 
 class PackingTransformerEncoder(TransformerEncoder):
-    """TransformerEncoder that removes padding wherever a key padding mask is given; optimize() makes it.
-
-    Any padding pattern, in inference and training: valid positions get the padded batch's values,
-    padded ones zeros (the final norm of zeros, where torch's nested path gives that).
-    """
+    """TransformerEncoder that removes padding wherever a key padding mask allows it; optimize() makes it."""
 
     remove_padding = True
 
@@ -207,16 +206,41 @@ def additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -torch.inf)
 
 
+def normed(
+    norm: torch.nn.Module | None, x: Tensor, restore: Callable[[Tensor], Tensor] | None, of_zeros: bool = False
+) -> Tensor:
+    """The final norm, and `restore`, which puts zeros at padded positions.
+
+    Those come after it, unless it is to see them: where it has to be called, or with `of_zeros`.
+    """
+    if norm is None:
+        return x if restore is None else restore(x)
+    if restore is None:
+        return norm(x)
+    if of_zeros or not is_plain(norm, *NORMS):
+        return norm(restore(x))
+    return restore(norm(x))
+
+
 def causal_by(mask: Tensor | None, hint: bool | None, length: int) -> bool:
     """The hint; without one, whether the mask is exactly the causal mask of this length."""
     if hint is not None:
         return hint
     if mask is None or tuple(mask.shape) != (length, length) or torch.compiler.is_compiling():
         return False
+    return bool(_is_causal(mask))
+
+
+def where_causal(zeroed: Tensor | None, mask: Tensor | None, hint: bool | None, length: int) -> Tensor | None:
+    """`zeroed`, if what other mask there is is causal: as by `causal_by`, without a branch on the mask's values."""
+    if zeroed is None or mask is None or hint is not None:
+        return zeroed if (mask is not None) == bool(hint) else None
+    return zeroed & _is_causal(mask) if tuple(mask.shape) == (length, length) else None
+
+
+def _is_causal(mask: Tensor) -> Tensor:
     later = torch.ones_like(mask, dtype=torch.bool).triu(1)
-    if mask.dtype == torch.bool:
-        return torch.equal(mask, later)
-    return bool((mask == additive(later, mask)).all())
+    return (mask == (later if mask.dtype == torch.bool else additive(later, mask))).all()
 
 
 def _torch_would_nest(
