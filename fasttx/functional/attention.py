@@ -1,11 +1,12 @@
 """Attention: padded, and packed (variable length)."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fasttx import checks, reference
+from fasttx import autocast, checks, reference
 from fasttx.dispatch import choose, runs_on_cpu
 from fasttx.ops import attention as ops
 from fasttx.rng import draw_seed
@@ -62,6 +63,13 @@ def attention(
         return (output, lse) if return_lse else output
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _require_dims(name, tensor, 4, "(batch, heads, length, width)")
+    if autocast.acts_on(query):
+        call = partial(
+            attention, attn_mask=attn_mask, key_lengths=key_lengths, is_causal=is_causal, query_offset=query_offset,
+            window=window, alibi_slopes=alibi_slopes, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa,
+            return_lse=return_lse, backend=backend,
+        )  # fmt: skip
+        return autocast.lowered(call, query, key, value)
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     if key.shape[0] != batch or value.shape[0] != batch:
@@ -123,6 +131,13 @@ def attention_varlen(
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _require_dims(name, tensor, 3, "(total tokens, heads, width)")
+    if autocast.acts_on(query):
+        call = partial(
+            attention_varlen, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, is_causal=is_causal, window=window,
+            alibi_slopes=alibi_slopes, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa, return_lse=return_lse,
+            backend=backend,
+        )  # fmt: skip
+        return autocast.lowered(call, query, key, value)
     if value.shape[0] != key.shape[0]:
         raise ValueError(f"key and value differ in length: {_shapes(query, key, value)}")
     _check_common(query, key, value, window, alibi_slopes, dropout_p, scale, enable_gqa)
