@@ -357,8 +357,7 @@ def test_options_are_checked_on_the_quick_way_too(name, value):
 
 
 @pytest.mark.usefixtures("needs_extension")
-def test_autocast_is_left_to_the_reference():
+def test_autocast_casts_for_a_named_backend_too():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        with pytest.raises(UnsupportedError, match="autocast"):
-            call("linear", backend="cpu")
-        assert call("linear").dtype == torch.float32
+        assert call("linear", backend="cpu").dtype == torch.bfloat16
+        assert call("linear").dtype == torch.bfloat16

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fasttx import checks, reference
+from fasttx import autocast, checks, reference
 from fasttx.dispatch import choose, runs_on_cpu
 from fasttx.ops import attention as ops
 from fasttx.rng import draw_seed
@@ -79,6 +79,13 @@ def attention(
             attention_varlen, **options, enable_gqa=enable_gqa, return_lse=return_lse, backend=backend
         )
         return attend_nested(packed, query, key, value)
+    checks.require_floating("query", query)
+    if autocast.acts_on(query):
+        call = partial(
+            attention, attn_mask=attn_mask, key_lengths=key_lengths, query_offset=query_offset, **options,
+            enable_gqa=enable_gqa, return_lse=return_lse, backend=backend,
+        )  # fmt: skip
+        return autocast.lowered(call, query, key, value)
     key_lengths = check_padded(
         query, key, value, attn_mask, key_lengths, query_offset, **options, enable_gqa=enable_gqa
     )
@@ -152,6 +159,13 @@ def attention_varlen(
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         require_dims(name, tensor, 3, "(total tokens, heads, width)")
+    if autocast.acts_on(query):
+        call = partial(
+            attention_varlen, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, is_causal=is_causal, window=window,
+            alibi_slopes=alibi_slopes, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa, return_lse=return_lse,
+            backend=backend,
+        )  # fmt: skip
+        return autocast.lowered(call, query, key, value)
     if value.shape[0] != key.shape[0]:
         raise ValueError(f"key and value differ in length: {key.shape[0]} and {value.shape[0]} tokens")
     check_common(

@@ -1,9 +1,11 @@
 """Linear layers, alone and as the feed-forward half of a transformer layer."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from fasttx import checks, reference
+from fasttx import autocast, checks, reference
 from fasttx.dispatch import choose, runs_on_cpu
 from fasttx.ops import feed_forward as ops
 from fasttx.ops import linear as linear_ops
@@ -21,6 +23,8 @@ def linear(
     checks.require_floating("input", input)
     _check_layer("weight", weight, "bias", bias, "input", _width(input))
     checks.require_same_device("input", input, weight=weight, bias=bias)
+    if autocast.acts_on(input):
+        return autocast.lowered(partial(linear, backend=backend), input, weight, bias)
     if choose("linear", (input, weight, bias), backend) == "reference":
         return reference.linear(input, weight, bias)
     return linear_ops.linear(input, weight, bias)
@@ -63,6 +67,9 @@ def feed_forward(
     checks.require_probability("dropout_p", dropout_p)
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+    if autocast.acts_on(input):
+        call = partial(feed_forward, activation=activation, dropout_p=dropout_p, training=training, backend=backend)
+        return autocast.lowered(call, *tensors)
     seed = draw_seed() if p > 0.0 else None
     if choose("feed_forward", tensors, backend) == "reference":
         return reference.feed_forward(

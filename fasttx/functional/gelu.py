@@ -1,8 +1,10 @@
 """GELU, and GELU of input + bias."""
 
+from functools import partial
+
 from torch import Tensor
 
-from fasttx import checks, reference
+from fasttx import autocast, checks, reference
 from fasttx.dispatch import choose, runs_on_cpu
 from fasttx.ops import gelu as ops
 
@@ -16,6 +18,9 @@ def gelu(input: Tensor, approximate: str = "none", *, backend: str | None = None
         return ops.gelu(input, approximate)
     checks.require_floating("input", input)
     checks.require_approximation(approximate)
+    if autocast.acts_on(input):
+        call = partial(gelu, approximate=approximate, backend=backend)
+        return autocast.following(call, (input,), wide_on_gpu=False)
     if choose("gelu", (input,), backend) == "reference":
         return reference.gelu(input, approximate)
     return ops.gelu(input, approximate)
@@ -40,6 +45,9 @@ def bias_gelu(
     checks.require_tensor("bias", bias)
     checks.require_shape("bias", bias, (input.shape[-1],), "input's width")
     checks.require_same_device("input", input, bias=bias)
+    if autocast.acts_on(input):
+        call = partial(bias_gelu, approximate=approximate, backend=backend)
+        return autocast.following(call, (input, bias), wide_on_gpu=False)
     if choose("bias_gelu", (input, bias), backend) == "reference":
         return reference.bias_gelu(input, bias, approximate)
     return ops.bias_gelu(input, bias, approximate)

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
-from fasttx import checks, reference
+from fasttx import autocast, checks, reference
 from fasttx.dispatch import choose, runs_on_cpu
 from fasttx.ops import layer_norm as ops
 from fasttx.rng import draw_seed
@@ -31,6 +32,12 @@ def layer_norm(
         return ops.layer_norm(input, width, weight, bias, eps)
     checks.require_floating("input", input)
     dims = _check_parameters(input, normalized_shape, weight, bias)
+    if autocast.acts_on(input):
+        call = partial(layer_norm, normalized_shape=dims, eps=eps, backend=backend)
+        return autocast.following(
+            lambda input, weight, bias: call(input, weight=weight, bias=bias),
+            (input,), (weight, bias), wide_on_gpu=True,
+        )  # fmt: skip
     tensors = (input, weight, bias)
     if choose("layer_norm", tensors, backend, cpu_refusal=_refusal(dims)) == "reference":
         return reference.layer_norm(input, dims, weight, bias, eps)
@@ -73,6 +80,15 @@ def add_layer_norm(
     checks.require_probability("dropout_p", dropout_p)
     dims = _check_parameters(input, normalized_shape, weight, bias)
     checks.require_same_device("input", input, residual=residual)
+    if autocast.acts_on(input):
+        call = partial(
+            add_layer_norm, normalized_shape=dims, eps=eps, dropout_p=dropout_p, training=training,
+            return_sum=return_sum, backend=backend,
+        )  # fmt: skip
+        return autocast.following(
+            lambda input, residual, weight, bias: call(input, residual, weight=weight, bias=bias),
+            (input, residual), (weight, bias), wide_on_gpu=True,
+        )  # fmt: skip
     seed = draw_seed() if p > 0.0 else None
     tensors = (input, residual, weight, bias)
     if choose("add_layer_norm", tensors, backend, cpu_refusal=_refusal(dims)) == "reference":

@@ -1,8 +1,10 @@
 """Masked softmax."""
 
+from functools import partial
+
 from torch import Tensor
 
-from fasttx import checks, reference
+from fasttx import autocast, checks, reference
 from fasttx.dispatch import choose, runs_on_cpu
 from fasttx.ops import softmax as ops
 
@@ -35,6 +37,9 @@ def softmax(
     if mask is not None:
         checks.require_mask("mask", mask, input, tuple(input.shape))
         checks.require_same_device("input", input, mask=mask)
+    if autocast.acts_on(input):
+        call = partial(softmax, is_causal=is_causal, dim=dim, backend=backend)
+        return autocast.following(lambda input, mask: call(input, mask=mask), (input,), (mask,), wide_on_gpu=True)
 
     if choose("softmax", (input,), backend) == "reference":
         return reference.softmax(input, mask=mask, is_causal=is_causal, dim=dim)
