@@ -43,6 +43,14 @@ def require_probability(name: str, value: float) -> None:
         raise ValueError(f"{name} must be in [0, 1), got {value}")
 
 
+def require_size(name: str, value: int) -> None:
+    """A width or a length: a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def require_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...], meaning: str) -> None:
     """A tensor of exactly this shape, where one is given."""
     if tensor is None:

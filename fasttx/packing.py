@@ -15,6 +15,9 @@ from fasttx.dispatch import extension
 from fasttx.ops.pack_weight import pack_weight
 
 _packed = WeakCache()
+# By weight: where it lay, and its transpose.
+_transposed = WeakCache()
+_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 _KINDS = (Tensor, torch.nn.Parameter)
 
 
@@ -22,17 +25,32 @@ def settled_state(tensor: Tensor | None) -> tuple | None:
     """What changes when the tensor does, so that what was made of it can be kept.
 
     None where a gradient by it is wanted (its next use will find it changed), and for tensors whose changes cannot be
-    seen: inference tensors, views with gaps, subclasses, and what a compiler traces.
+    seen: inference tensors, views with gaps, subclasses, and what a compiler or a function transform traces.
     """
-    if type(tensor) not in _KINDS or extension is None or is_compiling():
+    if extension is None or not _is_settled(tensor) or tensor.is_inference():
         return None
-    if (tensor.requires_grad and is_grad_enabled()) or tensor.is_inference():
-        return None
-    if not (tensor.is_cpu and tensor.is_contiguous()):
+    if not (tensor.is_cpu and _is_dense(tensor)):
         return None
     address = tensor.data_ptr()
     sample = extension.fingerprint(address, tensor.nbytes)
     return tensor._version, address, tensor.shape, tensor.dtype, sample
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """weight.t(): how a linear layer reads a weight that is kept as (in, out).
+
+    One and the same view as long as the weight lies where it does, so that it goes on having one packed copy; where a
+    gradient is wanted, a new one that leads to the weight.
+    """
+    if not _is_settled(weight):
+        return weight.t()
+    known = _transposed.get(weight)
+    place = (weight.data_ptr(), weight.shape, weight.dtype)
+    if known is None or known[0] != place:
+        # Detached, so that it does not keep the weight alive that the cache forgets it with.
+        known = (place, weight.detach().t())
+        _transposed.set(weight, known)
+    return known[1]
 
 
 def packed(weight: Tensor) -> Tensor | None:
@@ -48,6 +66,21 @@ def packed(weight: Tensor) -> Tensor | None:
         copy = pack_weight(weight)
     _packed.set(weight, (state, copy))
     return copy
+
+
+def _is_settled(tensor: Tensor | None) -> bool:
+    """Whether it is a tensor with memory of its own, and no gradient by it is wanted."""
+    return (
+        type(tensor) in _KINDS
+        and not (tensor.requires_grad and is_grad_enabled())
+        and not is_compiling()
+        and not _are_functorch_transforms_active()
+    )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether it is one block of memory without gaps: contiguous, or the transpose of what is."""
+    return tensor.is_contiguous() or (tensor.dim() == 2 and tensor.stride() == (1, tensor.shape[0]))
 
 
 def invalidate() -> None:

@@ -174,6 +174,38 @@ void for_waves(AttentionShape& shape, int64_t bytes, const F& run) {
   }
 }
 
+// What a backward reads: arguments without results, and the tensors that they lead into.
+struct Backward {
+  Problem problem;
+  Tensor q, k, v, o, g, s;
+  OptionalTensor dl;
+  AttentionBwd args;
+
+  Backward(const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+           const Tensor& value, const Tensor& output, const Tensor& stats, const AttentionOptions& options)
+      : problem(make_problem(query, key, value, options)),
+        q(with_unit_rows(query)),
+        k(with_unit_rows(key)),
+        v(with_unit_rows(value)),
+        o(with_unit_rows(output)),
+        g(with_unit_rows(grad)),
+        s(dense(stats)),
+        dl(dense(grad_lse)) {
+    Sizes output_sizes = sizes_of(query);
+    output_sizes.back() = problem.shape.value_width;
+    check_like(output, query, "output", output_sizes);
+    check_like(grad, query, "grad", output_sizes);
+    const auto check_rows = [&](const Tensor& tensor, const Sizes& sizes, const char* name) {
+      STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == accumulate_type(query) && sizes_of(tensor) == sizes,
+                      name, " does not fit the forward");
+    };
+    check_rows(stats, stats_sizes(problem), "stats");
+    if (grad_lse.has_value()) check_rows(*grad_lse, lse_sizes(problem), "grad_lse");
+    args = {problem.shape, data(g), data(q), data(k), data(v), data(o), strides_of(g), strides_of(q), strides_of(k),
+            strides_of(v), strides_of(o), {}, {}, {}, data(s), data(dl), nullptr, nullptr, nullptr, nullptr};
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
                                          const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
                                          const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
@@ -201,6 +233,25 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(
                       window_left, window_right, dropout_p, seed, scale},
                      dq, dk, dv);
   return {dq, dk, dv};
+}
+
+Tensor attention_bias_bwd(const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+                          const Tensor& value, const Tensor& output, const Tensor& stats,
+                          const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+                          const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                          const OptionalTensor& alibi_slopes, bool is_causal, int64_t query_offset,
+                          int64_t window_left, int64_t window_right, double dropout_p, const OptionalTensor& seed,
+                          double scale) {
+  STD_TORCH_CHECK(attn_mask.has_value() && attn_mask->scalar_type() != ScalarType::Bool,
+                  "attn_mask must be floating to have a gradient");
+  const int dtype = dtype_index(query, "query");
+  const Backward call(grad, grad_lse, query, key, value, output, stats,
+                      {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, query_offset,
+                       window_left, window_right, dropout_p, seed, scale});
+  Tensor dmask = allocate_like(*attn_mask);
+  launch(table().attention_bias_bwd[dtype], AttentionBiasBwd{call.args, out(dmask), dmask.size(0), dmask.size(1),
+                                                             dmask.size(2), dmask.size(3)});
+  return dmask;
 }
 
 }  // namespace
@@ -241,32 +292,21 @@ void attention_backward(const Tensor& grad, const OptionalTensor& grad_lse, cons
                         const Tensor& value, const Tensor& output, const Tensor& stats, const AttentionOptions& options,
                         Tensor& dquery, Tensor& dkey, Tensor& dvalue) {
   const int dtype = dtype_index(query, "query");
-  const Problem problem = make_problem(query, key, value, options);
-  const AttentionShape& shape = problem.shape;
-  Sizes output_sizes = sizes_of(query);
-  output_sizes.back() = shape.value_width;
-  check_like(output, query, "output", output_sizes);
-  check_like(grad, query, "grad", output_sizes);
-  const auto check_rows = [&](const Tensor& tensor, const Sizes& sizes, const char* name) {
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == accumulate_type(query) && sizes_of(tensor) == sizes,
-                    name, " does not fit the forward");
-  };
-  check_rows(stats, stats_sizes(problem), "stats");
-  if (grad_lse.has_value()) check_rows(*grad_lse, lse_sizes(problem), "grad_lse");
-
-  const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
-  const Tensor o = with_unit_rows(output), g = with_unit_rows(grad), s = dense(stats);
-  const OptionalTensor dl = dense(grad_lse);
-  AttentionBwd args = {shape, data(g), data(q), data(k), data(v), data(o), strides_of(g), strides_of(q), strides_of(k),
-                       strides_of(v), strides_of(o), strides_of(dquery), strides_of(dkey), strides_of(dvalue), data(s),
-                       data(dl), out(dquery), out(dkey), out(dvalue), nullptr};
+  const Backward call(grad, grad_lse, query, key, value, output, stats, options);
+  AttentionBwd args = call.args;
+  args.dq_strides = strides_of(dquery);
+  args.dk_strides = strides_of(dkey);
+  args.dv_strides = strides_of(dvalue);
+  args.dq = out(dquery);
+  args.dk = out(dkey);
+  args.dv = out(dvalue);
   const KernelTable& kernels = table();
-  const int64_t bytes = static_cast<int64_t>(kernels.attention_dq_bytes[dtype](shape));
-  if (bytes == 0 || !threads_share_pairs(shape)) {
+  const int64_t bytes = static_cast<int64_t>(kernels.attention_dq_bytes[dtype](args.shape));
+  if (bytes == 0 || !threads_share_pairs(args.shape)) {
     launch(kernels.attention_bwd[dtype], args);
     return;
   }
-  for_waves(args.shape, bytes * shape.batch * shape.kv_heads, [&] {
+  for_waves(args.shape, bytes * args.shape.batch * args.shape.kv_heads, [&] {
     const Workspace partial(bytes * args.shape.pairs);
     args.dq_partial = partial.data();
     launch(kernels.attention_bwd[dtype], args);
@@ -277,6 +317,7 @@ void attention_backward(const Tensor& grad, const OptionalTensor& grad_lse, cons
 STABLE_TORCH_LIBRARY_IMPL(fasttx, CPU, m) {
   FASTTX_IMPL(m, attention_fwd);
   FASTTX_IMPL(m, attention_bwd);
+  FASTTX_IMPL(m, attention_bias_bwd);
 }
 
 }  // namespace fasttx::bindings

@@ -16,8 +16,8 @@ void from_code(int code, MaskKind& value) {
 }
 
 // A struct of arguments, field by field: pointers read and written as addresses (what tensor.data_ptr() gives), enums as
-// their codes.
-template <class Args>
+// their codes; with those of a Base.
+template <class Args, class... Base>
 class Fields {
  public:
   Fields(py::module_& m, const char* name) : type_(m, name) { type_.def(py::init<>()); }
@@ -39,7 +39,7 @@ class Fields {
   }
 
  private:
-  py::class_<Args> type_;
+  py::class_<Args, Base...> type_;
 };
 #define FIELD(args, name) add(#name, &args::name)
 
@@ -143,10 +143,14 @@ void define_attention(py::module_& m) {
       .FIELD(B, dout_strides).FIELD(B, q_strides).FIELD(B, k_strides).FIELD(B, v_strides).FIELD(B, out_strides)
       .FIELD(B, dq_strides).FIELD(B, dk_strides).FIELD(B, dv_strides).FIELD(B, stats).FIELD(B, dlse).FIELD(B, dq)
       .FIELD(B, dk).FIELD(B, dv).FIELD(B, dq_partial);
+  using M = AttentionBiasBwd;
+  Fields<M, B>(m, "AttentionBiasBwd").FIELD(M, dmask).FIELD(M, mask_batch).FIELD(M, mask_heads).FIELD(M, mask_queries)
+      .FIELD(M, mask_keys);
   KERNEL(attention_pack);
   KERNEL(attention_fwd);
   KERNEL(attention_bwd);
   KERNEL(attention_dq);
+  KERNEL(attention_bias_bwd);
 }
 
 // launch_<op>(isa, dtype, args): all items on PyTorch's threads, for what is timed by itself.

@@ -264,8 +264,11 @@ struct AttentionBwdKernel {
       const Sequence sequence = sequence_of(shape, pair / shape.kv_heads);
       const int64_t chunks = key_chunks(sequence.keys.count), group = shape.heads / shape.kv_heads;
       if (item % most >= chunks) continue;
-      const Places live = find_live(g, sequence, kv_head, scratch.live);
-      find_delta(g, sequence, kv_head, scratch);
+      const int64_t found = find_live(g, sequence, kv_head, 0, sequence.queries, scratch.live);
+      const Places live = {found, found == sequence.queries ? nullptr : scratch.live};
+      for (int64_t i = 0; i < group; ++i)
+        find_delta(g, sequence, kv_head * group + i, 0, sequence.queries, scratch.tile.panels,
+                   scratch.delta + i * shape.queries);
       if (g.dq_partial != nullptr) {
         const QueryShares<T> partial(shape, g.dq_partial, item / most);
         run_chunk(g, sequence, live, kv_head, item % most, scratch,
@@ -299,11 +302,12 @@ struct AttentionBwdKernel {
     }
   }
 
-  // The queries that a gradient reaches in any head of the group.
-  static Places find_live(const AttentionBwd& g, const Sequence& sequence, int64_t kv_head, int64_t* places) {
+  // The queries of [first, last) that a gradient reaches in any head of the group, and their number.
+  static int64_t find_live(const AttentionBwd& g, const Sequence& sequence, int64_t kv_head, int64_t first,
+                           int64_t last, int64_t* places) {
     const int64_t group = g.shape.heads / g.shape.kv_heads;
     int64_t count = 0;
-    for (int64_t query = 0; query < sequence.queries; ++query) {
+    for (int64_t query = first; query < last; ++query) {
       bool live = false;
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group && !live; ++head) {
         live = !is_zero(queries_of<T>(g.shape, g.dout, g.dout_strides, sequence, head)[query], g.shape.value_width);
@@ -312,7 +316,7 @@ struct AttentionBwdKernel {
       }
       if (live) places[count++] = query;
     }
-    return {count, count == sequence.queries ? nullptr : places};
+    return count;
   }
 
   // dK and dV of one chunk of keys, and its share of dQ.
@@ -325,7 +329,9 @@ struct AttentionBwdKernel {
     memset(dq, 0, sizeof(A) * scratch.gradient.size);
     for (int64_t key = first; key < last; key += kKeys) {
       const int64_t n = min_of(kKeys, last - key);
-      load_keys(g, sequence, kv_head, key, n, scratch);
+      load_keys(g, sequence, kv_head, key, n, tile, scratch.buffer);
+      memset(tile.dk, 0, sizeof(A) * kKeys * tile.dk_stride);
+      memset(tile.dv, 0, sizeof(A) * kKeys * tile.dv_stride);
       for (int64_t i = 0; i < group; ++i)
         for (int64_t query = 0; query < live.count; query += KeyTile<P>::kRows)
           run_tile(g, sequence, live, kv_head * group + i, query, key, scratch, scratch.delta + i * shape.queries,
@@ -337,21 +343,17 @@ struct AttentionBwdKernel {
     }
   }
 
-  static void find_delta(const AttentionBwd& g, const Sequence& sequence, int64_t kv_head, Scratch& scratch) {
-    const AttentionShape& shape = g.shape;
-    const int64_t group = shape.heads / shape.kv_heads;
-    for (int64_t i = 0; i < group; ++i) {
-      const int64_t head = kv_head * group + i;
-      A* delta = scratch.delta + i * shape.queries;
-      sum_products(first_row<T>(g.dout, g.dout_strides, shape, sequence.batch, head, sequence.first_query),
-                   g.dout_strides.t,
-                   first_row<T>(g.out, g.out_strides, shape, sequence.batch, head, sequence.first_query),
-                   g.out_strides.t, sequence.queries, shape.value_width, scratch.tile.panels, delta);
-      // The gradient of lse is P, so what reaches lse by another way joins delta.
-      if (g.dlse == nullptr) continue;
-      const A* dlse = static_cast<const A*>(g.dlse) + lse_index(shape, sequence, head, 0);
-      for (int64_t query = 0; query < sequence.queries; ++query) delta[query] -= dlse[query];
-    }
+  // delta of a head's queries [first, last).
+  static void find_delta(const AttentionBwd& g, const Sequence& sequence, int64_t head, int64_t first, int64_t last,
+                         A* panels, A* delta) {
+    const auto out = queries_of<T>(g.shape, g.out, g.out_strides, sequence, head);
+    const auto dout = queries_of<T>(g.shape, g.dout, g.dout_strides, sequence, head);
+    const int64_t width = g.shape.value_width;
+    sum_products(dout[first], dout.stride, out[first], out.stride, last - first, width, panels, delta + first);
+    // The gradient of lse is P, so what reaches lse by another way joins delta.
+    if (g.dlse == nullptr) return;
+    const A* dlse = static_cast<const A*>(g.dlse) + lse_index(g.shape, sequence, head, 0);
+    for (int64_t query = first; query < last; ++query) delta[query] -= dlse[query];
   }
 
   // delta, summed in the order of dP's product: a row that sees one key has dP = delta, and dS is exactly zero.
@@ -379,23 +381,20 @@ struct AttentionBwdKernel {
   }
 
   static void load_keys(const AttentionBwd& g, const Sequence& sequence, int64_t kv_head, int64_t key, int64_t n,
-                        Scratch& scratch) {
+                        KeyTile<P>& tile, T* buffer) {
     const AttentionShape& shape = g.shape;
-    KeyTile<P>& tile = scratch.tile;
     const auto pack = [&](const MatrixRows<T>& rows, int64_t width, P* panels) {
       for (int64_t i = 0; i < n; i += kTileCols<P>)
         pack_transposed(rows[i], rows.stride, min_of(kTileCols<P>, n - i), width,
                         panels + i * round_up(width, Packed<P>::kLeftStep));
     };
     pack(rows_at(keys_of<T>(shape, g.v, g.v_strides, sequence, kv_head), sequence.keys, key, n, shape.value_width,
-                 scratch.buffer),
+                 buffer),
          shape.value_width, tile.values);
     const auto k = rows_at(keys_of<T>(shape, g.k, g.k_strides, sequence, kv_head), sequence.keys, key, n, shape.width,
-                           scratch.buffer);
+                           buffer);
     pack(k, shape.width, tile.keys);
     pack_rows(k.first, k.stride, n, shape.width, tile.k.right, tile.k.pitch * kTileCols<P>);
-    memset(tile.dk, 0, sizeof(A) * kKeys * tile.dk_stride);
-    memset(tile.dv, 0, sizeof(A) * kKeys * tile.dv_stride);
   }
 
   // Live queries from `query` on against the tile of keys from `key` on.
@@ -404,15 +403,29 @@ struct AttentionBwdKernel {
     const AttentionShape& shape = g.shape;
     KeyTile<P>& tile = scratch.tile;
     TileRows rows;
+    const int64_t n = score_tile(g, sequence, live, head, query, key, tile, scratch.buffer, rows);
+    if (n == 0) return;
+    const int64_t padded = round_up(n, kKeyStep<P>);
+    for (int64_t i = round_up(n, V::kWidth); i < padded; i += V::kWidth)
+      for (int64_t r = 0; r < rows.count; ++r) V::zero().store(tile.ds + r * kKeys + i);
+    tile.differentiate(shape, sequence, rows,
+                       static_cast<const A*>(g.stats) + 2 * lse_index(shape, sequence, head, 0), delta, key, padded);
+    tile.multiply_outputs(shape, rows.count, n, dq, scratch.gradient.stride);
+  }
+
+  // Packs a tile's queries, and finds its masked scores and dP. Returns how many of its keys may be seen.
+  static int64_t score_tile(const AttentionBwd& g, const Sequence& sequence, const Places& live, int64_t head,
+                            int64_t query, int64_t key, KeyTile<P>& tile, T* buffer, TileRows& rows) {
+    const AttentionShape& shape = g.shape;
     for (int64_t i = query; i < min_of(live.count, query + KeyTile<P>::kRows); ++i)
       rows.add(tile_row(shape, sequence.keys, head, live[i]));
-    if (rows.last <= key || rows.first >= key + kKeys) return;
+    if (rows.last <= key || rows.first >= key + kKeys) return 0;
     TileMask<T> mask(shape, rows, sequence, key, min_of(kKeys, rows.last - key), tile.bias);
     const int64_t n = mask.n;
-    if (n == 0) return;
+    if (n == 0) return 0;
     const auto pack = [&](const void* data, const Strides& strides, int64_t width, typename KeyTile<P>::Rows& packed) {
       const auto from = rows_at(queries_of<T>(shape, data, strides, sequence, head), live, query, rows.count, width,
-                                scratch.buffer);
+                                buffer);
       packed.pack(from.first, from.stride, rows.count);
     };
     pack(g.q, g.q_strides, shape.width, tile.q);
@@ -422,7 +435,7 @@ struct AttentionBwdKernel {
       // As in the forward, to the bit: its numbers fit no other scores.
       const int64_t kv_head = head / (shape.heads / shape.kv_heads);
       const auto keys = rows_at(keys_of<T>(shape, g.k, g.k_strides, sequence, kv_head), sequence.keys, key, n,
-                                shape.width, scratch.buffer);
+                                shape.width, buffer);
       for (int64_t i = 0; i < rows.count; ++i)
         score_directly(tile.q.left + i * tile.q.left_stride, keys.first, keys.stride, n, shape.width,
                        tile.p + i * kKeys);
@@ -431,12 +444,7 @@ struct AttentionBwdKernel {
     }
     tile.multiply_keys(tile.dout, tile.values, rows.count, n, tile.ds);
     mask.apply(tile.p, kKeys);
-    const int64_t padded = round_up(n, kKeyStep<P>);
-    for (int64_t i = round_up(n, V::kWidth); i < padded; i += V::kWidth)
-      for (int64_t r = 0; r < rows.count; ++r) V::zero().store(tile.ds + r * kKeys + i);
-    tile.differentiate(shape, sequence, rows,
-                       static_cast<const A*>(g.stats) + 2 * lse_index(shape, sequence, head, 0), delta, key, padded);
-    tile.multiply_outputs(shape, rows.count, n, dq, scratch.gradient.stride);
+    return n;
   }
 
   // Rows [first, first + n) of those at `places`.

@@ -32,8 +32,13 @@ static FASTTX_INLINE void finish_tile(const Gemm& g, int64_t row, int64_t rows, 
       if (g.preact != nullptr) store(g.preact, value);
       if (g.grad_preact != nullptr) {
         const V preact = load(g.grad_preact, at);
-        value = dropped(value * gelu_grad<kActivation>(preact));
-        if (g.recomputed != nullptr) store(g.recomputed, dropped(gelu<kActivation>(preact)));
+        if (g.recomputed != nullptr) {
+          const auto both = gelu_and_grad<kActivation>(preact);
+          value = dropped(value * both.gradient);
+          store(g.recomputed, dropped(both.value));
+        } else {
+          value = dropped(value * gelu_grad<kActivation>(preact));
+        }
       } else {
         value = dropped(gelu<kActivation>(value));
       }

@@ -17,6 +17,7 @@
 #include "attention_decode.inl"
 #include "attention.inl"
 #include "attention_bwd.inl"
+#include "attention_bias.inl"
 #include "peak.inl"
 
 #define FASTTX_STRING_(name) #name
@@ -47,6 +48,7 @@ inline constexpr KernelTable kTable = {
     .attention_fwd = FASTTX_KERNEL(AttentionFwdKernel),
     .attention_bwd = FASTTX_KERNEL(AttentionBwdKernel),
     .attention_dq = FASTTX_KERNEL(AttentionDqKernel),
+    .attention_bias_bwd = FASTTX_KERNEL(AttentionBiasBwdKernel),
     .peak = FASTTX_KERNEL(PeakKernel),
     .peak_step_flops = {PeakLoop<float>::kStepFlops, PeakLoop<bf16>::kStepFlops, PeakLoop<fp16>::kStepFlops,
                         PeakLoop<double>::kStepFlops},

@@ -185,6 +185,13 @@ struct AttentionBwd {
                        // makes dq of their shares; or null: items are pairs
 };
 
+// The gradient of an additive mask: dS, summed over the axes that the mask has once for all. The call is that of the
+// backward, whose own results are not read.
+struct AttentionBiasBwd : AttentionBwd {
+  void* dmask;  // dense (mask_batch, mask_heads, mask_queries, mask_keys), each of them 1 or full; of the mask's type
+  int64_t mask_batch, mask_heads, mask_queries, mask_keys;
+};
+
 // Copies a (k, n) matrix, given by its strides, to panels of the tile's width: [panel][k][column], zero-padded.
 struct PackB {
   const void* b;  // T
@@ -249,6 +256,7 @@ struct KernelTable {
   Kernel<AttentionFwd> attention_fwd[kDTypes];
   Kernel<AttentionBwd> attention_bwd[kDTypes];
   Kernel<AttentionBwd> attention_dq[kDTypes];
+  Kernel<AttentionBiasBwd> attention_bias_bwd[kDTypes];
   Kernel<Peak> peak[kDTypes];
   double peak_step_flops[kDTypes];  // of one step, in one item
   Kernel<Read> read[kDTypes];

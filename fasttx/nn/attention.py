@@ -1,6 +1,7 @@
 """Multi-head attention as a module."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from fasttx.rng import draw_seed
 
 from ._plain import parameter, step_aside
 
+if TYPE_CHECKING:
+    from .cache import KVCache
+
 # By in_proj_weight and in_proj_bias: where each lay, and its rows for queries and for keys and values. Kept, so that
 # each goes on having one packed copy.
 _rows = WeakCache()
@@ -26,6 +30,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     with nothing to attend to gives zeros, before out_proj, and zero weights, where torch gives NaN.
     And where weights are asked for while dropout or gradients act, they are computed, returned and applied as one
     matrix, dropped as in torch, outside the fused kernel.
+
+    With a fasttx.nn.KVCache as `cache`, query holds the new tokens alone: where it is key and value too, they are
+    appended and attend causally to all that were (is_causal need not be given); otherwise key and value are a memory,
+    read at the first call only. Masks then are over all tokens seen, or all of the memory.
 
     Arguments that torch refuses raise torch's errors; nested tensors and tensor subclasses run
     torch's forward.
@@ -41,7 +49,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        cache: "KVCache | None" = None,
     ) -> tuple[Tensor, Tensor | None]:
+        if cache is not None:
+            from .cache import attend_cached
+
+            return attend_cached(
+                self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, cache
+            )
         refusal = self.refusal(query, key, value, key_padding_mask, attn_mask, is_causal)
         if refusal is not None:
             step_aside("multihead_attention", refusal)

@@ -21,6 +21,8 @@ from ._blocks import (
 )
 from ._padding import packings_of
 from ._plain import adopt, is_plain, step_aside, why_patched
+from .attention import MultiheadAttention
+from .cache import KVCache
 from .transformer import causal_by
 
 
@@ -31,6 +33,9 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     projection. A child that was replaced, subclassed, hooked or parametrized is called, outside the
     fusion that it would have been part of. Queries with nothing to attend to get zeros from the
     attention, where torch gives NaN.
+
+    With a fasttx.nn.KVCache as `cache`, tgt holds the new tokens alone; they attend causally to all that were, without
+    tgt_mask or tgt_is_causal. tgt_mask and tgt_key_padding_mask, where given, are over all tokens seen.
     """
 
     @functools.wraps(torch.nn.TransformerDecoderLayer.__init__)
@@ -48,30 +53,40 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         memory_key_padding_mask: Tensor | None = None,
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
+        *,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        refusal = "a tensor is nested" if tgt.is_nested or memory.is_nested else why_patched(self)
-        if refusal is not None:
+        nested = "a tensor is nested" if tgt.is_nested or memory.is_nested else None
+        refusal = why_patched(self) or nested
+        if cache is not None:
+            for name in ("self_attn", "multihead_attn"):
+                _require_caching(name, getattr(self, name), MultiheadAttention)
+        elif refusal is not None:
             step_aside("transformer_decoder_layer", refusal)
             return super().forward(
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
                 tgt_is_causal, memory_is_causal,
             )  # fmt: skip
 
+        cached = {} if cache is None else {"cache": cache}
+
         def attend(x: Tensor) -> Tensor:
             return self.self_attn(
                 x, x, x, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask,
-                need_weights=False, is_causal=tgt_is_causal,
+                need_weights=False, is_causal=tgt_is_causal, **cached,
             )[0]  # fmt: skip
 
         def attend_memory(x: Tensor) -> Tensor:
             return self.multihead_attn(
                 x, memory, memory, attn_mask=memory_mask, key_padding_mask=memory_key_padding_mask,
-                need_weights=False, is_causal=memory_is_causal,
+                need_weights=False, is_causal=memory_is_causal, **cached,
             )[0]  # fmt: skip
 
-        half = self._attention_half(
-            tgt, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask, is_causal=tgt_is_causal
-        )
+        half = None
+        if cache is None:
+            half = self._attention_half(
+                tgt, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask, is_causal=tgt_is_causal
+            )
         return self._run(tgt, half, attend, attend_memory)
 
     def run_packed(
@@ -128,7 +143,10 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
 
 
 class TransformerDecoder(torch.nn.TransformerDecoder):
-    """torch.nn.TransformerDecoder of fasttx's layers."""
+    """torch.nn.TransformerDecoder of fasttx's layers.
+
+    `cache`, a fasttx.nn.KVCache, as in TransformerDecoderLayer; padding is not removed then.
+    """
 
     @functools.wraps(torch.nn.TransformerDecoder.__init__)
     def __init__(self, *args, **kwargs) -> None:
@@ -137,6 +155,34 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
             if type(layer) is torch.nn.TransformerDecoderLayer:
                 adopt_children(layer)
                 adopt(layer, TransformerDecoderLayer)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+        *,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        if cache is None:
+            return super().forward(
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
+                tgt_is_causal, memory_is_causal,
+            )  # fmt: skip
+        for i, layer in enumerate(self.layers):
+            _require_caching(f"layers.{i}", layer, TransformerDecoderLayer)
+        if len({layer.self_attn for layer in self.layers}) < len(self.layers):
+            raise ValueError("cache: layers share a self_attn, and a cache keeps the keys of one layer for each")
+        for layer in self.layers:
+            tgt = layer(
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, cache=cache
+            )
+        return tgt if self.norm is None else self.norm(tgt)
 
 
 class PackingTransformerDecoder(TransformerDecoder):
@@ -157,9 +203,11 @@ class PackingTransformerDecoder(TransformerDecoder):
         memory_key_padding_mask: Tensor | None = None,
         tgt_is_causal: bool | None = None,
         memory_is_causal: bool = False,
+        *,
+        cache: KVCache | None = None,
     ) -> Tensor:
         packings = None
-        if memory_mask is None and not memory_is_causal and all(map(_can_pack, self.layers)):
+        if cache is None and memory_mask is None and not memory_is_causal and all(map(_can_pack, self.layers)):
             batch_first = self.layers[0].self_attn.batch_first
             length = tgt.shape[1 if batch_first and tgt.dim() == 3 else 0]
             causal = causal_by(tgt_mask, tgt_is_causal, length)
@@ -170,7 +218,7 @@ class PackingTransformerDecoder(TransformerDecoder):
         if packings is None:
             return super().forward(
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask,
-                tgt_is_causal, memory_is_causal,
+                tgt_is_causal, memory_is_causal, cache=cache,
             )  # fmt: skip
         of_tgt, of_memory = packings
         x, memory = of_tgt.pack(tgt), of_memory.pack(memory)
@@ -183,3 +231,8 @@ class PackingTransformerDecoder(TransformerDecoder):
 
 def _can_pack(layer: torch.nn.Module) -> bool:
     return is_plain(layer, TransformerDecoderLayer) and layer.can_pack()
+
+
+def _require_caching(name: str, child: torch.nn.Module, wanted: type[torch.nn.Module]) -> None:
+    if not isinstance(child, wanted):
+        raise ValueError(f"cache: {name} is a {type(child).__name__}, not a fasttx.nn.{wanted.__name__}")

@@ -4,7 +4,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+
+from ._functorch import as_rows, has_tangent, no_forward_mode, one_by_one, transformable
 
 # The codes of Activation in csrc/cpu/kernels.h.
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
@@ -17,9 +20,9 @@ _LIBRARY = torch.library.Library("fasttx", "DEF")
 class Operator:
     """One op of the library, in the three ways that it can be called.
 
-    The default overload knows its gradient everywhere: under torch.compile, torch.export and functorch too. Its wrapper
-    takes 20 us a call, so eager calls go around it: to the overload `raw`, which has no gradient, or to an
-    autograd.Function of the same formula.
+    The default overload knows its gradient wherever it is traced: under torch.compile and torch.export. Its wrapper
+    takes 20 us a call, so eager calls go around it: to the overload `raw`, which has no gradient, or to `apply`, an
+    autograd.Function of the same formula. Under torch.func it is `transformed`, a Function which that can look into.
     """
 
     def __init__(self, name: str):
@@ -27,11 +30,14 @@ class Operator:
         self.name = name
         self.registered = packet.default
         self.raw = packet.raw._op  # what the overload calls: one Python frame less
-        self.apply = None
+        self.apply = self.transformed = None
+        self.vmap_rule = one_by_one(self.raw)
 
     def __call__(self, *args):
         """The op inside of a gradient formula, where a further derivative is the exception."""
         if is_grad_enabled() or is_compiling():
+            if not is_compiling() and _are_functorch_transforms_active():
+                return self.transformed(*args)
             return self.registered(*args)
         return self.raw(*args)
 
@@ -43,7 +49,16 @@ def define(schema: str, fake: Callable) -> Operator:
         _LIBRARY.define(f"{overload}({signature}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fasttx::{overload}", fake, lib=_LIBRARY)
     _LIBRARY.impl(f"{name}.raw", torch.library.fallthrough_kernel, "Autograd")
-    return Operator(name)
+    op = Operator(name)
+    for overload in (name, f"{name}.raw"):
+        torch.library.register_vmap(f"fasttx::{overload}", lambda *args: op.vmap_rule(*args), lib=_LIBRARY)
+    return op
+
+
+def map_rows(op: Operator, *rows: str, alone: tuple[str, ...] = ()) -> None:
+    """Under torch.func.vmap, the samples of an op that works row by row become more rows: see `as_rows`."""
+    names = [argument.name for argument in op.registered._schema.arguments]
+    op.vmap_rule = as_rows(op.raw, names, rows, alone)
 
 
 def differentiate(op: Operator, backward: Callable, setup_context: Callable) -> None:
@@ -63,6 +78,7 @@ def differentiate(op: Operator, backward: Callable, setup_context: Callable) -> 
     op.apply = super(torch.autograd.Function, function).apply
     # What the engine calls, after checks for ways to write a Function that are not used here.
     function._backward_cls.apply = backward
+    op.transformed = transformable(op.name, raw, backward, setup_context)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
@@ -71,13 +87,19 @@ def wants_grad(*tensors: Tensor | None) -> bool:
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
+        # Which of the tensors a transform differentiates by does not show from within another one.
+        return _are_functorch_transforms_active()
     return False
 
 
 def run(op: Operator, differentiable: bool, *args):
     """Calls the op in the cheapest way that gives the gradients which are wanted."""
-    if is_compiling() or _are_functorch_transforms_active():
+    if is_compiling():
         return op.registered(*args)
+    if _are_functorch_transforms_active():
+        return op.transformed(*args) if differentiable else op.raw(*args)
+    if forward_ad._current_level >= 0 and any(map(has_tangent, args)):
+        raise NotImplementedError(no_forward_mode(op.name))
     return op.apply(*args) if differentiable else op.raw(*args)
 
 

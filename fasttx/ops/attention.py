@@ -47,6 +47,10 @@ def _attention_bwd(grad, grad_lse, query, key, value, *rest):
     return _gradient(query), _gradient(key), _gradient(value)
 
 
+def _attention_bias_bwd(grad, grad_lse, query, key, value, output, stats, attn_mask, *rest):
+    return attn_mask.new_empty(attn_mask.shape)
+
+
 _OPTIONS = (
     " Tensor? attn_mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
     " Tensor? alibi_slopes, bool is_causal, int query_offset, int window_left, int window_right,"
@@ -57,11 +61,14 @@ attention_fwd = define(
     " -> (Tensor output, Tensor lse, Tensor stats)",
     _attention_fwd,
 )
-attention_bwd = define(
-    "attention_bwd(Tensor grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value,"
-    f" Tensor output, Tensor stats,{_OPTIONS}) -> (Tensor dquery, Tensor dkey, Tensor dvalue)",
-    _attention_bwd,
+_BACKWARD = (
+    "Tensor grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output,"
+    f" Tensor stats,{_OPTIONS}"
 )
+attention_bwd = define(
+    f"attention_bwd({_BACKWARD}) -> (Tensor dquery, Tensor dkey, Tensor dvalue)", _attention_bwd
+)
+attention_bias_bwd = define(f"attention_bias_bwd({_BACKWARD}) -> Tensor dmask", _attention_bias_bwd)
 
 
 def _save(ctx, inputs, output):
@@ -76,15 +83,19 @@ def _backward(ctx, grad, grad_lse, _grad_stats):
     query, key, value, *options, seed, output, stats = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(output)
-    gradients = attention_bwd(
+    arguments = (
         grad, grad_lse, query, key, value, output, stats, *options, ctx.is_causal, ctx.offset,
         ctx.left, ctx.right, ctx.dropout_p, seed, ctx.scale,
     )  # fmt: skip
-    return (*map(given, gradients, ctx.needs_input_grad[:3]), *[None] * 13)
+    *needs, needs_mask = ctx.needs_input_grad[:4]
+    gradients = map(given, attention_bwd(*arguments), needs) if any(needs) else [None] * 3
+    dmask = attention_bias_bwd(*arguments) if needs_mask else None
+    return (*gradients, dmask, *[None] * 12)
 
 
 differentiate(attention_fwd, _backward, _save)
 forbid_double_backward(attention_bwd)
+forbid_double_backward(attention_bias_bwd)
 
 
 def attention(
@@ -107,11 +118,11 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Output and lse, empty where it is not wanted.
 
-    attn_mask has 4 dims that broadcast, and it and alibi_slopes get no gradient.
+    attn_mask has 4 dims that broadcast, and a gradient of its own shape; alibi_slopes get none.
     """
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.to(accumulate_dtype(query.dtype))
-    differentiable = wants_grad(query, key, value)
+    differentiable = wants_grad(query, key, value, attn_mask)
     output, lse, _ = run(
         attention_fwd, differentiable,
         query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes,

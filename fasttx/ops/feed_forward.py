@@ -10,6 +10,7 @@ from ._library import (
     differentiate,
     forbid_double_backward,
     given,
+    map_rows,
     run,
     wants_grad,
 )
@@ -75,6 +76,11 @@ def _feed_forward_backward(ctx, grad, _grad_preact):
 
 differentiate(feed_forward_fwd, _feed_forward_backward, _save_feed_forward)
 forbid_double_backward(feed_forward_bwd)
+map_rows(feed_forward_fwd, "input", alone=("dropout_p",))
+map_rows(
+    feed_forward_bwd, "grad", "input", "preact",
+    alone=("dropout_p", "needs_weight1", "needs_bias1", "needs_weight2", "needs_bias2"),
+)  # fmt: skip
 
 
 def feed_forward(

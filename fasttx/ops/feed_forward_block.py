@@ -13,6 +13,7 @@ from ._library import (
     differentiate,
     forbid_double_backward,
     given,
+    map_rows,
     run,
     wants_grad,
 )
@@ -86,6 +87,14 @@ def _backward(ctx, grad, *_):
 
 differentiate(feed_forward_block_fwd, _backward, _save)
 forbid_double_backward(feed_forward_block_bwd)
+map_rows(feed_forward_block_fwd, "input", alone=("dropout1_p", "dropout2_p"))
+map_rows(
+    feed_forward_block_bwd, "grad", "input", "preact", "sum",
+    alone=(
+        "dropout1_p", "dropout2_p", "needs_weight1", "needs_bias1", "needs_weight2", "needs_bias2",
+        "needs_norm_weight", "needs_norm_bias",
+    ),
+)  # fmt: skip
 
 
 def feed_forward_block(

@@ -9,6 +9,7 @@ from ._library import (
     differentiate,
     forbid_double_backward,
     given,
+    map_rows,
     run,
     wants_grad,
 )
@@ -50,6 +51,8 @@ def _backward(ctx, grad):
 
 differentiate(gelu_fwd, _backward, _save)
 forbid_double_backward(gelu_bwd)
+map_rows(gelu_fwd, "input")
+map_rows(gelu_bwd, "grad", "input", alone=("needs_bias",))
 
 
 def gelu(input: Tensor, approximate: str) -> Tensor:

@@ -8,6 +8,7 @@ from ._library import (
     differentiate,
     forbid_double_backward,
     given,
+    map_rows,
     run,
     wants_grad,
 )
@@ -78,6 +79,8 @@ def _layer_norm_backward(ctx, grad):
 
 differentiate(layer_norm_fwd, _layer_norm_backward, _save_layer_norm)
 forbid_double_backward(layer_norm_bwd)
+map_rows(layer_norm_fwd, "input")
+map_rows(layer_norm_bwd, "grad", "input", alone=("needs_weight", "needs_bias"))
 
 
 def _add_layer_norm_fwd(
@@ -147,6 +150,10 @@ def _add_layer_norm_backward(ctx, grad, grad_sum):
 
 differentiate(add_layer_norm_fwd, _add_layer_norm_backward, _save_add_layer_norm)
 forbid_double_backward(add_layer_norm_bwd)
+map_rows(add_layer_norm_fwd, "input", "residual", alone=("dropout_p",))
+map_rows(
+    add_layer_norm_bwd, "grad", "grad_sum", "sum", alone=("dropout_p", "needs_weight", "needs_bias")
+)
 
 
 def layer_norm(input: Tensor, width: int, weight: Tensor | None, bias: Tensor | None, eps: float):

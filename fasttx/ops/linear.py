@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fasttx.packing import packed
 
-from ._library import define, differentiate, forbid_double_backward, given, run, wants_grad
+from ._library import define, differentiate, forbid_double_backward, given, map_rows, run, wants_grad
 
 
 def _linear_fwd(input, weight, bias, packed):
@@ -46,6 +46,8 @@ def _linear_backward(ctx, grad):
 
 differentiate(linear_fwd, _linear_backward, _save_linear)
 forbid_double_backward(linear_bwd)
+map_rows(linear_fwd, "input")
+map_rows(linear_bwd, "grad", "input", alone=("needs_weight", "needs_bias"))
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,65 @@
+"""The whole encoder-decoder transformer as a module."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from ._blocks import adopt_children
+from ._plain import adopt
+from .decoder import TransformerDecoder, TransformerDecoderLayer
+from .layer_norm import LayerNorm
+from .transformer import TransformerEncoder, TransformerEncoderLayer
+
+
+def _named_as_torchs(init: Callable[..., None]) -> Callable[..., None]:
+    """Gives a constructor torch's signature, with remove_padding after it."""
+    functools.update_wrapper(init, torch.nn.Transformer.__init__)
+    theirs, own = inspect.signature(init), inspect.signature(init, follow_wrapped=False)
+    parameters = [*theirs.parameters.values(), own.parameters["remove_padding"]]
+    init.__signature__ = theirs.replace(parameters=parameters)
+    return init
+
+
+class Transformer(torch.nn.Transformer):
+    """torch.nn.Transformer of fasttx's encoder and decoder.
+
+    Every constructor argument, mask and layout of torch's, and its random initial weights. A
+    custom_encoder or custom_decoder of torch's own classes becomes fasttx's in place; any other is
+    called as it is. Masks are torch's: a bool is True where a query must not attend. Queries with
+    nothing to attend to get zeros from the attention, where torch gives NaN.
+
+    remove_padding is what TransformerEncoder and TransformerDecoder take: None does as torch does,
+    True runs on the valid tokens alone wherever key padding masks allow it, in training too. Raises
+    TypeError where it is given beside an encoder or decoder that has no such choice.
+    """
+
+    @_named_as_torchs
+    def __init__(self, *args: Any, remove_padding: bool | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _adopt_stack(self.encoder, TransformerEncoder, TransformerEncoderLayer)
+        _adopt_stack(self.decoder, TransformerDecoder, TransformerDecoderLayer)
+        if remove_padding is None:
+            return
+        for name, fast in (("encoder", TransformerEncoder), ("decoder", TransformerDecoder)):
+            stack = getattr(self, name)
+            if not isinstance(stack, fast):
+                raise TypeError(
+                    f"remove_padding needs a custom_{name} that is a {fast.__name__}, got {type(stack).__name__}"
+                )
+            stack.remove_padding = remove_padding
+
+
+def _adopt_stack(stack: Module, fast: type[Module], fast_layer: type[Module]) -> None:
+    """Turns an encoder or decoder of exactly torch's class, its layers and its norm into fasttx's, in place."""
+    if type(stack) is not fast.__base__:
+        return
+    adopt(stack, fast)
+    adopt(stack.norm, LayerNorm)
+    for layer in stack.layers:
+        if type(layer) is fast_layer.__base__:
+            adopt_children(layer)
+            adopt(layer, fast_layer)
