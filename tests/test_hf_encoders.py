@@ -326,6 +326,21 @@ def test_everything_runs_on_the_kernels(family, needs_extension):
     assert sum(row.class_name == "Linear" for row in fused) == 2 * 6
 
 
+@pytest.mark.parametrize("family", ENCODERS)
+def test_strict(family, needs_extension):
+    """Nothing leaves the kernels, in training, in inference and while attentions are collected; a hook says where."""
+    ours, inputs = fasttx.optimize(hf_models.make(family, dropout=True)), hf_models.batch(family)
+    with fasttx.strict():
+        gradients(ours.train(), inputs)
+        expected = run(ours.eval(), inputs).last_hidden_state
+        run(ours, inputs, output_attentions=True)
+        with torch.inference_mode():
+            assert torch.equal(ours(**inputs).last_hidden_state, expected)
+        layers(ours, family)[1].get_submodule(DENSES[family]).register_forward_hook(lambda *_: None)
+        with pytest.raises(fasttx.FallbackError, match="linear1: it has hooks"):
+            run(ours, inputs)
+
+
 def test_masks_that_are_mere_padding():
     """None where all is valid; else one row for all queries, of stride 0. Other masks are transformers' own."""
     create = transformers.masking_utils.create_bidirectional_mask
