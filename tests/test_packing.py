@@ -12,6 +12,7 @@ from properties import draw, every_isa
 import fasttx
 from fasttx import functional, packing
 from fasttx.dispatch import extension
+from fasttx.nn import _blocks
 from fasttx.packing import packed
 
 pytestmark = pytest.mark.usefixtures("needs_extension", "_empty_cache")
@@ -207,7 +208,7 @@ def test_what_is_not_kept():
     assert packed(weight) is None
     with torch.no_grad():
         assert packed(weight) is not None
-        assert packed(weight.t()) is None
+        assert packed(weight[:, 1:]) is None
     with torch.inference_mode():
         inference = draw(70, 33, dtype=torch.float32)
         assert packed(inference) is None
@@ -225,6 +226,65 @@ def test_a_view_follows_its_base():
     assert_current(rows)
     base[15].zero_()
     assert_current(rows)
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+@torch.no_grad()
+def test_a_transposed_weight(isa, edit):
+    """A weight that is kept as (in, out): one view and one packed copy, until it changes."""
+    weight = parameter(33, 70)
+    for _ in range(2):
+        view = packing.transposed(weight)
+        before = packed(view)
+        assert packing.transposed(weight) is view and packed(view) is before is not None
+        edit(weight)
+        assert torch.equal(packing.transposed(weight), weight.t())
+        assert packed(packing.transposed(weight)) is not before
+        assert_current(packing.transposed(weight))
+
+
+@torch.no_grad()
+def test_a_transposed_view_is_freed_with_the_weight():
+    weight = parameter(33, 70)
+    gone = weakref.ref(packed(packing.transposed(weight)))
+    del weight
+    gc.collect()
+    assert gone() is None and packing.packed_bytes() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_transposed_weights_give_the_bits_of_dense_ones(isa, dtype):
+    """Forward and gradients, in linear, feed_forward and as halves of a layer; gradients arrive as (in, out)."""
+    x = draw(5, 3, 16, dtype=dtype)
+    shapes = {"qkv": (16, 48), "out": (16, 16), "w1": (16, 40), "w2": (40, 16)}
+    kept = {name: parameter(*shape, dtype=dtype) for name, shape in shapes.items()}
+    dense = {name: torch.nn.Parameter(w.detach().t().contiguous()) for name, w in kept.items()}
+    biases = {name: draw(shape[1], dtype=dtype) for name, shape in shapes.items()}
+    norm = torch.nn.LayerNorm(16).to(dtype)
+    no_dropout = torch.nn.Dropout(0.0)
+
+    def evaluate(weights):
+        half = _blocks.attention_half(
+            x, (weights["qkv"], biases["qkv"], weights["out"], biases["out"]), norm, no_dropout,
+            norm_first=not torch.is_grad_enabled(), heads=2, scale=0.3, dropout_p=0.0,
+        )  # fmt: skip
+        return (
+            half,
+            functional.linear(x, weights["qkv"], biases["qkv"], backend="cpu"),
+            functional.feed_forward(x, weights["w1"], biases["w1"], weights["w2"], biases["w2"], backend="cpu"),
+        )
+
+    with torch.no_grad():
+        for _ in range(2):
+            views = {name: packing.transposed(weight) for name, weight in kept.items()}
+            assert all(map(torch.equal, evaluate(views), evaluate(dense)))
+    outputs = [evaluate({name: packing.transposed(weight) for name, weight in kept.items()}), evaluate(dense)]
+    assert all(map(torch.equal, *outputs))
+    slopes = [torch.randn_like(output) for output in outputs[0]]
+    of_kept = torch.autograd.grad(outputs[0], list(kept.values()), slopes)
+    of_dense = torch.autograd.grad(outputs[1], list(dense.values()), slopes)
+    for a, b in zip(of_kept, of_dense, strict=True):
+        assert torch.equal(a, b.t())
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ class GrowingLayer(DynamicLayer):
     """DynamicLayer whose keys and values are the filled part of buffers with room for as many again.
 
     What lies in a buffer is never overwritten: whoever kept an earlier view keeps its values. Anybody may put other
-    tensors in place of `keys` and `values`, as beam search, `crop` and `offload` do: the next update begins anew with them.
+    tensors in place of `keys` and `values`, as beam search, `crop` and `offload` do: the next update begins anew with
+    them.
     """
 
     # The buffers, and the views of them that are `keys` and `values` as long as nobody replaces those.
