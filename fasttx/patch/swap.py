@@ -39,7 +39,7 @@ _FAMILIES = {
     "transformers.models.bert.modeling_bert": "fasttx.patch.bert",
     "transformers.models.distilbert.modeling_distilbert": "fasttx.patch.distilbert",
     "transformers.models.gpt2.modeling_gpt2": "fasttx.patch.gpt2",
-    "transformers.models.marian.modeling_marian": "fasttx.patch.bart",
+    "transformers.models.marian.modeling_marian": "fasttx.patch.marian",
     "transformers.models.roberta.modeling_roberta": "fasttx.patch.roberta",
     "transformers.models.vit.modeling_vit": "fasttx.patch.vit",
     "transformers.models.whisper.modeling_whisper": "fasttx.patch.whisper",

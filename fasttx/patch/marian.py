@@ -1,0 +1,21 @@
+"""Hugging Face's Marian: layer for layer a BART."""
+
+from transformers.models.marian.modeling_marian import MarianAttention, MarianDecoderLayer, MarianEncoderLayer
+
+from fasttx.patch._encoder_decoder import DecoderLayerMixin, EncoderLayerMixin
+
+
+class FastMarianEncoderLayer(EncoderLayerMixin, MarianEncoderLayer):
+    """MarianEncoderLayer with fused halves, on the valid tokens alone."""
+
+    attention_class, norm_first = MarianAttention, False
+
+
+class FastMarianDecoderLayer(DecoderLayerMixin, MarianDecoderLayer):
+    """MarianDecoderLayer with fused halves."""
+
+    attention_class, norm_first = MarianAttention, False
+
+
+SWAPS = {MarianEncoderLayer: FastMarianEncoderLayer, MarianDecoderLayer: FastMarianDecoderLayer}
+PACKING = {FastMarianEncoderLayer}

@@ -1,0 +1,270 @@
+"""optimize() on Hugging Face's encoder-decoders: BART, Marian and Whisper."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import fasttx
+
+transformers = pytest.importorskip("transformers")
+hf_models = pytest.importorskip("hf_models")
+
+FAMILIES = ("bart", "marian", "whisper")
+PADDED = FAMILIES[:2]
+
+
+def pair(family, implementation="sdpa", **options):
+    """A model in float64 with an attention implementation of transformers', and a copy of it, optimized."""
+    theirs = hf_models.make(family, attn_implementation=implementation, **options).double()
+    return theirs, fasttx.optimize(copy.deepcopy(theirs))
+
+
+def batch(family, pattern="right"):
+    inputs = hf_models.batch(family, pattern)
+    return {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def run(model, inputs, **options):
+    with torch.no_grad():
+        return model(**inputs, **options)
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+def encoder_states(output, inputs):
+    states = output.encoder_last_hidden_state
+    return states[inputs["attention_mask"].bool()] if "attention_mask" in inputs else states
+
+
+def assert_same(theirs, ours, inputs, **options):
+    expected, actual = run(theirs, inputs, **options), run(ours, inputs, **options)
+    assert_close(actual.logits, expected.logits)
+    assert_close(encoder_states(actual, inputs), encoder_states(expected, inputs))
+    return expected, actual
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    labels = inputs["decoder_input_ids"].roll(-1, 1)
+    model(**inputs, labels=labels).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(theirs, ours, inputs):
+    expected, actual = gradients(theirs, inputs), gradients(ours, inputs)
+    assert actual.keys() == expected.keys()
+    scale = max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-11 * scale)
+
+
+def layers(model):
+    return model.get_encoder().layers, model.get_decoder().layers
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_results_and_gradients(family, implementation):
+    theirs, ours = pair(family, implementation)
+    kept = fasttx.optimize(copy.deepcopy(theirs), padding="keep")
+    for pattern in ("right", "left", "holes", "none") if family in PADDED else ("none",):
+        inputs = batch(family, pattern)
+        for training in (False, True):
+            for model in (theirs, ours, kept):
+                model.train(training)
+            for cached in (False, True):
+                _, actual = assert_same(theirs, ours, inputs, use_cache=cached)
+            assert_same(theirs, kept, inputs)
+            if family in PADDED:
+                assert (actual.encoder_last_hidden_state[inputs["attention_mask"] == 0] == 0).all()
+            assert_same_gradients(theirs, ours, inputs)
+
+
+@pytest.mark.parametrize("family", PADDED)
+def test_padded_targets(family):
+    theirs, ours = pair(family)
+    inputs = batch(family)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 0]])
+    assert_same(theirs, ours, inputs | {"decoder_attention_mask": mask}, use_cache=False)
+    assert_same_gradients(theirs, ours, inputs | {"decoder_attention_mask": mask})
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attentions_and_hidden_states(family, implementation):
+    theirs, ours = pair(family, implementation)
+    eager, inputs = copy.deepcopy(theirs), batch(family, "holes")
+    eager.set_attn_implementation("eager")
+    valid = inputs["attention_mask"].bool() if family in PADDED else slice(None)
+    for _ in range(2):
+        expected, actual = assert_same(eager, ours, inputs, output_attentions=True)
+        for kind in ("encoder_attentions", "decoder_attentions", "cross_attentions"):
+            assert len(actual[kind]) == 2
+            for a, b in zip(actual[kind], expected[kind], strict=True):
+                if kind == "encoder_attentions":
+                    a, b = a.transpose(1, 2)[valid], b.transpose(1, 2)[valid]
+                assert_close(a, b)
+        expected, actual = assert_same(theirs, ours, inputs, output_hidden_states=True)
+        assert actual.encoder_attentions is None
+        for kind in ("encoder_hidden_states", "decoder_hidden_states"):
+            assert len(actual[kind]) == 3
+            for a, b in zip(actual[kind], expected[kind], strict=True):
+                if kind == "encoder_hidden_states":
+                    a, b = a[valid], b[valid]
+                assert_close(a, b)
+    # The hooks that collected stay in place, and are no reason to step aside.
+    assert {row.backend for row in fasttx.explain(ours, **inputs).rows} <= {"cpu", "reference"}
+
+
+GENERATE = [
+    {"do_sample": False},
+    {"do_sample": False, "num_beams": 2},
+    {"do_sample": True, "top_k": 10},
+]
+
+
+@pytest.mark.parametrize("options", GENERATE, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate(family, options):
+    theirs, ours = pair(family)
+    for pattern in ("right", "holes") if family in PADDED else ("none",):
+        inputs = batch(family, pattern)
+        del inputs["decoder_input_ids"]
+        tokens = []
+        for model in (theirs, ours):
+            torch.manual_seed(1)
+            tokens.append(model.generate(**inputs, max_new_tokens=10, **options))
+        assert torch.equal(*tokens) and tokens[0].shape[1] > 2
+
+
+@pytest.mark.parametrize("family", PADDED)
+def test_generate_with_a_static_cache(family):
+    theirs, ours = pair(family)
+    inputs = batch(family)
+    del inputs["decoder_input_ids"]
+    options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(*(model.generate(**inputs, **options) for model in (theirs, ours)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_restore_and_copies(family, tmp_path):
+    theirs = hf_models.make(family)
+    ours, inputs = copy.deepcopy(theirs), hf_models.batch(family)
+    fasttx.optimize(fasttx.optimize(ours))
+    assert ours.config._attn_implementation == "fasttx"
+    assert all(type(layer).__name__.startswith("Fast") for stack in layers(ours) for layer in stack)
+    expected = run(ours, inputs).logits
+    ours.save_pretrained(tmp_path)
+    loaded = fasttx.optimize(type(ours).from_pretrained(tmp_path).eval())
+    for twin in (loaded, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(run(twin, inputs).logits, expected)
+    for model in (copy.deepcopy(ours), ours):
+        fasttx.restore(model)
+        assert model.config._attn_implementation == "sdpa"
+        assert [type(m) for m in model.modules()] == [type(m) for m in theirs.modules()]
+        assert torch.equal(run(model, inputs).logits, run(theirs, inputs).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_and_layer_drop(family):
+    theirs, ours = pair(family, encoder_layerdrop=0.5, decoder_layerdrop=0.5)
+    for checkpointing in (False, True):
+        for model in (theirs, ours):
+            model.train()
+            if checkpointing:
+                model.gradient_checkpointing_enable()
+        for seed in range(3):
+            expected, actual = [], []
+            for model, found in ((theirs, expected), (ours, actual)):
+                torch.manual_seed(seed)
+                found.append(gradients(model, batch(family)))
+            assert actual[0].keys() == expected[0].keys()
+            for name, gradient in actual[0].items():
+                torch.testing.assert_close(gradient, expected[0][name], rtol=1e-8, atol=1e-10)
+
+
+class Adapter(torch.nn.Module):
+    """As peft's LoRA: around a linear layer, under its name."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.down = torch.nn.Linear(base.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_changed_children_are_honoured(family):
+    """An adapter around the query, a parametrized dense layer, hooks on attention, feed-forward and norm."""
+    original = hf_models.make(family)
+
+    def change(model):
+        torch.manual_seed(3)
+        for first, second in layers(model):
+            first.self_attn.q_proj = Adapter(first.self_attn.q_proj)
+            torch.nn.utils.parametrizations.weight_norm(first.fc1)
+            second.fc2.register_forward_hook(lambda module, args, output: output * 1.5)
+            second.self_attn.register_forward_hook(lambda module, args, output: (output[0] - 1, *output[1:]))
+            second.self_attn_layer_norm.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+        decoder = layers(model)[1][0]
+        decoder.encoder_attn.register_forward_hook(lambda module, args, output: (output[0] + 1, *output[1:]))
+        decoder.encoder_attn_layer_norm.register_forward_hook(lambda module, args, output: output * 3)
+        return model.double()
+
+    theirs, ours = change(copy.deepcopy(original)), change(fasttx.optimize(copy.deepcopy(original)))
+    inputs = batch(family)
+    for cached in (False, True):
+        assert_same(theirs, ours, inputs, use_cache=cached)
+    assert_same_gradients(theirs, ours, inputs)
+    reasons = {row.module: row.reason for row in fasttx.explain(ours).rows}
+    for stack in ("model.encoder", "model.decoder"):
+        for child in ("0.self_attn.q_proj", "0.fc1", "1.self_attn.q_proj", "1.fc2", "1.self_attn_layer_norm"):
+            assert "outside the fusion" in reasons[f"{stack}.layers.{child}"]
+    fasttx.restore(ours)
+    assert torch.equal(run(ours, inputs).logits, run(theirs, inputs).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_runs_on_the_kernels(family, needs_extension):
+    ours, inputs = fasttx.optimize(hf_models.make(family)), hf_models.batch(family)
+    for training in (False, True):
+        rows = fasttx.explain(ours.train(training), **inputs, use_cache=False).rows
+        assert {row.backend for row in rows} == {"cpu"}
+        ops = {row.op for row in rows}
+        assert "feed_forward_block" in ops or family == "whisper"
+        assert ("attention_block_varlen" in ops) is (family in PADDED)
+
+
+def test_float16_is_clamped():
+    """As the originals: Whisper always, BART only where something is not finite."""
+    limit = torch.finfo(torch.float16).max - 1000
+    for family in FAMILIES:
+        theirs = hf_models.make(family)
+        norm = layers(theirs)[0][0].final_layer_norm
+        with torch.no_grad():
+            norm.weight.fill_(1.0), norm.bias.fill_(64900.0 if family == "whisper" else torch.inf)
+            if family == "whisper":
+                layers(theirs)[0][0].fc2.bias.fill_(65200.0)
+        ours = fasttx.optimize(copy.deepcopy(theirs).half())
+        x = torch.zeros(2, 3, hf_models.WIDTH, dtype=torch.float16)
+        with torch.no_grad():
+            outputs = [layers(model)[0][0](x, None) for model in (theirs.half(), ours)]
+        assert (outputs[0] == limit).all() and torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_follows_the_seed(family):
+    ours, inputs = fasttx.optimize(hf_models.make(family, dropout=True)).train(), hf_models.batch(family)
+
+    def logits(seed):
+        torch.manual_seed(seed)
+        return run(ours, inputs).logits
+
+    assert torch.equal(logits(1), logits(1)) and not torch.equal(logits(1), logits(2))
