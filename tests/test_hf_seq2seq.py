@@ -137,7 +137,7 @@ def test_generate(family, options):
         tokens = []
         for model in (theirs, ours):
             torch.manual_seed(1)
-            tokens.append(model.generate(**inputs, max_new_tokens=10, **options))
+            tokens.append(model.generate(**inputs, min_new_tokens=8, max_new_tokens=10, **options))
         assert torch.equal(*tokens) and tokens[0].shape[1] > 2
 
 
@@ -146,7 +146,8 @@ def test_generate_with_a_static_cache(family):
     theirs, ours = pair(family)
     inputs = batch(family)
     del inputs["decoder_input_ids"]
-    options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    options = {"min_new_tokens": 6, "max_new_tokens": 8, "do_sample": False}
+    options |= {"cache_implementation": "static", "disable_compile": True}
     assert torch.equal(*(model.generate(**inputs, **options) for model in (theirs, ours)))
 
 
@@ -159,8 +160,12 @@ def test_restore_and_copies(family, tmp_path):
     assert all(type(layer).__name__.startswith("Fast") for stack in layers(ours) for layer in stack)
     expected = run(ours, inputs).logits
     ours.save_pretrained(tmp_path)
-    loaded = fasttx.optimize(type(ours).from_pretrained(tmp_path).eval())
-    for twin in (loaded, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+    # Not compared with what was saved: transformers itself makes Marian's positions anew.
+    loaded = type(ours).from_pretrained(tmp_path).eval()
+    assert loaded.config._attn_implementation == "sdpa"
+    wanted = run(loaded, inputs).logits
+    torch.testing.assert_close(run(fasttx.optimize(loaded), inputs).logits, wanted)
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert torch.equal(run(twin, inputs).logits, expected)
     for model in (copy.deepcopy(ours), ours):
         fasttx.restore(model)
@@ -247,11 +252,12 @@ def test_float16_is_clamped():
     limit = torch.finfo(torch.float16).max - 1000
     for family in FAMILIES:
         theirs = hf_models.make(family)
-        norm = layers(theirs)[0][0].final_layer_norm
+        layer = layers(theirs)[0][0]
         with torch.no_grad():
-            norm.weight.fill_(1.0), norm.bias.fill_(64900.0 if family == "whisper" else torch.inf)
             if family == "whisper":
-                layers(theirs)[0][0].fc2.bias.fill_(65200.0)
+                layer.fc2.bias.fill_(65200.0)
+            else:
+                layer.final_layer_norm.bias.fill_(torch.inf)
         ours = fasttx.optimize(copy.deepcopy(theirs).half())
         x = torch.zeros(2, 3, hf_models.WIDTH, dtype=torch.float16)
         with torch.no_grad():
