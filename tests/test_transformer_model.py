@@ -159,3 +159,11 @@ def test_transformer_compiles():
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     inputs = {**transformer_inputs(), "tgt_mask": CAUSAL, "tgt_is_causal": True}
     torch.testing.assert_close(compiled(**inputs), module(**inputs))
+
+
+def test_optimize_and_restore_swap_the_container():
+    """The Transformer itself too, and what was made as fasttx's becomes torch's."""
+    model = torch.nn.Transformer(16, 2, 1, 1, 32, batch_first=True)
+    assert type(fasttx.optimize(model)) is fasttx.nn.Transformer
+    for made in (model, fasttx.nn.Transformer(16, 2, 1, 1, 32, batch_first=True)):
+        assert {type(m).__module__.split(".")[0] for m in fasttx.restore(made).modules()} == {"torch"}

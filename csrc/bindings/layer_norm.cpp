@@ -1,3 +1,6 @@
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include "layers.h"
 #include "sums.h"
 
@@ -10,13 +13,24 @@ int64_t rows_of(const Tensor& input, int64_t width) {
   return input.numel() / width;
 }
 
-// Whether a call on so many bytes writes its results past the caches: where it is on more than these can be expected to
-// hold until it is read again, lines that are about to be overwritten would be read for nothing.
-bool streamed(int64_t bytes, int64_t row_bytes, std::initializer_list<const void*> results) {
+// Whether memory that was allocated has been touched before: the pages of a large fresh block come one by one, as zeros
+// that lie in cache.
+bool is_touched(const void* at) {
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  unsigned char resident = 0;
+  void* first = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(at) / page * page);
+  return mincore(first, 1, &resident) == 0 && (resident & 1) != 0;
+}
+
+// Whether a call with so many operands of `bytes` bytes writes its results past the caches: where these cannot be
+// expected to hold them until they are read again, lines that are about to be overwritten would be read for nothing.
+bool streamed(int64_t operands, int64_t bytes, int64_t row_bytes, std::initializer_list<const void*> results) {
   constexpr int64_t kLeastBytes = int64_t{64} << 20, kLine = 64;
-  return bytes >= kLeastBytes && row_bytes % kLine == 0 &&
-         std::all_of(results.begin(), results.end(),
-                     [](const void* result) { return reinterpret_cast<uintptr_t>(result) % kLine == 0; });
+  return operands * bytes >= kLeastBytes && row_bytes % kLine == 0 &&
+         std::all_of(results.begin(), results.end(), [&](const void* result) {
+           return result == nullptr || (reinterpret_cast<uintptr_t>(result) % kLine == 0 &&
+                                        is_touched(static_cast<const char*>(result) + bytes / 2));
+         });
 }
 
 struct Sum {
@@ -41,7 +55,7 @@ Sum forward(const Tensor& input, const OptionalTensor& residual, int64_t width, 
   const int64_t row_bytes = width * input.element_size(), operands = 2 + residual.has_value() + (stored != nullptr);
   launch(table().layer_norm_fwd[dtype],
          LayerNormFwd{data(x), data(r), data(w), data(b), out(y), stored, rows, width, eps, dropout,
-                      streamed(operands * rows * row_bytes, row_bytes, {out(y), stored})});
+                      streamed(operands, rows * row_bytes, row_bytes, {out(y), stored})});
   return {y, sum};
 }
 
@@ -75,7 +89,7 @@ Gradients backward(const Tensor& grad, const OptionalTensor& grad_sum, const Ten
   void* const ddropped = needs_dropped ? out_or_null(*dropped) : nullptr;
   LayerNormBwd args{data(dy), data(ds), data(x), data(w), out_or_null(dx), ddropped, nullptr, nullptr,
                     rows, width, line, eps, dropout,
-                    streamed(operands * rows * row_bytes, row_bytes, {out_or_null(dx), ddropped})};
+                    streamed(operands, rows * row_bytes, row_bytes, {out_or_null(dx), ddropped})};
   if (line == 0) {
     launch(table().layer_norm_bwd[dtype], args);
     return {dx, dropped, dw, db};

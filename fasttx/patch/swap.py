@@ -25,6 +25,7 @@ _SWAPS = {
     torch.nn.TransformerEncoder: nn.TransformerEncoder,
     torch.nn.TransformerDecoderLayer: nn.TransformerDecoderLayer,
     torch.nn.TransformerDecoder: nn.TransformerDecoder,
+    torch.nn.Transformer: nn.Transformer,
 }
 # What these become with padding="remove".
 _PACKING = {
@@ -50,7 +51,7 @@ def optimize(model: Module, *, padding: str = "remove") -> Module:
     """Swaps the model's modules for fasttx's, in place, and returns the model; `restore` undoes it.
 
     Known are torch.nn's LayerNorm, GELU, MultiheadAttention, TransformerEncoderLayer,
-    TransformerEncoder, TransformerDecoderLayer and TransformerDecoder, anywhere in the model, and
+    TransformerEncoder, TransformerDecoderLayer, TransformerDecoder and Transformer, anywhere in the model, and
     Hugging Face's BERT, RoBERTa, DistilBERT, ViT, GPT-2, BART, Marian and Whisper; other Hugging Face models get
     fasttx's attention where they take theirs from transformers' interface. Unknown modules are left
     alone; `explain(model)` lists them all. To do it twice is harmless.
