@@ -3,8 +3,7 @@
 // With P = exp(S - largest) / sum, S = scale Q K^T + bias, and delta = rowsum(dO O):
 //   dV = P^T dO    dP = dO V^T    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q
 // and dropout multiplies P in dV, and dP, by its factors. Every sum runs over the queries or keys in order; dQ's is the
-// sum of those over chunks of keys, so that threads can share a sequence. Queries that no gradient reaches add zeros,
-// and take no part.
+// sum of those over chunks of keys, for threads to share a sequence. Queries that no gradient reaches take no part.
 
 // Keys of one tile.
 constexpr int64_t kKeys = 128;
