@@ -52,10 +52,10 @@ def parity(
 
     Copies of the model run in eval mode on `inputs` (a tensor, the positional arguments, or the keyword arguments):
     restored, optimized, and restored in float64, where floating inputs are converted too. Every tensor among their
-    outputs is compared, by its path; with `gradients`, so is the gradient of all parameters and floating inputs for random
-    slopes of the outputs, as one tensor: one by one, the largest errors of many small tensors scatter by more than two
-    even between two orders of the same sums. `valid` (B, T), bool, says which positions count in outputs (B, T, ...); by default the
-    argument attention_mask does. The model itself is not touched.
+    outputs is compared, by its path. With `gradients`, so is the gradient of all parameters and floating inputs, for
+    random slopes of the outputs, as one tensor: one by one, the largest errors of many small tensors scatter by more
+    than two even between two orders of the same sums. `valid` (B, T), bool, says which positions count in outputs
+    (B, T, ...); by default the argument attention_mask does. The model itself is not touched.
 
     Raises TypeError for what is no module, ValueError for a `valid` that is none, RuntimeError where the model cannot
     run in float64.
