@@ -70,10 +70,12 @@ class FastGPT2Block(GPT2Block):
                 hidden_states, past_key_values, attention_mask, encoder_hidden_states, encoder_attention_mask
             )
             dropout = NO_DROPOUT
-        if torch.is_grad_enabled() or not is_plain(self.mlp, GPT2MLP):
+        if torch.is_grad_enabled():
             normed, x = _blocks.add_norm_and_sum(self.ln_2, dropout, attended, hidden_states)
             return x + self._feed_forward(normed)
-        return self._feed_forward_half(hidden_states + dropout(attended))
+        if dropout.training or not is_plain(dropout, *_blocks.DROPOUTS):
+            attended = dropout(attended)
+        return self._feed_forward_half(hidden_states + attended)
 
     def _attention_half(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """x + self-attention of ln_1(x) as one operation; None where it has no such form."""
@@ -122,25 +124,24 @@ class FastGPT2Block(GPT2Block):
     def _feed_forward_half(self, x: Tensor) -> Tensor:
         """x + f(ln_2(x)): as one operation where it has such a form."""
         mlp, norm = self.mlp, self.ln_2
-        if is_plain(norm, *_blocks.NORMS) and _is_fused(mlp) and _blocks.is_plain_dropout(mlp.dropout):
+        name = _activation_if_fused(mlp)
+        if name is not None and is_plain(norm, *_blocks.NORMS) and _blocks.is_plain_dropout(mlp.dropout):
             tensors = (
                 x, *_weights(mlp.c_fc), *_weights(mlp.c_proj), parameter(norm, "weight"), parameter(norm, "bias")
             )  # fmt: skip
             if _blocks._can_fuse("feed_forward_block", tensors, norm, norm_first=True):
                 p = mlp.dropout.p if mlp.dropout.training else 0.0
                 seed = draw_seed() if p > 0.0 else None
-                name = _hf.activation_name(mlp.act)
                 return feed_forward_block(*tensors, norm.eps, True, name, 0.0, None, p, seed)
         return x + self._feed_forward(norm(x))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         """The feed-forward network with its dropout."""
         mlp = self.mlp
-        if not _is_fused(mlp):
+        name = _activation_if_fused(mlp)
+        if name is None:
             return mlp(x)
-        hidden = functional.feed_forward(
-            x, *_weights(mlp.c_fc), *_weights(mlp.c_proj), activation=_hf.activation_name(mlp.act)
-        )
+        hidden = functional.feed_forward(x, *_weights(mlp.c_fc), *_weights(mlp.c_proj), activation=name)
         return mlp.dropout(hidden)
 
     def _refusal(self) -> str | None:
@@ -191,11 +192,8 @@ def _attention_dropout(attention: GPT2Attention) -> float:
     return attention.attn_dropout.p if attention.training else 0.0
 
 
-def _is_fused(mlp: Module) -> bool:
-    """Whether the feed-forward network may be one operation but for its dropout."""
-    return (
-        is_plain(mlp, GPT2MLP)
-        and is_plain(mlp.c_fc, *_CONVS)
-        and is_plain(mlp.c_proj, *_CONVS)
-        and _hf.activation_name(mlp.act) is not None
-    )
+def _activation_if_fused(mlp: Module) -> str | None:
+    """The activation's name in feed_forward, where the network may be that but for its dropout; else None."""
+    if is_plain(mlp, GPT2MLP) and is_plain(mlp.c_fc, *_CONVS) and is_plain(mlp.c_proj, *_CONVS):
+        return _hf.activation_name(mlp.act)
+    return None
