@@ -93,7 +93,7 @@ class FastGPT2Block(GPT2Block):
         attention = self.attn
         batch, length, width = x.shape
         sizes = (batch, length, 3, attention.num_heads, attention.head_dim)
-        q, k, v = attention.c_attn(x).view(sizes).permute(2, 0, 3, 1, 4).unbind()
+        q, k, v = _linear(attention.c_attn, x, "c_attn").view(sizes).permute(2, 0, 3, 1, 4).unbind()
         if cache is not None:
             if isinstance(cache, EncoderDecoderCache):
                 cache = cache.self_attention_cache
@@ -106,7 +106,7 @@ class FastGPT2Block(GPT2Block):
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=attention.scaling,
             dropout_p=_attention_dropout(attention),
         )  # fmt: skip
-        return attention.c_proj(attended.transpose(1, 2).reshape(batch, length, width))
+        return _linear(attention.c_proj, attended.transpose(1, 2).reshape(batch, length, width), "c_proj")
 
     def _cross_attention(
         self, x: Tensor, cache: Cache | None, mask: Tensor | None, memory: Tensor, memory_mask: Tensor | None
@@ -140,6 +140,7 @@ class FastGPT2Block(GPT2Block):
         mlp = self.mlp
         name = _activation_if_fused(mlp)
         if name is None:
+            step_aside("feed_forward", next(f"{path}: {reason}" for path, reason in self._parts_of_mlp() if reason))
             return mlp(x)
         hidden = functional.feed_forward(x, *_weights(mlp.c_fc), *_weights(mlp.c_proj), activation=name)
         return mlp.dropout(hidden)
@@ -169,14 +170,19 @@ class FastGPT2Block(GPT2Block):
             yield "attn.attn_dropout", whole
             yield "attn.resid_dropout", whole or _blocks.why_no_dropout(self.attn.resid_dropout)
         yield "ln_2", why_not_plain(self.ln_2, *_blocks.NORMS)
+        yield from self._parts_of_mlp()
+        if isinstance(self.mlp, GPT2MLP):
+            whole = why_not_plain(self.mlp, GPT2MLP)
+            yield "mlp.dropout", whole or _blocks.why_no_dropout(self.mlp.dropout)
+
+    def _parts_of_mlp(self) -> Iterator[tuple[str, str | None]]:
         whole = why_not_plain(self.mlp, GPT2MLP)
         yield "mlp", whole
         if isinstance(self.mlp, GPT2MLP):
             for name in ("mlp.c_fc", "mlp.c_proj"):
                 yield name, whole or why_not_plain(self.get_submodule(name), *_CONVS)
             known = _hf.activation_name(self.mlp.act) is not None
-            yield "mlp.act", whole or (None if known else "it is neither a plain relu nor a plain gelu")
-            yield "mlp.dropout", whole or _blocks.why_no_dropout(self.mlp.dropout)
+            yield "mlp.act", whole or (None if known else _blocks.NO_FUSED_FORM)
 
 
 SWAPS = {Conv1D: FastConv1D, GPT2Block: FastGPT2Block}
@@ -186,6 +192,14 @@ PACKING: set[type] = set()
 def _weights(conv: Module) -> tuple[Tensor, Tensor]:
     """The weight (out, in) and the bias."""
     return transposed(parameter(conv, "weight")), parameter(conv, "bias")
+
+
+def _linear(conv: Module, x: Tensor, name: str) -> Tensor:
+    """A Conv1D, called where it is not plain."""
+    if is_plain(conv, *_CONVS):
+        return functional.linear(x, *_weights(conv))
+    step_aside("linear", f"{name}: {why_not_plain(conv, *_CONVS)}")
+    return conv(x)
 
 
 def _attention_dropout(attention: GPT2Attention) -> float:
