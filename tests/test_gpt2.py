@@ -311,6 +311,11 @@ def test_changed_children_are_honoured(small):
     rows = {row.module: row.reason for row in fasttx.explain(ours).rows}
     for name in ("h.0.attn.c_attn", "h.0.mlp.c_proj", "h.1.attn", "h.1.mlp"):
         assert "outside the fusion" in rows[f"transformer.{name}"]
+    reasons = " ".join(row.reason for row in fasttx.explain(ours, **batch).rows)
+    for part in ("c_attn: it is a Sequential", "mlp.c_proj: it has hooks", "mlp: it has hooks"):
+        assert part in reasons
+    with fasttx.strict(), pytest.raises(fasttx.FallbackError, match="c_attn: it is a Sequential"):
+        ours(**batch)
     fasttx.restore(ours)
     assert torch.equal(ours(**batch).logits, theirs(**batch).logits)
 

@@ -70,10 +70,12 @@ class FastGPT2Block(GPT2Block):
                 hidden_states, past_key_values, attention_mask, encoder_hidden_states, encoder_attention_mask
             )
             dropout = NO_DROPOUT
-        if torch.is_grad_enabled() or not is_plain(self.mlp, GPT2MLP):
+        if torch.is_grad_enabled():
             normed, x = _blocks.add_norm_and_sum(self.ln_2, dropout, attended, hidden_states)
             return x + self._feed_forward(normed)
-        return self._feed_forward_half(hidden_states + dropout(attended))
+        if dropout.training or not is_plain(dropout, *_blocks.DROPOUTS):
+            attended = dropout(attended)
+        return self._feed_forward_half(hidden_states + attended)
 
     def _attention_half(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """x + self-attention of ln_1(x) as one operation; None where it has no such form."""
@@ -91,7 +93,7 @@ class FastGPT2Block(GPT2Block):
         attention = self.attn
         batch, length, width = x.shape
         sizes = (batch, length, 3, attention.num_heads, attention.head_dim)
-        q, k, v = attention.c_attn(x).view(sizes).permute(2, 0, 3, 1, 4).unbind()
+        q, k, v = _linear(attention.c_attn, x, "c_attn").view(sizes).permute(2, 0, 3, 1, 4).unbind()
         if cache is not None:
             if isinstance(cache, EncoderDecoderCache):
                 cache = cache.self_attention_cache
@@ -104,7 +106,7 @@ class FastGPT2Block(GPT2Block):
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=attention.scaling,
             dropout_p=_attention_dropout(attention),
         )  # fmt: skip
-        return attention.c_proj(attended.transpose(1, 2).reshape(batch, length, width))
+        return _linear(attention.c_proj, attended.transpose(1, 2).reshape(batch, length, width), "c_proj")
 
     def _cross_attention(
         self, x: Tensor, cache: Cache | None, mask: Tensor | None, memory: Tensor, memory_mask: Tensor | None
@@ -122,25 +124,25 @@ class FastGPT2Block(GPT2Block):
     def _feed_forward_half(self, x: Tensor) -> Tensor:
         """x + f(ln_2(x)): as one operation where it has such a form."""
         mlp, norm = self.mlp, self.ln_2
-        if is_plain(norm, *_blocks.NORMS) and _is_fused(mlp) and _blocks.is_plain_dropout(mlp.dropout):
+        name = _activation_if_fused(mlp)
+        if name is not None and is_plain(norm, *_blocks.NORMS) and _blocks.is_plain_dropout(mlp.dropout):
             tensors = (
                 x, *_weights(mlp.c_fc), *_weights(mlp.c_proj), parameter(norm, "weight"), parameter(norm, "bias")
             )  # fmt: skip
             if _blocks._can_fuse("feed_forward_block", tensors, norm, norm_first=True):
                 p = mlp.dropout.p if mlp.dropout.training else 0.0
                 seed = draw_seed() if p > 0.0 else None
-                name = _hf.activation_name(mlp.act)
                 return feed_forward_block(*tensors, norm.eps, True, name, 0.0, None, p, seed)
         return x + self._feed_forward(norm(x))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         """The feed-forward network with its dropout."""
         mlp = self.mlp
-        if not _is_fused(mlp):
+        name = _activation_if_fused(mlp)
+        if name is None:
+            step_aside("feed_forward", next(f"{path}: {reason}" for path, reason in self._parts_of_mlp() if reason))
             return mlp(x)
-        hidden = functional.feed_forward(
-            x, *_weights(mlp.c_fc), *_weights(mlp.c_proj), activation=_hf.activation_name(mlp.act)
-        )
+        hidden = functional.feed_forward(x, *_weights(mlp.c_fc), *_weights(mlp.c_proj), activation=name)
         return mlp.dropout(hidden)
 
     def _refusal(self) -> str | None:
@@ -168,14 +170,19 @@ class FastGPT2Block(GPT2Block):
             yield "attn.attn_dropout", whole
             yield "attn.resid_dropout", whole or _blocks.why_no_dropout(self.attn.resid_dropout)
         yield "ln_2", why_not_plain(self.ln_2, *_blocks.NORMS)
+        yield from self._parts_of_mlp()
+        if isinstance(self.mlp, GPT2MLP):
+            whole = why_not_plain(self.mlp, GPT2MLP)
+            yield "mlp.dropout", whole or _blocks.why_no_dropout(self.mlp.dropout)
+
+    def _parts_of_mlp(self) -> Iterator[tuple[str, str | None]]:
         whole = why_not_plain(self.mlp, GPT2MLP)
         yield "mlp", whole
         if isinstance(self.mlp, GPT2MLP):
             for name in ("mlp.c_fc", "mlp.c_proj"):
                 yield name, whole or why_not_plain(self.get_submodule(name), *_CONVS)
             known = _hf.activation_name(self.mlp.act) is not None
-            yield "mlp.act", whole or (None if known else "it is neither a plain relu nor a plain gelu")
-            yield "mlp.dropout", whole or _blocks.why_no_dropout(self.mlp.dropout)
+            yield "mlp.act", whole or (None if known else _blocks.NO_FUSED_FORM)
 
 
 SWAPS = {Conv1D: FastConv1D, GPT2Block: FastGPT2Block}
@@ -187,15 +194,20 @@ def _weights(conv: Module) -> tuple[Tensor, Tensor]:
     return transposed(parameter(conv, "weight")), parameter(conv, "bias")
 
 
+def _linear(conv: Module, x: Tensor, name: str) -> Tensor:
+    """A Conv1D, called where it is not plain."""
+    if is_plain(conv, *_CONVS):
+        return functional.linear(x, *_weights(conv))
+    step_aside("linear", f"{name}: {why_not_plain(conv, *_CONVS)}")
+    return conv(x)
+
+
 def _attention_dropout(attention: GPT2Attention) -> float:
     return attention.attn_dropout.p if attention.training else 0.0
 
 
-def _is_fused(mlp: Module) -> bool:
-    """Whether the feed-forward network may be one operation but for its dropout."""
-    return (
-        is_plain(mlp, GPT2MLP)
-        and is_plain(mlp.c_fc, *_CONVS)
-        and is_plain(mlp.c_proj, *_CONVS)
-        and _hf.activation_name(mlp.act) is not None
-    )
+def _activation_if_fused(mlp: Module) -> str | None:
+    """The activation's name in feed_forward, where the network may be that but for its dropout; else None."""
+    if is_plain(mlp, GPT2MLP) and is_plain(mlp.c_fc, *_CONVS) and is_plain(mlp.c_proj, *_CONVS):
+        return _hf.activation_name(mlp.act)
+    return None
