@@ -300,7 +300,9 @@ def _can_fuse(
         return False
     if torch.is_grad_enabled() and mask is not None and mask.requires_grad:
         return False
-    if norm_first and wants_grad(*tensors):
+    # In training it has no gradient; and without one, as in a reentrant checkpoint's first forward, the dropout must be
+    # that of the steps which will have it.
+    if norm_first and (norm.training or wants_grad(*tensors)):
         return False
     return takes_cpu(op, tensors)
 
