@@ -79,6 +79,7 @@ def attention(
             attention_varlen, **options, enable_gqa=enable_gqa, return_lse=return_lse, backend=backend
         )
         return attend_nested(packed, query, key, value)
+    checks.require_tensor("value", value)
     key_lengths = check_padded(
         query, key, value, attn_mask, key_lengths, query_offset, **options, enable_gqa=enable_gqa
     )
