@@ -86,6 +86,7 @@ def attention(
             enable_gqa=enable_gqa, return_lse=return_lse, backend=backend,
         )  # fmt: skip
         return autocast.lowered(call, query, key, value)
+    checks.require_tensor("value", value)
     key_lengths = check_padded(
         query, key, value, attn_mask, key_lengths, query_offset, **options, enable_gqa=enable_gqa
     )
