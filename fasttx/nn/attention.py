@@ -1,6 +1,7 @@
 """Multi-head attention as a module."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from fasttx.rng import draw_seed
 
 from ._plain import parameter, step_aside
 
+if TYPE_CHECKING:
+    from .cache import KVCache
+
 # By in_proj_weight and in_proj_bias: where each lay, and its rows for queries and for keys and values. Kept, so that
 # each goes on having one packed copy.
 _rows = WeakCache()
@@ -29,6 +33,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     Weights, where they are asked for, are computed beside the fused kernel, which does not write them down: they are
     those that it applied, under dropout too, and gradients reach the inputs through both.
+
+    With a `cache` (KVCache), query holds the new tokens alone: causal self-attention over all tokens seen where query,
+    key and value are one tensor, else attention to a memory that is projected once.
 
     Arguments that torch refuses raise torch's errors; nested tensors and tensor subclasses run
     torch's forward.
@@ -44,7 +51,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        cache: "KVCache | None" = None,
     ) -> tuple[Tensor, Tensor | None]:
+        if cache is not None:
+            from .cache import attend_cached  # it imports this module
+
+            return attend_cached(
+                self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, cache
+            )
         refusal = self.refusal(query, key, value, key_padding_mask, attn_mask, is_causal)
         if refusal is not None:
             step_aside("multihead_attention", refusal)
