@@ -109,7 +109,8 @@ def test_doctor_needs_nothing_but_torch(fasttx_command, monkeypatch):
 def test_cases_are_distinct_and_cover_every_op():
     names = [(case.op, case.name) for case in CASES]
     assert len(set(names)) == len(names)
-    assert set(OPS) == set(functional.__all__)
+    # These two are composed of PyTorch's own operations: there is no kernel to compare.
+    assert {*OPS, "attention_weights", "merge_attention"} == set(functional.__all__)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}: {case.name}")

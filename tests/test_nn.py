@@ -7,7 +7,9 @@ import pytest
 import torch
 from budget import DTYPES
 from module_checks import assert_equals_torch, assert_module_within_budget
+from properties import Recorder
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import fasttx
 
@@ -256,6 +258,74 @@ def test_same_construction_state_and_copies(make):
         assert type(twin) is type(ours)
         for name, value in twin.state_dict().items():
             assert torch.equal(value, ours.state_dict()[name])
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_mha_outputs_do_not_depend_on_whether_weights_are_wanted(need_weights, p):
+    """Weights are those that were applied, in training too: weights @ value is the output."""
+    module = fasttx.nn.MultiheadAttention(E, 1, dropout=p, batch_first=True, bias=False).double()
+    with torch.no_grad():
+        module.in_proj_weight[2 * E :] = module.out_proj.weight.copy_(torch.eye(E))
+    x, memory = (torch.randn(B, n, E, dtype=torch.float64, requires_grad=True) for n in (TQ, TK))
+    torch.manual_seed(3)
+    output, weights = module(x, memory, memory, need_weights=True)
+    torch.testing.assert_close(weights @ memory, output)
+    torch.manual_seed(3)
+    assert torch.equal(module(x, memory, memory, need_weights=need_weights)[0], output)
+
+
+def test_mha_weights_leave_the_fused_kernel_in_place():
+    """Under gradients and dropout, too, attention itself is one operator."""
+    module = fasttx.nn.MultiheadAttention(E, H, dropout=0.1, batch_first=True)
+    x = torch.randn(B, TK, E, requires_grad=True)
+    with Recorder() as recorder:
+        output, _ = module(x, x, x)
+        output.sum().backward()
+    names = [name for name, _ in recorder.calls]
+    assert "attention_fwd" in names and "attention_bwd" in names
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_mha_is_exported_as_ours(need_weights):
+    module = fasttx.nn.MultiheadAttention(E, H, batch_first=True).eval()
+    x = torch.randn(B, TK, E)
+    exported = torch.export.export(module, (x, x, x), {"need_weights": need_weights})
+    assert "fasttx.self_attention_fwd" in str(exported.graph) or "fasttx.attention_fwd" in str(exported.graph)
+    called = exported.module()(x, x, x, need_weights=need_weights)
+    torch.testing.assert_close(called, module(x, x, x, None, need_weights))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("target", ["in_proj_weight", "out_proj.weight"])
+def test_mha_pruned(target, need_weights):
+    theirs = torch.nn.MultiheadAttention(E, H, batch_first=True)
+    child, _, name = target.rpartition(".")
+    prune.l1_unstructured(theirs.get_submodule(child), name, amount=0.5)
+    ours = fasttx.optimize(copy.deepcopy(theirs))
+    x = torch.randn(B, TK, E)
+    torch.testing.assert_close(ours(x, x, x, None, need_weights), theirs(x, x, x, None, need_weights))
+
+
+def test_mha_tied_moved_and_called_with_other_parameters():
+    first, second = (fasttx.nn.MultiheadAttention(E, H, batch_first=True) for _ in range(2))
+    second.in_proj_weight, second.out_proj = first.in_proj_weight, first.out_proj
+    x = torch.randn(B, TK, E)
+    (first(x, x, x)[0] + second(x, x, x)[0]).sum().backward()
+    twice = first.in_proj_weight.grad.clone()
+    first.zero_grad()
+    first(x, x, x)[0].sum().backward()
+    torch.testing.assert_close(twice, 2 * first.in_proj_weight.grad)
+
+    others = {name: torch.randn_like(p) for name, p in first.named_parameters()}
+    called = torch.func.functional_call(first, others, (x, x, x))
+    theirs = torch.nn.MultiheadAttention(E, H, batch_first=True)
+    theirs.load_state_dict(others)
+    torch.testing.assert_close(called, theirs(x, x, x))
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        y = x.to(dtype)
+        output, weights = fasttx.optimize(copy.deepcopy(theirs).to(dtype))(y, y, y)
+        assert output.dtype == weights.dtype == dtype
 
 
 def test_hooks_run():

@@ -56,7 +56,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         cache: "KVCache | None" = None,
     ) -> tuple[Tensor, Tensor | None]:
         if cache is not None:
-            from .cache import attend_cached
+            from .cache import attend_cached  # it imports this module
 
             return attend_cached(
                 self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, cache
