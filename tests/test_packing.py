@@ -260,8 +260,7 @@ def test_transposed_weights_give_the_bits_of_dense_ones(isa, dtype):
     kept = {name: parameter(*shape, dtype=dtype) for name, shape in shapes.items()}
     dense = {name: torch.nn.Parameter(w.detach().t().contiguous()) for name, w in kept.items()}
     biases = {name: draw(shape[1], dtype=dtype) for name, shape in shapes.items()}
-    norm = torch.nn.LayerNorm(16).to(dtype)
-    no_dropout = torch.nn.Dropout(0.0)
+    norm, no_dropout = torch.nn.LayerNorm(16).to(dtype).eval(), torch.nn.Dropout(0.0).eval()
 
     def evaluate(weights):
         half = _blocks.attention_half(
