@@ -167,3 +167,10 @@ def test_optimize_and_restore_swap_the_container():
     assert type(fasttx.optimize(model)) is fasttx.nn.Transformer
     for made in (model, fasttx.nn.Transformer(16, 2, 1, 1, 32, batch_first=True)):
         assert {type(m).__module__.split(".")[0] for m in fasttx.restore(made).modules()} == {"torch"}
+
+
+def test_remove_padding_is_a_choice_of_three():
+    with pytest.raises(TypeError, match="remove_padding must be True, False or None, got 1"):
+        fasttx.nn.Transformer(16, 2, 1, 1, 32, remove_padding=1)
+    model = fasttx.nn.Transformer(16, 2, 1, 1, 32, remove_padding=True)
+    assert model.remove_padding == (True, True) == (model.encoder.remove_padding, model.decoder.remove_padding)

@@ -1,27 +1,16 @@
 """The whole encoder-decoder transformer as a module."""
 
-import functools
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn import Module
 
 from ._blocks import adopt_children
+from ._padding import takes_remove_padding
 from ._plain import adopt
 from .decoder import TransformerDecoder, TransformerDecoderLayer
 from .layer_norm import LayerNorm
 from .transformer import TransformerEncoder, TransformerEncoderLayer
-
-
-def _named_as_torchs(init: Callable[..., None]) -> Callable[..., None]:
-    """Gives a constructor torch's signature, with remove_padding after it."""
-    functools.update_wrapper(init, torch.nn.Transformer.__init__)
-    theirs, own = inspect.signature(init), inspect.signature(init, follow_wrapped=False)
-    parameters = [*theirs.parameters.values(), own.parameters["remove_padding"]]
-    init.__signature__ = theirs.replace(parameters=parameters)
-    return init
 
 
 class Transformer(torch.nn.Transformer):
@@ -34,23 +23,31 @@ class Transformer(torch.nn.Transformer):
 
     remove_padding is what TransformerEncoder and TransformerDecoder take: None does as torch does,
     True runs on the valid tokens alone wherever key padding masks allow it, in training too. Raises
-    TypeError where it is given beside an encoder or decoder that has no such choice.
+    TypeError for another value, and where it is given beside an encoder or decoder that has no such choice.
     """
 
-    @_named_as_torchs
-    def __init__(self, *args: Any, remove_padding: bool | None = None, **kwargs: Any) -> None:
+    @takes_remove_padding(torch.nn.Transformer)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _adopt_stack(self.encoder, TransformerEncoder, TransformerEncoderLayer)
         _adopt_stack(self.decoder, TransformerDecoder, TransformerDecoderLayer)
-        if remove_padding is None:
-            return
-        for name, fast in (("encoder", TransformerEncoder), ("decoder", TransformerDecoder)):
+
+    @property
+    def remove_padding(self) -> tuple[bool | None, bool | None]:
+        """The encoder's and the decoder's; to set it sets both."""
+        return tuple(getattr(stack, "remove_padding", None) for stack in (self.encoder, self.decoder))
+
+    @remove_padding.setter
+    def remove_padding(self, value: bool) -> None:
+        stacks = (("encoder", TransformerEncoder), ("decoder", TransformerDecoder))
+        for name, fast in stacks:
             stack = getattr(self, name)
             if not isinstance(stack, fast):
                 raise TypeError(
                     f"remove_padding needs a custom_{name} that is a {fast.__name__}, got {type(stack).__name__}"
                 )
-            stack.remove_padding = remove_padding
+        for name, _ in stacks:
+            getattr(self, name).remove_padding = value
 
 
 def _adopt_stack(stack: Module, fast: type[Module], fast_layer: type[Module]) -> None:
