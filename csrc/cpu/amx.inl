@@ -1,5 +1,4 @@
 // bf16 products on AMX tiles: https://www.intel.com/sdm, volume 1, chapter 18.
-#if defined(__AMX_BF16__)
 
 // A tile register holds 16 rows of 64 bytes: of sums, 16 columns in float; of a left operand, 32 values of k; of a panel,
 // 16 columns of one step (two values of k) each row.
@@ -7,6 +6,7 @@ constexpr int kAmxRows = 16;
 constexpr int kAmxCols = 16;
 constexpr int kAmxK = 32;
 
+#if defined(__AMX_BF16__)
 template <int kTile>
 FASTTX_INLINE void amx_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(kTile));

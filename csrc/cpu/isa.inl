@@ -7,6 +7,8 @@
 #include "reduce.inl"
 #include "transpose.inl"
 #include "pack.inl"
+#include "split.inl"
+#include "gemm_operands.inl"
 #include "gemm.inl"
 #include "layer_norm.inl"
 #include "activation.inl"

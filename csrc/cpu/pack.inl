@@ -8,10 +8,10 @@ static inline int64_t packed_k(int64_t k) {
 
 // Values of k that are taken together: a tile's rows and as much of a panel, 24 KiB in float32, stay in L1.
 template <class T>
-constexpr int64_t kBlockK = kUsesAmx<T> ? 768 : 192;
+constexpr int64_t kBlockK = kOnMatrixUnit<T> ? 768 : 192;
 // Rows of the left operand that are packed together as [step][row][kLeftStep].
 template <class T>
-constexpr int kLeftRows = kUsesAmx<T> ? 32 : kGemmRows;
+constexpr int kLeftRows = kOnMatrixUnit<T> ? 32 : kGemmRows;
 
 // Packs `rows` <= kLeftRows rows of k values, given by their strides, for one tile; zero up to a whole step.
 template <class T>

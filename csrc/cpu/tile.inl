@@ -35,6 +35,19 @@ constexpr bool kUsesAmx = sizeof(typename Packed<T>::type) == sizeof(bf16);
 constexpr bool kUsesAmx = false;
 #endif
 
+// Whether linear layers' products of T, floats when packed, run on AMX tiles all the same, in bf16 parts (split.inl).
+template <class T>
+constexpr bool kSplits = false;
+#if defined(__AMX_BF16__)
+template <>
+constexpr bool kSplits<float> = true;
+template <>
+constexpr bool kSplits<fp16> = true;
+#endif
+// Whether linear layers' products run beside the vector unit.
+template <class T>
+constexpr bool kOnMatrixUnit = kUsesAmx<T> || kSplits<T>;
+
 constexpr int kTileRows = 6;
 constexpr int kGemmVecs = 2;
 #if defined(__AVX512F__)

@@ -1,0 +1,319 @@
+// The operands of linear layers as their products take them, a stretch of k at a time.
+
+// Values of k that are summed in registers, before that sum is added to those before it: the rounding error of a sum
+// grows with the length of its chain, and PyTorch's products have short ones.
+constexpr int64_t kChainK = Vec<float>::kWidth == 1 ? 16 : 96;  // shorter where every term rounds twice
+
+// How the result is cut: rows and panels of an item, rows of one tile, panels of one wave. Nothing of it shows in the
+// result.
+template <class T>
+struct GemmBlocks {
+  int64_t rows, tile_rows, panels, group, wave;
+  bool keeps_left;  // packed for the whole of k, not anew for every wave
+  explicit GemmBlocks(const Gemm& g) : panels(ceil_div(g.n, kGemmCols<T>)), keeps_left(g.k <= kMostKeptK) {
+    // Blocks and tiles of about one height: a low last one would take nearly as long as a whole one.
+    const int64_t even = ceil_div(g.m, max_of(1, ceil_div(g.m, kMostRows)));
+    tile_rows = kOnMatrixUnit<T> ? kLeftRows<T> : ceil_div(even, max_of(1, ceil_div(even, kLeftRows<T>)));
+    rows = round_up(even, max_of(1, tile_rows));
+    // The more panels an item has, the less often its rows are packed; but the threads are to end together.
+    const int64_t blocks = ceil_div(g.m, max_of(1, rows)), threads = max_of(1, g.threads);
+    for (group = max_of(1, panels); group > 1; --group) {
+      const int64_t items = blocks * ceil_div(panels, group);
+      if (ceil_div(items, threads) * threads * group * 15 <= blocks * panels * 16) break;
+    }
+    wave = ceil_div(group, ceil_div(group, kMostWave));
+  }
+  int64_t groups() const { return ceil_div(panels, group); }
+  // The sums of a wave are at most 300 KiB in float32, 512 KiB on AMX.
+  static constexpr int64_t kMostRows = kOnMatrixUnit<T> ? 256 : 14 * kGemmRows;
+  static constexpr int64_t kMostWave = kOnMatrixUnit<T> ? 16 : 12;
+  static constexpr int64_t kMostKeptK = 4096;
+};
+
+// The left operand packed or, on AMX, where it lies; the panels of the right one packed.
+template <class T>
+class PackedOperands {
+  using P = typename Packed<T>::type;
+  using A = accum_t<T>;
+  using V = Vec<A>;
+  static constexpr int64_t kCols = kGemmCols<T>, kItem = sizeof(T);
+
+ public:
+  PackedOperands(const Gemm& g, const GemmBlocks<T>& blocks, ScratchPieces& pieces) : g_(g), blocks_(blocks) {
+    const int64_t k = packed_k<T>(g.k), depth = min_of(k, kBlockK<T>);
+    left_buffer_ = pieces.take<P>(blocks.rows * (blocks.keeps_left ? k : depth));
+    panel_buffer_ = g.b_is_packed ? nullptr : pieces.take<P>(depth * kCols);
+  }
+
+  // The rows of an item from k on, `depth` values deep; packed already unless `first`.
+  void begin_stretch(int64_t row0, int64_t rows, int64_t k, int64_t depth, bool first) {
+    k_ = k;
+    depth_ = depth;
+    rows_ = rows;
+    const T* from = static_cast<const T*>(g_.a) + row0 * g_.a_row_stride + k * g_.a_k_stride;
+    // AMX reads rows by their stride at no loss.
+    if constexpr (kUsesAmx<T>) {
+      if (g_.a_k_stride == 1 && depth == packed_k<T>(depth)) {
+        left_ = from;
+        left_stride_ = g_.a_row_stride;
+        return;
+      }
+    }
+    P* buffer = left_buffer_ + (blocks_.keeps_left ? blocks_.rows * k : 0);
+    if (first || !blocks_.keeps_left) {
+      for (int64_t r = 0; r < rows; r += blocks_.tile_rows)
+        PackLeft<T>::run(from + r * g_.a_row_stride, g_.a_row_stride, g_.a_k_stride, min_of(blocks_.tile_rows, rows - r),
+                         depth, buffer + r * packed_k<T>(depth));
+    }
+    left_ = buffer;
+    left_stride_ = 0;
+  }
+
+  // The stretch's part of a panel. The one to come next, the part from next_k on of next_panel, is fetched meanwhile.
+  void begin_panel(int64_t panel, int64_t next_panel, int64_t next_k) {
+    const int64_t column = panel * kCols;
+    if (g_.b_is_packed) {
+      panel_ = static_cast<const P*>(g_.b) + panel_offset<T>(blocks_.panels, panel, k_, depth_);
+    } else {
+      pack_panel(static_cast<const T*>(g_.b) + k_ * g_.b_k_stride + column * g_.b_n_stride, g_.b_k_stride, g_.b_n_stride,
+                 depth_, min_of(kCols, g_.n - column), panel_buffer_);
+      panel_ = panel_buffer_;
+    }
+    ahead_ = ahead_of(next_panel, next_k);
+  }
+
+  // sums = left panel, or sums + left panel, for one tile of `rows` rows from r on; on AMX meanwhile() is called again
+  // and again.
+  template <class F>
+  void multiply([[maybe_unused]] ProductUnit<T>& unit, int64_t r, int64_t rows, bool add, A* sums,
+                [[maybe_unused]] const F& meanwhile) {
+    ahead_.fetch();
+    const int64_t depth = packed_k<T>(depth_);
+#if defined(__AMX_BF16__)
+    if constexpr (kUsesAmx<T>) {
+      const bool packed = left_stride_ == 0;
+      amx_product<kCols>(unit, left_ + r * (packed ? depth : left_stride_), packed ? kAmxK : left_stride_,
+                         packed ? rows * kAmxK : kAmxK, panel_, depth, rows, kCols, add, sums, kCols, meanwhile);
+      return;
+    }
+#endif
+    with_count<kGemmRows>(rows, [&]<int kRows>() {
+      const P* tile = left_ + r * depth;
+      int64_t k = 0;
+      do {
+        add_chain<kRows>(tile + k * kRows, panel_ + k * kCols, min_of(depth - k, kChainK), add || k > 0, sums);
+        k += kChainK;
+      } while (k < depth);
+    });
+  }
+
+  // Sums need no mending.
+  void mend(int64_t, int64_t, int64_t, A*) const {}
+
+ private:
+  // The stretch of a panel that is multiplied next, packed or not: a share of its lines is fetched into L2 for every tile.
+  struct Ahead {
+    const char* run;       // the lines that are consecutive in memory
+    int64_t stride, runs;  // from one run to the next; how many are left
+    int64_t run_bytes, share;
+    int64_t at = 0;
+    void fetch() {
+      for (int64_t line = 0; line < share && runs > 0; ++line) {
+        __builtin_prefetch(run + at, 0, 2);
+        if ((at += 64) < run_bytes) continue;
+        at = 0;
+        run += stride;
+        --runs;
+      }
+    }
+  };
+  Ahead ahead_of(int64_t panel, int64_t k) const {
+    if (panel == blocks_.panels) return {};
+    const int64_t depth = min_of(g_.k - k, kBlockK<T>), column = panel * kCols, columns = min_of(kCols, g_.n - column);
+    const T* b = static_cast<const T*>(g_.b) + k * g_.b_k_stride + column * g_.b_n_stride;
+    Ahead ahead = g_.b_k_stride == 1 ? Ahead{bytes_at(b), g_.b_n_stride * kItem, columns, depth * kItem}
+                                    : Ahead{bytes_at(b), g_.b_k_stride * kItem, depth, columns * kItem};
+    if (g_.b_is_packed) {
+      ahead = {bytes_at(static_cast<const P*>(g_.b) + panel_offset<T>(blocks_.panels, panel, k, depth)), 0, 1,
+               packed_k<T>(depth) * kCols * static_cast<int64_t>(sizeof(P))};
+    }
+    ahead.share = ceil_div(ahead.runs * ceil_div(ahead.run_bytes, 64), ceil_div(rows_, blocks_.tile_rows));
+    return ahead;
+  }
+  static const char* bytes_at(const void* p) { return static_cast<const char*>(p); }
+
+  template <int kRows>
+  static FASTTX_INLINE void add_chain(const P* left, const P* panel, int64_t k, bool add, A* sums) {
+    constexpr int kStep = Packed<T>::kStep;
+    V sum[kRows][kGemmVecs];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < kGemmVecs; ++j) sum[i][j] = V::zero();
+    multiply_tile<T, kRows, kGemmVecs>(left, kStep, panel, k, sum, kRows * kStep);
+    if (add) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < kGemmVecs; ++j) sum[i][j] = V::load(sums + i * kCols + j * V::kWidth) + sum[i][j];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < kGemmVecs; ++j) sum[i][j].store(sums + i * kCols + j * V::kWidth);
+  }
+
+  const Gemm& g_;
+  const GemmBlocks<T>& blocks_;
+  P *left_buffer_, *panel_buffer_;  // left: [stretch of k][tile][step][row][kLeftStep]
+  int64_t k_ = 0, depth_ = 0, rows_ = 0;
+  const P* left_ = nullptr;
+  int64_t left_stride_ = 0;  // 0 where packed
+  const P* panel_ = nullptr;
+  Ahead ahead_{};
+};
+
+#if defined(__AMX_BF16__)
+// Both operands in three bf16 parts (split.inl): the left one of the whole item, the panels one ahead of their use.
+template <class T>
+class SplitOperands {
+  static constexpr int64_t kCols = kGemmCols<T>;
+
+ public:
+  SplitOperands(const Gemm& g, const GemmBlocks<T>& blocks, ScratchPieces& pieces) : g_(g), blocks_(blocks) {
+    const int64_t depth = min_of(g.k, kBlockK<T>);
+    left_buffer_ = pieces.take<bf16>(blocks.rows * left_size(blocks.keeps_left ? g.k : depth));
+    for (bf16*& parts : parts_) parts = pieces.take<bf16>(ceil_div(depth, kAmxK) * kSplitPanelStep);
+    partial_ = g.k > depth ? pieces.take<float>(kLeftRows<T> * kCols) : nullptr;
+    panel_buffer_ = g.b_is_packed ? nullptr : pieces.take<float>(kAmxK * kCols);
+  }
+
+  void begin_stretch(int64_t row0, int64_t rows, int64_t k, int64_t depth, bool first) {
+    k_ = k;
+    depth_ = depth;
+    rows_ = rows;
+    left_ = left_buffer_ + (blocks_.keeps_left ? blocks_.rows * left_size(k) : 0);
+    if (!first && blocks_.keeps_left) return;
+    for (int64_t r = 0; r < rows; r += kLeftRows<T>) {
+      const T* from = static_cast<const T*>(g_.a) + (row0 + r) * g_.a_row_stride + k * g_.a_k_stride;
+      const int64_t height = min_of(kLeftRows<T>, rows - r);
+      for (int64_t kk = 0; kk < depth; kk += kAmxK)
+        split_rows(from + kk * g_.a_k_stride, g_.a_row_stride, g_.a_k_stride, height, min_of(kAmxK, depth - kk),
+                   left_ + r * left_size(depth) + height * left_size(kk));
+    }
+  }
+
+  void begin_panel(int64_t panel, int64_t next_panel, int64_t next_k) {
+    if (next_.panel != panel || next_.k != k_) next_ = {panel, k_, min_of(g_.k - k_, kBlockK<T>), 0};
+    while (next_.done < next_.depth) split_next();
+    current_ = 1 - current_;
+    const int64_t depth = next_panel == blocks_.panels ? 0 : min_of(g_.k - next_k, kBlockK<T>);
+    next_ = {next_panel, next_k, depth, 0};
+    steps_a_tile_ = ceil_div(ceil_div(depth, kAmxK), ceil_div(rows_, kLeftRows<T>));
+  }
+
+  template <class F>
+  void multiply(AmxTiles& unit, int64_t r, int64_t rows, bool add, float* sums, const F& meanwhile) {
+    int64_t to_split = steps_a_tile_;
+    const auto also_split = [&] {
+      meanwhile();
+      if (to_split-- > 0 && next_.done < next_.depth) split_next();
+    };
+    const bf16* left = left_ + r * left_size(depth_);
+    const int64_t steps = ceil_div(depth_, kAmxK);
+    float* to = add ? partial_ : sums;
+    if (rows > kAmxRows) {
+      unit.set_rows(kAmxRows, static_cast<int>(rows - kAmxRows));
+      split_block<true>(left, rows, parts_[current_], steps, to, also_split);
+    } else {
+      unit.set_rows(static_cast<int>(rows), kAmxRows);
+      split_block<false>(left, rows, parts_[current_], steps, to, also_split);
+    }
+    if (!add) return;
+    using V = Vec<float>;
+    for (int64_t i = 0; i < rows * kCols; i += V::kWidth) (V::load(sums + i) + V::load(partial_ + i)).store(sums + i);
+  }
+
+  // Takes sums that are not finite, or so small that parts of them may have been lost, again.
+  void mend(int64_t row, int64_t rows, int64_t column, float* sums) {
+    for (int64_t i = 0; i < rows; ++i, sums += kCols)
+      for (int64_t j = 0; j < kCols; j += Vec<float>::kWidth) {
+        const __mmask16 lanes = split_sums_to_mend(Vec<float>::load(sums + j).v);
+        if (__builtin_expect(lanes != 0, 0)) _mm512_mask_storeu_ps(sums + j, lanes, plain_sum(row + i, column, j).v);
+      }
+  }
+
+ private:
+  // Of one row of the left operand, a whole number of steps or all of k.
+  static int64_t left_size(int64_t k) { return kSplitParts * round_up(k, kAmxK); }
+
+  const T* b_at(int64_t k, int64_t column) const {
+    return static_cast<const T*>(g_.b) + k * g_.b_k_stride + column * g_.b_n_stride;
+  }
+
+  // One more step of the panel that is multiplied next.
+  void split_next() {
+    const int64_t k = next_.k + next_.done, present = min_of(kAmxK, next_.depth - next_.done);
+    bf16* to = parts_[1 - current_] + next_.done / kAmxK * kSplitPanelStep;
+    next_.done += present;
+    if (!g_.b_is_packed && g_.b_n_stride == 1 && (next_.panel + 1) * kCols <= g_.n) {
+      split_columns(b_at(k, next_.panel * kCols), g_.b_k_stride, present, to);
+    } else {
+      split_columns(plain_panel(next_.panel, k, present), kCols, present, to);
+    }
+  }
+
+  // `present` <= 32 rows of a panel from k on, all in one stretch, as floats.
+  const float* plain_panel(int64_t panel, int64_t k, int64_t present) {
+    if (g_.b_is_packed) {
+      const int64_t start = k / kBlockK<T> * kBlockK<T>, depth = min_of(g_.k - start, kBlockK<T>);
+      return static_cast<const float*>(g_.b) + panel_offset<T>(blocks_.panels, panel, start, depth) + (k - start) * kCols;
+    }
+    const int64_t column = panel * kCols;
+    pack_panel(b_at(k, column), g_.b_k_stride, g_.b_n_stride, present, min_of(kCols, g_.n - column), panel_buffer_);
+    return panel_buffer_;
+  }
+
+  // The sums of a row with the sixteen columns from `column` + j on, on the vector unit.
+  __attribute__((noinline)) Vec<float> plain_sum(int64_t row, int64_t column, int64_t j) {
+    using V = Vec<float>;
+    const T* a = static_cast<const T*>(g_.a) + row * g_.a_row_stride;
+    V sum = V::zero();
+    for (int64_t k = 0; k < g_.k; k += kAmxK) {
+      const int64_t present = min_of(kAmxK, g_.k - k);
+      const float* panel = plain_panel(column / kCols, k, present) + j;
+      V chain = V::zero();
+      for (int64_t i = 0; i < present; ++i)
+        chain = fma(V::set1(convert_one<float>(a[(k + i) * g_.a_k_stride])), V::load(panel + i * kCols), chain);
+      sum = sum + chain;
+    }
+    return sum;
+  }
+
+  struct Next {
+    int64_t panel, k, depth, done;
+  };
+  const Gemm& g_;
+  const GemmBlocks<T>& blocks_;
+  bf16 *left_buffer_, *parts_[2];  // left: [stretch of k][tile][step][part][row][32]
+  float *partial_, *panel_buffer_;  // partial: a tile's sums over a stretch that is not the first
+  int64_t k_ = 0, depth_ = 0, rows_ = 0;
+  bf16* left_ = nullptr;
+  int current_ = 0;
+  Next next_{-1, 0, 0, 0};
+  int64_t steps_a_tile_ = 0;
+};
+#endif
+
+template <class T, bool splits = kSplits<T>>
+struct GemmTypes {
+  using Operands = PackedOperands<T>;
+  using Unit = ProductUnit<T>;
+};
+#if defined(__AMX_BF16__)
+template <class T>
+struct GemmTypes<T, true> {
+  using Operands = SplitOperands<T>;
+  using Unit = AmxTiles;
+};
+#endif
