@@ -30,8 +30,8 @@ pytestmark = pytest.mark.usefixtures("needs_extension")
 
 # About the edges of register tiles: 6 rows, and 2 to 64 columns.
 SIZES = (1, 5, 6, 7, 63, 64, 65)
-# About the edges of the blocks that k is summed in, 256.
-DEPTHS = (0, 1, 2, 3, 255, 256, 257, 1030)
+# About the edges of the blocks that k is summed in: 96, 192 and 768, and of the 32 that a matrix unit takes at once.
+DEPTHS = (0, 1, 2, 3, 33, 95, 96, 193, 769, 1030)
 
 CPU_LINEAR = partial(functional.linear, backend="cpu")
 
@@ -145,6 +145,38 @@ def test_values_that_are_not_finite_stay_in_their_row(isa, dtype, value):
     spoiled = CPU_LINEAR(**inputs)
     assert same_bits(spoiled[:, :66], clean[:, :66])
     assert not spoiled[:, 66].isfinite().any()
+
+
+def test_infinity_is_no_nan(isa):
+    """What is infinite in PyTorch is so here, of either sign, and what is NaN is NaN."""
+    inputs = {n: x.float() for n, x in linear_inputs(40, depth=100, out=50).items()}
+    inputs["input"][3, 5], inputs["input"][33, 99] = math.inf, -math.inf
+    inputs["weight"][4, 9], inputs["weight"][48, 5] = -math.inf, 0.0
+    ours, theirs = CPU_LINEAR(**inputs), F.linear(**inputs)
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert torch.equal(ours == math.inf, theirs == math.inf)
+    assert torch.equal(ours == -math.inf, theirs == -math.inf)
+
+
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FFFFFFF, -1], ids=hex)
+def test_any_nan_is_nan(isa, bits):
+    """Whatever its payload: rounding it as a number would make another of it."""
+    inputs = {n: x.float() for n, x in linear_inputs(9, depth=71, out=67).items()}
+    inputs["input"].view(torch.int32)[4, 7] = bits
+    assert CPU_LINEAR(**inputs)[4].isnan().all()
+
+
+@pytest.mark.parametrize("exponent", [-98, -90, -40, 60, 120])
+def test_scales(exponent):
+    """Rows far from 1, beside one that is not, within the budget as by themselves."""
+    inputs = linear_inputs(40, depth=100, out=50, bias=False)
+    inputs["input"][1:] *= 2.0**exponent
+    rows = {"input": inputs["input"][1:], "weight": inputs["weight"]}
+    assert_within_budget_on_every_isa(
+        CPU_LINEAR, eager=F.linear, reference=reference.linear, inputs=rows, dtype=torch.float32
+    )
+    both = {n: x.float() for n, x in inputs.items()}
+    assert same_bits(CPU_LINEAR(**both)[1:], CPU_LINEAR(**{n: x.float() for n, x in rows.items()}))
 
 
 OPS = {

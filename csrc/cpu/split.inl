@@ -80,7 +80,7 @@ static FASTTX_INLINE void split_rows(const T* from, int64_t row_stride, int64_t 
 template <class T>
 static FASTTX_INLINE void split_columns(const T* from, int64_t k_stride, int64_t present, bf16* to) {
   using V = Vec<float>;
-  constexpr int64_t kFetchAhead = 2048;  // bytes: the panel is read once, from beyond L2 as a rule
+  constexpr int64_t kFetchAhead = 1024;  // bytes: the panel is read once, from beyond L2 as a rule
   for (int64_t i = 0; i < kAmxK / 2; ++i) {
     for (int64_t column = 0; column < 2 * kAmxCols; column += V::kWidth) {
       const auto values = [&](int64_t k) {
