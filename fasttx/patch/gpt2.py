@@ -13,9 +13,11 @@ from transformers.pytorch_utils import Conv1D
 from fasttx import functional
 from fasttx.nn import _blocks
 from fasttx.nn._plain import is_plain, parameter, step_aside, why_not_plain
+from fasttx.nn._recall import is_observed, recall, remember
 from fasttx.ops.feed_forward_block import feed_forward_block
 from fasttx.packing import transposed
 from fasttx.patch import _hf, _hf_cache
+from fasttx.patch._decoding import AttentionHalf, FeedForwardHalf
 from fasttx.patch._layers import NO_DROPOUT
 from fasttx.rng import draw_seed
 
@@ -29,6 +31,8 @@ class FastConv1D(Conv1D):
 
 
 _CONVS = (FastConv1D, Conv1D)
+# What is remembered of a block without halves.
+_NOT_FUSED = ("not fused",)
 
 
 class FastGPT2Block(GPT2Block):
@@ -49,6 +53,10 @@ class FastGPT2Block(GPT2Block):
         **kwargs: Any,
     ) -> Tensor:
         """One layer: hidden_states (B, T, width) -> the same; all arguments are GPT2Block's."""
+        if past_key_values is not None and encoder_hidden_states is None and not torch.is_grad_enabled():
+            output = self._decode(hidden_states, past_key_values, attention_mask, kwargs)
+            if output is not None:
+                return output
         refusal = self._refusal() or _hf.call_refusal(kwargs) or _hf.mask_refusal(attention_mask, hidden_states)
         if refusal is not None:
             step_aside("gpt2_attention", refusal)
@@ -58,8 +66,8 @@ class FastGPT2Block(GPT2Block):
             )  # fmt: skip
             dropout = NO_DROPOUT  # the module has applied its own
         else:
-            if past_key_values is None and encoder_hidden_states is None:
-                half = self._attention_half(hidden_states, attention_mask)
+            if encoder_hidden_states is None:
+                half = self._attention_half(hidden_states, past_key_values, attention_mask)
                 if half is not None:
                     return self._feed_forward_half(half)
             attended = self._attend(self.ln_1(hidden_states), past_key_values, attention_mask)
@@ -77,15 +85,59 @@ class FastGPT2Block(GPT2Block):
             attended = dropout(attended)
         return self._feed_forward_half(hidden_states + attended)
 
-    def _attention_half(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+    def _decode(
+        self, x: Tensor, cache: Cache, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """The block as two operations found at an earlier call; None where it has no such form."""
+        if is_observed() or _hf.call_refusal(kwargs) or _hf.mask_refusal(mask, x):
+            return None
+        halves = recall(self) or self._halves()
+        if halves is _NOT_FUSED:
+            return None
+        attention, feed_forward = halves
+        room = _hf_cache.reserve(cache, attention.index, x, attention.heads, mask)
+        if room is None or not (attention.can_run(x) and feed_forward.can_run(x)):
+            return None
+        layer, kept = room
+        tokens = x.shape[1]
+        x = attention(x, kept, mask, is_causal=mask is None and tokens > 1)
+        layer.fill(kept[2] + tokens)
+        return feed_forward(x)
+
+    def _halves(self) -> tuple[AttentionHalf, FeedForwardHalf] | tuple[str]:
+        """The halves for inference, which are remembered until anything about the block changes."""
+        attention, mlp = self.attn, self.mlp
+        halves, weights = _NOT_FUSED, ()
+        if all(reason is None for _, reason in self.parts()) and not any(module.training for module in self.modules()):
+            found = (
+                AttentionHalf.of(
+                    (*_weights(attention.c_attn), *_weights(attention.c_proj)), self.ln_1, True, attention.scaling,
+                    attention.num_heads, attention.layer_idx,
+                ),
+                FeedForwardHalf.of(
+                    (*_weights(mlp.c_fc), *_weights(mlp.c_proj)), self.ln_2, True, _hf.activation_name(mlp.act)
+                ),
+            )  # fmt: skip
+            if None not in found:
+                halves, weights = found, (c.weight for c in (attention.c_attn, attention.c_proj, mlp.c_fc, mlp.c_proj))
+        remember(self, halves, weights, (attention.config,))
+        return halves
+
+    def _attention_half(self, x: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor | None:
         """x + self-attention of ln_1(x) as one operation; None where it has no such form."""
         attention = self.attn
         if not (is_plain(attention.c_attn, *_CONVS) and is_plain(attention.c_proj, *_CONVS)):
             return None
+        parameters, dropout_p = (*_weights(attention.c_attn), *_weights(attention.c_proj)), _attention_dropout(attention)
+        if cache is not None:
+            return _hf_cache.attention_half(
+                cache, attention.layer_idx, x, parameters, self.ln_1, attention.resid_dropout,
+                norm_first=True, heads=attention.num_heads, scale=attention.scaling, dropout_p=dropout_p, mask=mask,
+            )  # fmt: skip
         return _blocks.attention_half(
-            x, (*_weights(attention.c_attn), *_weights(attention.c_proj)), self.ln_1, attention.resid_dropout,
-            norm_first=True, heads=attention.num_heads, scale=attention.scaling,
-            dropout_p=_attention_dropout(attention), mask=mask, is_causal=mask is None,
+            x, parameters, self.ln_1, attention.resid_dropout,
+            norm_first=True, heads=attention.num_heads, scale=attention.scaling, dropout_p=dropout_p, mask=mask,
+            is_causal=mask is None,
         )  # fmt: skip
 
     def _attend(self, x: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
