@@ -168,7 +168,8 @@ RAW["attention_block_bwd"] = (
     [*BAD_BLOCK, wrong(grad=f32(B, T, W + 1)), wrong(grad=f32(B, T, W).double()), wrong(qkv=f32(B, T, 3)),
      wrong(attended=f32(B, T, 1)), wrong(stats=f32(B, H, T)), wrong(sum=f32(B, T, 1)), wrong(sum=f32(B, 1, W))],
 )  # fmt: skip
-CACHED = {k: BLOCK[k] for k in ("input", "weight_in", "weight_out", "norm_weight", "eps", "attn_mask", "is_causal", "scale")}
+CACHED = {k: v for k, v in BLOCK.items() if k not in ("heads", "batch_first", "cu_seqlens") and "dropout" not in k}
+CACHED = {k: v for k, v in CACHED.items() if k not in ("attention_p", "attention_seed", "seed")}
 RAW["cached_attention_block_fwd"] = (
     {**CACHED, "bias_in": f32(3 * H * D), "bias_out": VECTOR, "norm_bias": VECTOR, "norm_first": False,
      "keys": f32(B, H, S, D), "values": f32(B, H, S, D), "length": S - T, "packed_in": None, "packed_out": None},

@@ -89,6 +89,7 @@ uint64_t fingerprint_of(const char* base, size_t bytes) {
     uint64_t word = 0;
     memcpy(&word, at, size);
     hash = (hash ^ word) * 0x100000001b3u;
+    hash ^= hash >> 32;  // else the highest bits of two words, the signs of float64, would cancel
   };
   const size_t words = bytes / sizeof(uint64_t), samples = std::min(words, kSamples);
   for (size_t i = 0; i < samples; ++i) {

@@ -47,13 +47,14 @@ py::object attributes(PyObject* object) {
 
 class ObjectState {
  public:
-  explicit ObjectState(PyObject* object) : type_(Py_TYPE(object)), state_(attributes(object).ptr(), true) {}
+  explicit ObjectState(PyObject* object)
+      : type_(py::type::of(object)), state_(attributes(object).ptr(), true) {}
   bool holds(PyObject* object) const {
-    return Py_TYPE(object) == type_ && state_.holds(attributes(object).ptr());
+    return py::type::handle_of(object).is(type_) && state_.holds(attributes(object).ptr());
   }
 
  private:
-  PyTypeObject* type_;  // classes of modules live as long as the program, or are told apart by what they hold
+  py::object type_;
   DictState state_;
 };
 

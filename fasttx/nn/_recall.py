@@ -1,7 +1,7 @@
 """What was found out about a module, for as long as nothing about it changes.
 
-To ask every child of a layer, at every call, whether it is still plain and its weights still those that were packed takes
-as long as a small layer's kernels do. A snapshot of all attributes by identity - children, hooks, parameters, sizes and
+To ask every child of a layer, at every call, whether it is still plain and its weights still those that were packed
+takes as long as a small layer's kernels. A snapshot of all attributes by identity - children, hooks, parameters, sizes,
 flags - and of the weights' values is compared in a twentieth of that.
 """
 

@@ -1,5 +1,6 @@
 """The halves of a decoder layer in inference with a cache, found once and kept by fasttx.nn._recall."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -7,10 +8,14 @@ from torch.nn import Module
 
 from fasttx.dispatch import takes_cpu
 from fasttx.nn._plain import parameter
+from fasttx.nn._recall import remember
 from fasttx.ops._library import ACTIVATIONS
 from fasttx.ops.cached_attention_block import cached_attention_block_fwd
 from fasttx.ops.feed_forward_block import feed_forward_block_fwd
 from fasttx.packing import packed
+
+# What is remembered of a layer whose halves have no such form.
+NOT_FUSED = ("not fused",)
 
 
 @dataclass(frozen=True)
@@ -24,9 +29,12 @@ class _Half:
 
     @classmethod
     def of(cls, parameters: tuple[Tensor | None, ...], norm: Module, norm_first: bool, *options: object):
-        """From weight, bias, weight and bias of the linear layers; None where a weight's changes cannot be seen."""
+        """From weight, bias, weight and bias of the linear layers.
+
+        None where a weight's changes cannot be seen, and where the norm is not of what they take.
+        """
         copies = packed(parameters[0]), packed(parameters[2])
-        if any(copy is None for copy in copies):
+        if any(copy is None for copy in copies) or norm.normalized_shape != parameters[0].shape[1:]:
             return None
         tensors = (*parameters, parameter(norm, "weight"), parameter(norm, "bias"))
         return cls(tensors, copies, norm.eps, norm_first, *options)
@@ -67,3 +75,22 @@ class FeedForwardHalf(_Half):
             x, *self.tensors, self.eps, self.norm_first, ACTIVATIONS[self.activation], 0.0, None, 0.0, None, False,
             *self.packed,
         )[0]  # fmt: skip
+
+
+def remember_halves(
+    layer: Module,
+    find: Callable[[], tuple[_Half | None, ...]],
+    weights: Iterable[Tensor | None],
+    config: object,
+) -> tuple[_Half, ...] | tuple[str]:
+    """Its halves in inference, by `find`, which are remembered until anything about the layer changes; or NOT_FUSED.
+
+    weights: those of which something was made that is not themselves.
+    """
+    halves = NOT_FUSED
+    if all(reason is None for _, reason in layer.parts()) and not any(module.training for module in layer.modules()):
+        found = find()
+        if None not in found:
+            halves = found
+    remember(layer, halves, () if halves is NOT_FUSED else (w for w in weights if w is not None), (config,))
+    return halves

@@ -166,3 +166,15 @@ def reserve(
     if kept is None or (mask is None and length > 1 and kept[2] > 0):
         return None
     return layer, kept
+
+
+def memory(cache: EncoderDecoderCache, index: int, x: Tensor) -> tuple[Tensor, Tensor, int] | None:
+    """Keys and values (B, H, S, D) that the cache holds of cross-attention `index` for tokens x (B, T, width); and S."""
+    layers = cache.cross_attention_cache.layers
+    if not cache.is_updated.get(index) or index >= len(layers) or type(layers[index]) is not DynamicLayer:
+        return None
+    keys, values = layers[index].keys, layers[index].values
+    fits = keys.shape == values.shape and len(keys) == len(x) and keys.dtype is x.dtype and values.dtype is x.dtype
+    if not (fits and keys.is_cpu and values.is_cpu and keys.stride(3) == 1 and values.stride(3) == 1):
+        return None
+    return keys, values, keys.shape[2]

@@ -13,11 +13,11 @@ from transformers.pytorch_utils import Conv1D
 from fasttx import functional
 from fasttx.nn import _blocks
 from fasttx.nn._plain import is_plain, parameter, step_aside, why_not_plain
-from fasttx.nn._recall import is_observed, recall, remember
+from fasttx.nn._recall import is_observed, recall
 from fasttx.ops.feed_forward_block import feed_forward_block
 from fasttx.packing import transposed
 from fasttx.patch import _hf, _hf_cache
-from fasttx.patch._decoding import AttentionHalf, FeedForwardHalf
+from fasttx.patch._decoding import NOT_FUSED, AttentionHalf, FeedForwardHalf, remember_halves
 from fasttx.patch._layers import NO_DROPOUT
 from fasttx.rng import draw_seed
 
@@ -31,8 +31,6 @@ class FastConv1D(Conv1D):
 
 
 _CONVS = (FastConv1D, Conv1D)
-# What is remembered of a block without halves.
-_NOT_FUSED = ("not fused",)
 
 
 class FastGPT2Block(GPT2Block):
@@ -91,8 +89,11 @@ class FastGPT2Block(GPT2Block):
         """The block as two operations found at an earlier call; None where it has no such form."""
         if is_observed() or _hf.call_refusal(kwargs) or _hf.mask_refusal(mask, x):
             return None
-        halves = recall(self) or self._halves()
-        if halves is _NOT_FUSED:
+        halves = recall(self)
+        if halves is None:
+            weights = (c.weight for c in (self.attn.c_attn, self.attn.c_proj, self.mlp.c_fc, self.mlp.c_proj))
+            halves = remember_halves(self, self._find_halves, weights, self.attn.config)
+        if halves is NOT_FUSED:
             return None
         attention, feed_forward = halves
         room = _hf_cache.reserve(cache, attention.index, x, attention.heads, mask)
@@ -104,31 +105,25 @@ class FastGPT2Block(GPT2Block):
         layer.fill(kept[2] + tokens)
         return feed_forward(x)
 
-    def _halves(self) -> tuple[AttentionHalf, FeedForwardHalf] | tuple[str]:
-        """The halves for inference, which are remembered until anything about the block changes."""
+    def _find_halves(self) -> tuple[AttentionHalf | FeedForwardHalf | None, ...]:
         attention, mlp = self.attn, self.mlp
-        halves, weights = _NOT_FUSED, ()
-        if all(reason is None for _, reason in self.parts()) and not any(module.training for module in self.modules()):
-            found = (
-                AttentionHalf.of(
-                    (*_weights(attention.c_attn), *_weights(attention.c_proj)), self.ln_1, True, attention.scaling,
-                    attention.num_heads, attention.layer_idx,
-                ),
-                FeedForwardHalf.of(
-                    (*_weights(mlp.c_fc), *_weights(mlp.c_proj)), self.ln_2, True, _hf.activation_name(mlp.act)
-                ),
-            )  # fmt: skip
-            if None not in found:
-                halves, weights = found, (c.weight for c in (attention.c_attn, attention.c_proj, mlp.c_fc, mlp.c_proj))
-        remember(self, halves, weights, (attention.config,))
-        return halves
+        return (
+            AttentionHalf.of(
+                (*_weights(attention.c_attn), *_weights(attention.c_proj)), self.ln_1, True, attention.scaling,
+                attention.num_heads, attention.layer_idx,
+            ),
+            FeedForwardHalf.of(
+                (*_weights(mlp.c_fc), *_weights(mlp.c_proj)), self.ln_2, True, _hf.activation_name(mlp.act)
+            ),
+        )  # fmt: skip
 
     def _attention_half(self, x: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor | None:
         """x + self-attention of ln_1(x) as one operation; None where it has no such form."""
         attention = self.attn
         if not (is_plain(attention.c_attn, *_CONVS) and is_plain(attention.c_proj, *_CONVS)):
             return None
-        parameters, dropout_p = (*_weights(attention.c_attn), *_weights(attention.c_proj)), _attention_dropout(attention)
+        parameters = (*_weights(attention.c_attn), *_weights(attention.c_proj))
+        dropout_p = _attention_dropout(attention)
         if cache is not None:
             return _hf_cache.attention_half(
                 cache, attention.layer_idx, x, parameters, self.ln_1, attention.resid_dropout,
