@@ -169,7 +169,7 @@ def reserve(
 
 
 def memory(cache: EncoderDecoderCache, index: int, x: Tensor) -> tuple[Tensor, Tensor, int] | None:
-    """Keys and values (B, H, S, D) that the cache holds of cross-attention `index` for tokens x (B, T, width); and S."""
+    """Keys and values (B, H, S, D) that the cache holds of cross-attention `index`, fit for tokens x, and S."""
     layers = cache.cross_attention_cache.layers
     if not cache.is_updated.get(index) or index >= len(layers) or type(layers[index]) is not DynamicLayer:
         return None
