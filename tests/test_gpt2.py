@@ -289,6 +289,25 @@ def test_cache_layers_like_transformers_own():
         assert all(torch.equal(a, b) for views, copies in kept for a, b in zip(views, copies, strict=True))
 
 
+@torch.no_grad()
+def test_reordered_sequences_go_on_in_one_buffer():
+    layer, expected = _hf_cache.GrowingLayer(), torch.empty(2, 3, 0, 4)
+    kept = []
+    for i in range(40):
+        new, order = torch.randn(2, 3, 1, 4), torch.randint(2, (2,))
+        buffers, full = layer._room, i > 0 and expected.shape[2] == layer._room[0].shape[2]
+        keys, values = layer.update(new, -new)
+        assert full or i == 0 or layer._room is buffers
+        expected = torch.cat((expected, new), 2)
+        kept.append((keys, expected))
+        layer.reorder_cache(order)
+        expected = expected[order]
+        assert torch.equal(layer.keys, expected) and torch.equal(layer.values, -expected)
+    assert all(torch.equal(view, value) for view, value in kept)
+    layer.reorder_cache(torch.tensor([1]))
+    assert torch.equal(layer.update(new[:1], new[:1])[0][:, :, :-1], expected[1:])
+
+
 def test_a_cache_with_gradients_and_one_that_does_not_fit():
     layer = _hf_cache.GrowingLayer()
     first, second = (torch.randn(2, 2, 3, 4, requires_grad=True) for _ in range(2))

@@ -29,8 +29,9 @@ class GrowingLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Appends keys and values (B, H, T, D), and returns all of them."""
-        room = self.room(key_states, key_states.shape, value_states.shape) if self.is_initialized else None
-        if room is None or value_states.dtype is not key_states.dtype:
+        alike = key_states.dtype is value_states.dtype and key_states.device == value_states.device
+        room = self.room(key_states, key_states.shape, value_states.shape) if alike else None
+        if room is None:
             return super().update(key_states, value_states, *args, **kwargs)
         keys, values, start = room
         tokens = key_states.shape[2]
@@ -65,6 +66,17 @@ class GrowingLayer(DynamicLayer):
         """The buffers' first `length` places are keys and values now."""
         self.keys, self.values = self._filled = tuple(buffer.narrow(2, 0, length) for buffer in self._room)
         return self._filled
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i goes on from what sequence beam_idx[i] has seen: in a buffer with room for the tokens to come."""
+        if is_compiling() or torch.is_grad_enabled() or not self._has_room(0):
+            return super().reorder_cache(beam_idx)
+        length, index = self.keys.shape[2], beam_idx.to(self.keys.device)
+        rooms = tuple(buffer.new_empty((len(index), *buffer.shape[1:])) for buffer in self._room)
+        for kept, room in zip(self._filled, rooms, strict=True):
+            torch.index_select(kept, 0, index, out=room.narrow(2, 0, length))
+        self._room = rooms
+        self.fill(length)
 
     def _has_room(self, end: int) -> bool:
         return (
