@@ -209,6 +209,13 @@ def test_decoding_is_two_operations_a_block(pretrained, needs_extension):
         assert {row.backend for row in rows} == {"cpu"}
 
 
+class WithoutCache(torch.nn.Module):
+    """An attention of somebody else's."""
+
+    def forward(self, x, **options):
+        return torch.sin(x), None
+
+
 @torch.no_grad()
 def test_changes_between_two_tokens_are_honoured(small):
     """Each model is as it was made, then changed after the first of its cached calls, and changed again."""
@@ -223,6 +230,8 @@ def test_changes_between_two_tokens_are_honoured(small):
         lambda block: block.attn.c_proj.weight.data.neg_(),
         lambda block: setattr(block.attn, "c_attn", torch.nn.Sequential(block.attn.c_attn)),
         lambda block: setattr(block.mlp, "act", torch.nn.ReLU()),
+        lambda block: setattr(block, "mlp", torch.nn.Tanh()),
+        lambda block: setattr(block, "attn", WithoutCache()),
     ]  # fmt: skip
     for i, change in enumerate(changes):
         for model in (theirs, ours):

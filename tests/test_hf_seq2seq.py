@@ -161,6 +161,13 @@ def test_decoding_is_three_operations_a_layer(family, needs_extension):
     assert type(cache.self_attention_cache.layers[0]).__name__ == "GrowingLayer"
 
 
+class WithoutCache(torch.nn.Module):
+    """An attention of somebody else's."""
+
+    def forward(self, x, **options):
+        return torch.sin(x), None
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_changes_between_two_tokens_are_honoured(family):
     theirs, ours = pair(family)
@@ -173,6 +180,8 @@ def test_changes_between_two_tokens_are_honoured(family):
         lambda layer: layer.encoder_attn.q_proj.weight.data.neg_(),
         lambda layer: setattr(layer, "activation_fn", torch.nn.Tanh()),
         lambda layer: layer.encoder_attn.register_forward_hook(lambda module, args, output: (output[0] * 2, output[1])),
+        lambda layer: setattr(layer, "encoder_attn", WithoutCache()),
+        lambda layer: setattr(layer, "self_attn", WithoutCache()),
     ]  # fmt: skip
     caches = [None, None]
     with torch.no_grad():

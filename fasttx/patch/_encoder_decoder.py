@@ -168,6 +168,8 @@ class DecoderLayerMixin(_LayerMixin):
             return None
         halves = recall(self)
         if halves is None:
+            if not isinstance(self.self_attn, self.attention_class):
+                return None
             halves = remember_halves(self, self._find_halves, self._weights(), self.self_attn.config)
         if halves is NOT_FUSED:
             return None
@@ -184,10 +186,10 @@ class DecoderLayerMixin(_LayerMixin):
 
     def _find_halves(self) -> tuple[AttentionHalf | FeedForwardHalf | None, ...]:
         attention, cross, order = self.self_attn, self.encoder_attn, self.norm_first
+        if _layers.why_called((cross, self.attention_class)):
+            return (None,)
         joined = join(attention, (attention.q_proj, attention.k_proj, attention.v_proj))
-        linears = (cross.q_proj, cross.out_proj, attention.out_proj)
-        refusal = _layers.why_called((cross, self.attention_class))
-        if joined is None or refusal or not all(is_plain(linear, *_blocks.LINEARS) for linear in linears):
+        if joined is None or not all(is_plain(linear, *_blocks.LINEARS) for linear in (cross.q_proj, cross.out_proj)):
             return (None,)
         return (
             AttentionHalf.of(

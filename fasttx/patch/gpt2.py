@@ -91,8 +91,9 @@ class FastGPT2Block(GPT2Block):
             return None
         halves = recall(self)
         if halves is None:
-            weights = (c.weight for c in (self.attn.c_attn, self.attn.c_proj, self.mlp.c_fc, self.mlp.c_proj))
-            halves = remember_halves(self, self._find_halves, weights, self.attn.config)
+            if not isinstance(self.attn, GPT2Attention):
+                return None
+            halves = remember_halves(self, self._find_halves, self._packed_weights(), self.attn.config)
         if halves is NOT_FUSED:
             return None
         attention, feed_forward = halves
@@ -116,6 +117,10 @@ class FastGPT2Block(GPT2Block):
                 (*_weights(mlp.c_fc), *_weights(mlp.c_proj)), self.ln_2, True, _hf.activation_name(mlp.act)
             ),
         )  # fmt: skip
+
+    def _packed_weights(self) -> Iterator[Tensor]:
+        for conv in (self.attn.c_attn, self.attn.c_proj, self.mlp.c_fc, self.mlp.c_proj):
+            yield conv.weight
 
     def _attention_half(self, x: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor | None:
         """x + self-attention of ln_1(x) as one operation; None where it has no such form."""
