@@ -31,6 +31,7 @@ KERNELS = {
     "attention_varlen": "attention_fwd",
     "attention_block": "attention_block_fwd",
     "attention_block_varlen": "attention_block_fwd",
+    "cached_attention_block": "cached_attention_block_fwd",
     "self_attention": "self_attention_fwd",
     "softmax": "softmax_fwd",
     "layer_norm": "layer_norm_fwd",

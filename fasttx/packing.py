@@ -17,6 +17,8 @@ from fasttx.ops.pack_weight import pack_weight
 _packed = WeakCache()
 # By weight: where it lay, and its transpose.
 _transposed = WeakCache()
+# What else was made of packed copies, and is forgotten with them.
+dependents: list[WeakCache] = []
 _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 _KINDS = (Tensor, torch.nn.Parameter)
 
@@ -85,7 +87,8 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def invalidate() -> None:
     """Forgets every packed copy: the next call of each weight packs it anew."""
-    _packed.clear()
+    for cache in (_packed, *dependents):
+        cache.clear()
 
 
 def packed_bytes() -> int:

@@ -320,6 +320,37 @@ def test_a_copy_goes_its_own_way():
     assert torch.equal(model(x[:, 8:], memory, cache=fork), expected)
 
 
+def test_under_autocast():
+    """In steps as in one pass, each in torch's dtypes; a cache begun under autocast does not go on outside of it."""
+    theirs = make_decoder()
+    ours = fasttx.optimize(copy.deepcopy(theirs))
+    x, memory = inputs()
+    truth = copy.deepcopy(theirs).double()(x.double(), memory.double(), tgt_mask=later(T))
+    cache = KVCache()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager = theirs(x, memory, tgt_mask=later(T))
+        actual = in_steps(lambda part, _: ours(part, memory, cache=cache), x, 3)
+    assert actual.dtype == eager.dtype
+    assert_within_budget(actual=actual, eager=eager, truth=truth)
+    with pytest.raises(ValueError, match="key differs from the cache's in dtype: torch.float32, after torch.bfloat16"):
+        ours(x[:, :1], memory, cache=cache)
+
+
+def test_under_compile():
+    """As a whole it is refused with the way out; else attention with a cache is left to eager execution."""
+    model, (x, memory) = fasttx.optimize(make_decoder(layers=1)), inputs()
+    expected = model(x[:, :12], memory, cache=KVCache())
+    compiled = torch.compile(lambda *args, cache: model(*args, cache=cache), backend="aot_eager")
+    cache = KVCache()
+    actual = in_steps(lambda part, _: compiled(part, memory, cache=cache), x[:, :12], 4)
+    torch.testing.assert_close(actual, expected)
+    assert cache.length() == 12
+    whole = torch.compile(lambda *args, cache: model(*args, cache=cache), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="a KVCache cannot be compiled, as it is longer at every call: call the module"):
+        whole(x[:, 12:], memory, cache=cache)
+    assert cache.length() == 12
+
+
 def test_inference_mode_and_no_grad_in_turns():
     model = fasttx.optimize(make_decoder())
     x, memory = inputs()

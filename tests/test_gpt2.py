@@ -197,6 +197,75 @@ def test_the_cache_grows_in_place(small):
     assert cache.get_seq_length() == 20
 
 
+@torch.no_grad()
+def test_decoding_is_two_operations_a_block(pretrained, needs_extension):
+    model, tokens = swapped(pretrained), prompts(9669, 2, 9)
+    first = model(tokens[:, :8], use_cache=True)
+    for given in ({}, {"attention_mask": torch.tensor([[1] * 9, [0, 0] + [1] * 7])}):
+        cache = copy.deepcopy(first.past_key_values)
+        rows = fasttx.explain(model, tokens[:, 8:], past_key_values=cache, **given).rows
+        ops = [row.op for row in rows if row.module == "transformer.h.3"]
+        assert ops == ["cached_attention_block", "feed_forward_block"]
+        assert {row.backend for row in rows} == {"cpu"}
+
+
+class WithoutCache(torch.nn.Module):
+    """An attention of somebody else's."""
+
+    def forward(self, x, **options):
+        return torch.sin(x), None
+
+
+@torch.no_grad()
+def test_changes_between_two_tokens_are_honoured(small):
+    """Each model is as it was made, then changed after the first of its cached calls, and changed again."""
+    tokens, theirs, ours = prompts(50, 2, 12), small, swapped(small)
+    caches = [DynamicCache(config=theirs.config) for _ in range(2)]
+    changes = [
+        lambda block: None,
+        lambda block: block.mlp.c_fc.weight.mul_(1.5),
+        lambda block: block.attn.c_attn.bias.add_(1),
+        lambda block: setattr(block.ln_2, "eps", 1e-2),
+        lambda block: block.mlp.c_proj.register_forward_hook(lambda module, args, output: output + 1),
+        lambda block: block.attn.c_proj.weight.data.neg_(),
+        lambda block: setattr(block.attn, "c_attn", torch.nn.Sequential(block.attn.c_attn)),
+        lambda block: setattr(block.mlp, "act", torch.nn.ReLU()),
+        lambda block: setattr(block, "mlp", torch.nn.Tanh()),
+        lambda block: setattr(block, "attn", WithoutCache()),
+    ]  # fmt: skip
+    for i, change in enumerate(changes):
+        for model in (theirs, ours):
+            change(model.transformer.h[0])
+        outputs = [
+            model(tokens[:, i : i + 1], past_key_values=cache).logits
+            for model, cache in zip((theirs, ours), caches, strict=True)
+        ]
+        torch.testing.assert_close(*outputs)
+
+
+@torch.no_grad()
+def test_decoding_under_autocast_and_in_a_transform(small):
+    """Neither takes the fused operations, and each gives what the original does."""
+    theirs = small.float()
+    ours, tokens = swapped(theirs), prompts(50, 2, 6)
+    for model in (theirs, ours):
+        model(tokens, past_key_values=DynamicCache(config=model.config))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        steps = []
+        for model in (theirs, ours):
+            cache = DynamicCache(config=model.config)
+            model(tokens[:, :5], past_key_values=cache)
+            steps.append(model(tokens[:, 5:], past_key_values=cache).logits)
+    torch.testing.assert_close(*steps, rtol=2e-2, atol=2e-2)
+    halved = {name: tensor / 2 for name, tensor in theirs.named_parameters()}
+    steps = []
+    for model in (theirs, ours):
+        cache = DynamicCache(config=model.config)
+        model(tokens[:, :5], past_key_values=cache)
+        steps.append(torch.func.functional_call(model, halved, (tokens[:, 5:], cache)).logits)
+    torch.testing.assert_close(*steps)
+
+
 def test_cache_layers_like_transformers_own():
     """Whatever is done to a cache in between, its contents are those of one that concatenates; views kept, too."""
     edits = [
@@ -227,6 +296,25 @@ def test_cache_layers_like_transformers_own():
                 with torch.no_grad():
                     assert all(torch.equal(c.update(k, v)[0], actual[0]) for c in (twin, pickled))
         assert all(torch.equal(a, b) for views, copies in kept for a, b in zip(views, copies, strict=True))
+
+
+@torch.no_grad()
+def test_reordered_sequences_go_on_in_one_buffer():
+    layer, expected = _hf_cache.GrowingLayer(), torch.empty(2, 3, 0, 4)
+    kept = []
+    for i in range(40):
+        new, order = torch.randn(2, 3, 1, 4), torch.randint(2, (2,))
+        buffers, full = layer._room, i > 0 and expected.shape[2] == layer._room[0].shape[2]
+        keys, values = layer.update(new, -new)
+        assert full or i == 0 or layer._room is buffers
+        expected = torch.cat((expected, new), 2)
+        kept.append((keys, expected))
+        layer.reorder_cache(order)
+        expected = expected[order]
+        assert torch.equal(layer.keys, expected) and torch.equal(layer.values, -expected)
+    assert all(torch.equal(view, value) for view, value in kept)
+    layer.reorder_cache(torch.tensor([1]))
+    assert torch.equal(layer.update(new[:1], new[:1])[0][:, :, :-1], expected[1:])
 
 
 def test_a_cache_with_gradients_and_one_that_does_not_fit():

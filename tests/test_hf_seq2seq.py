@@ -123,6 +123,7 @@ def test_attentions_and_hidden_states(family, implementation):
 GENERATE = [
     {"do_sample": False},
     {"do_sample": False, "num_beams": 2},
+    {"do_sample": False, "num_beams": 3, "num_return_sequences": 3},
     {"do_sample": True, "top_k": 10},
 ]
 
@@ -139,6 +140,62 @@ def test_generate(family, options):
             torch.manual_seed(1)
             tokens.append(model.generate(**inputs, min_new_tokens=8, max_new_tokens=10, **options))
         assert torch.equal(*tokens) and tokens[0].shape[1] > 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_is_three_operations_a_layer(family, needs_extension):
+    """From the second token on; the cache grows in place, and the encoder's states are projected once."""
+    ours, inputs = fasttx.optimize(hf_models.make(family)), hf_models.batch(family)
+    tokens = inputs.pop("decoder_input_ids")
+    with torch.no_grad():
+        encoded = ours.get_encoder()(**inputs)
+    given = {"encoder_outputs": encoded} | ({"attention_mask": inputs["attention_mask"]} if family in PADDED else {})
+    cache = run(ours, given, decoder_input_ids=tokens[:, :2], use_cache=True).past_key_values
+    memory = cache.cross_attention_cache.layers[0].keys
+    for i in range(2, 5):
+        rows = fasttx.explain(ours, **given, decoder_input_ids=tokens[:, i : i + 1], past_key_values=cache).rows
+        ops = [row.op for row in rows if row.module == "model.decoder.layers.1"]
+        assert ops == ["cached_attention_block", "feed_forward_block"]
+        assert {row.backend for row in rows} == {"cpu"} and not any(row.module.endswith("attn") for row in rows)
+        assert cache.cross_attention_cache.layers[0].keys is memory
+    assert type(cache.self_attention_cache.layers[0]).__name__ == "GrowingLayer"
+
+
+class WithoutCache(torch.nn.Module):
+    """An attention of somebody else's."""
+
+    def forward(self, x, **options):
+        return torch.sin(x), None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_changes_between_two_tokens_are_honoured(family):
+    theirs, ours = pair(family)
+    inputs = batch(family)
+    tokens = inputs.pop("decoder_input_ids")
+    changes = [
+        lambda layer: None,
+        lambda layer: layer.self_attn.k_proj.weight.mul_(1.5),
+        lambda layer: layer.self_attn.v_proj.bias.add_(1),
+        lambda layer: layer.encoder_attn.q_proj.weight.data.neg_(),
+        lambda layer: setattr(layer, "activation_fn", torch.nn.Tanh()),
+        lambda layer: layer.encoder_attn.register_forward_hook(lambda module, args, output: (output[0] * 2, output[1])),
+        lambda layer: setattr(layer, "encoder_attn", WithoutCache()),
+        lambda layer: setattr(layer, "self_attn", WithoutCache()),
+    ]  # fmt: skip
+    caches = [None, None]
+    with torch.no_grad():
+        for i, change in enumerate(changes):
+            outputs = []
+            for which, model in enumerate((theirs, ours)):
+                change(layers(model)[1][0])
+                called = model(
+                    **inputs, decoder_input_ids=tokens[:, i % 5 : i % 5 + 1], past_key_values=caches[which],
+                    use_cache=True,
+                )  # fmt: skip
+                caches[which] = called.past_key_values
+                outputs.append(called.logits)
+            assert_close(outputs[1], outputs[0])
 
 
 @pytest.mark.parametrize("family", PADDED)

@@ -111,6 +111,21 @@ def test_everything_runs_on_the_kernels(pretrained, batch, needs_extension):
     assert sum(row.class_name == "Linear" for row in fused) == 6 * 6
 
 
+def test_nothing_is_left_on_a_slow_path(pretrained, batch, needs_extension):
+    """Of the real model, in inference and in training, padded and not: no module, in either kind of explanation."""
+    model = fasttx.optimize(copy.deepcopy(pretrained[0]))
+    for padding, training in itertools.product(("remove", "keep"), (False, True)):
+        fasttx.optimize(model, padding=padding).train(training)
+        for inputs in (batch, {"input_ids": batch["input_ids"]}):
+            rows = fasttx.explain(model, **inputs).rows
+            assert {row.backend for row in rows} == {"cpu"} and not any(row.reason for row in rows)
+            with fasttx.strict():
+                model(**inputs)
+    of_layers = [row for row in fasttx.explain(model).rows if row.module.startswith("encoder.layer.")]
+    computing = [row for row in of_layers if row.class_name.startswith(("Linear", "LayerNorm", "Dropout"))]
+    assert len(computing) == 6 * (6 + 2 + 3) and {row.status for row in computing} == {"fused"}
+
+
 @pytest.fixture
 def small():
     config = transformers.BertConfig(

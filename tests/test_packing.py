@@ -94,7 +94,7 @@ def test_an_edit_is_seen(isa, edit):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1), (1, 65), (9, 57)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @torch.no_grad()
 def test_an_edit_of_the_data_is_seen_at_any_size(shape, dtype):
     """Also where the weight takes less than one sampled word."""

@@ -168,6 +168,20 @@ RAW["attention_block_bwd"] = (
     [*BAD_BLOCK, wrong(grad=f32(B, T, W + 1)), wrong(grad=f32(B, T, W).double()), wrong(qkv=f32(B, T, 3)),
      wrong(attended=f32(B, T, 1)), wrong(stats=f32(B, H, T)), wrong(sum=f32(B, T, 1)), wrong(sum=f32(B, 1, W))],
 )  # fmt: skip
+CACHED = {k: v for k, v in BLOCK.items() if k not in ("heads", "batch_first", "cu_seqlens") and "dropout" not in k}
+CACHED = {k: v for k, v in CACHED.items() if k not in ("attention_p", "attention_seed", "seed")}
+RAW["cached_attention_block_fwd"] = (
+    {**CACHED, "bias_in": f32(3 * H * D), "bias_out": VECTOR, "norm_bias": VECTOR, "norm_first": False,
+     "keys": f32(B, H, S, D), "values": f32(B, H, S, D), "length": S - T, "packed_in": None, "packed_out": None},
+    [wrong(weight_in=f32(3 * H * D, W + 1)), wrong(weight_in=f32(2 * H * D, W)), wrong(weight_in=f32(H * D, W)),
+     wrong(weight_out=f32(W + 1, H * D)), wrong(weight_out=f32(W, H * D + 1)), wrong(weight_out=f32(W, H * D).double()),
+     wrong(norm_weight=f32(W + 1)), wrong(input=f32(T, W)), wrong(input=f32(B, T, W).half()), wrong(input=f32(1, T, W)),
+     wrong(attn_mask=f32(1, 1, T, S + 1)), wrong(bias_in=f32(H * D)), wrong(bias_out=f32(1)), wrong(norm_bias=f32(1)),
+     wrong(length=-1), wrong(length=S - T + 1), wrong(keys=f32(B, H, S, D + 1)), wrong(values=f32(B, H, S + 1, D)),
+     wrong(keys=f32(B, H, S, D).double()), wrong(values=f32(B, H, S, D).half()), wrong(keys=f32(B, 2 * H, S, D)),
+     wrong(keys=f32(H, S, D), values=f32(H, S, D)), wrong(keys=f32(B, H, D, S).mT), wrong(values=f32(B, H, D, S).mT),
+     wrong(packed_in=U8), wrong(packed_out=U8)],
+)  # fmt: skip
 SELF = {k: v for k, v in BLOCK.items() if k not in ("norm_weight", "eps", "dropout_p", "seed")}
 BAD_SELF = [
     wrong(attention_p=0.5), wrong(attention_p=math.nan, attention_seed=SEED), wrong(weight_in=f32(3 * H * D, W + 1)),

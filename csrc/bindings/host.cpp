@@ -46,6 +46,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_target_version") = "2.10";
   define_kernels(m);
   define_quick(m);
+  define_snapshot(m);
 }
 
 }  // namespace fasttx::bindings

@@ -16,5 +16,11 @@ const Isa& isa_named(const std::string& name);
 void define_kernels(pybind11::module_& m);
 // Adds the functions that every call of an op asks.
 void define_quick(pybind11::module_& m);
+// Adds the class Snapshot.
+void define_snapshot(pybind11::module_& m);
+
+// A hash of up to 16 words spread evenly over the memory there, and of the bytes past its last whole word: cheap evidence
+// that it has not changed.
+uint64_t fingerprint_of(const char* base, size_t bytes);
 
 }  // namespace fasttx::bindings

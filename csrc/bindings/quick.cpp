@@ -1,33 +1,14 @@
 // Functions of fasttx._C that every call of an op asks: plain C functions, at a third of pybind11's price.
 #include <algorithm>
 #include <cstring>
-#include <string>
 
 #include "host.h"
+#include "property.h"
 
 namespace fasttx::bindings {
 namespace {
 
 namespace py = pybind11;
-
-// A property of torch.Tensor, read by its getter itself: a tensor that is of no subclass has no other.
-class Property {
- public:
-  explicit Property(py::handle tensor_class, const char* name)
-      : descriptor_(reinterpret_cast<PyGetSetDescrObject*>(py::object(tensor_class.attr(name)).release().ptr())) {
-    if (!PyObject_TypeCheck(reinterpret_cast<PyObject*>(descriptor_), &PyGetSetDescr_Type)) {
-      throw py::type_error(std::string("torch.Tensor.") + name + " is no property");
-    }
-  }
-  py::object operator()(PyObject* tensor) const {
-    PyObject* value = descriptor_->d_getset->get(tensor, descriptor_->d_getset->closure);
-    if (value == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(value);
-  }
-
- private:
-  PyGetSetDescrObject* descriptor_;  // lives as long as torch
-};
 
 struct Torch {
   py::object tensor, parameter, strided, dtypes[4];
@@ -73,8 +54,6 @@ PyObject* are_plain(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
   }
 }
 
-// fingerprint(address, bytes): a hash of up to 16 words spread evenly over the memory there, and of the bytes past its last
-// whole word: cheap evidence that it has not changed.
 PyObject* fingerprint(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (count != 2) {
     PyErr_SetString(PyExc_TypeError, "fingerprint takes an address and a number of bytes");
@@ -83,19 +62,7 @@ PyObject* fingerprint(PyObject*, PyObject* const* given, Py_ssize_t count) {
   const char* base = static_cast<const char*>(PyLong_AsVoidPtr(given[0]));
   const size_t bytes = PyLong_AsSize_t(given[1]);
   if (PyErr_Occurred() != nullptr) return nullptr;
-  constexpr size_t kSamples = 16;
-  uint64_t hash = 0xcbf29ce484222325u;
-  const auto add = [&](const char* at, size_t size) {
-    uint64_t word = 0;
-    memcpy(&word, at, size);
-    hash = (hash ^ word) * 0x100000001b3u;
-  };
-  const size_t words = bytes / sizeof(uint64_t), samples = std::min(words, kSamples);
-  for (size_t i = 0; i < samples; ++i) {
-    add(base + (samples == words ? i : i * (words - 1) / (kSamples - 1)) * sizeof(uint64_t), sizeof(uint64_t));
-  }
-  add(base + words * sizeof(uint64_t), bytes % sizeof(uint64_t));
-  return PyLong_FromUnsignedLongLong(hash);
+  return PyLong_FromUnsignedLongLong(fingerprint_of(base, bytes));
 }
 
 PyObject* isa(PyObject*, PyObject*) { return PyUnicode_InternFromString(table().isa); }
@@ -114,6 +81,23 @@ PyMethodDef methods[] = {
 };
 
 }  // namespace
+
+uint64_t fingerprint_of(const char* base, size_t bytes) {
+  constexpr size_t kSamples = 16;
+  uint64_t hash = 0xcbf29ce484222325u;
+  const auto add = [&](const char* at, size_t size) {
+    uint64_t word = 0;
+    memcpy(&word, at, size);
+    hash = (hash ^ word) * 0x100000001b3u;
+    hash ^= hash >> 32;  // else the highest bits of two words, the signs of float64, would cancel
+  };
+  const size_t words = bytes / sizeof(uint64_t), samples = std::min(words, kSamples);
+  for (size_t i = 0; i < samples; ++i) {
+    add(base + (samples == words ? i : i * (words - 1) / (kSamples - 1)) * sizeof(uint64_t), sizeof(uint64_t));
+  }
+  add(base + words * sizeof(uint64_t), bytes % sizeof(uint64_t));
+  return hash;
+}
 
 void define_quick(py::module_& m) {
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();

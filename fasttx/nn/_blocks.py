@@ -12,6 +12,7 @@ from fasttx import functional
 from fasttx.dispatch import takes_cpu
 from fasttx.ops._library import wants_grad
 from fasttx.ops.attention_block import attention_block
+from fasttx.ops.cached_attention_block import cached_attention_block
 from fasttx.ops.feed_forward_block import feed_forward_block
 from fasttx.rng import draw_seed
 
@@ -220,6 +221,32 @@ def attention_half(
         *tensors, norm.eps, norm_first, heads, batch_first, mask, cu_seqlens, is_causal, scale,
         dropout_p, _seed(dropout_p), p, _seed(p),
     )  # fmt: skip
+
+
+def cached_attention_half(
+    x: Tensor,
+    parameters: tuple[Tensor | None, ...],
+    norm: Module,
+    dropout: Module | Dropout,
+    *,
+    norm_first: bool,
+    kept: tuple[Tensor, Tensor, int],
+    scale: float,
+    mask: Tensor | None,
+    is_causal: bool,
+) -> Tensor | None:
+    """attention_half in inference, to keys and values (B, H, capacity, D) of which so many places are filled.
+
+    kept: keys, values and how many. The joined projections write the tokens of x (B, T, width) behind them; that of
+    queries alone writes nothing.
+    """
+    if not (is_plain(norm, *NORMS) and is_plain_dropout(dropout)) or (dropout.training and dropout.p > 0.0):
+        return None
+    keys, values, _ = kept
+    tensors = (x, *parameters, parameter(norm, "weight"), parameter(norm, "bias"))
+    if torch.is_grad_enabled() or not _can_fuse("cached_attention_block", (*tensors, keys, values), norm, norm_first):
+        return None
+    return cached_attention_block(*tensors, norm.eps, norm_first, *kept, mask, is_causal, scale)
 
 
 def self_attention_half(

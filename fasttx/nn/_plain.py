@@ -22,6 +22,11 @@ _GLOBAL_HOOKS = (
 _HALVES = ("_sa_block", "_mha_block", "_ff_block")
 
 
+def has_global_hooks() -> bool:
+    """Whether hooks are set that see every module."""
+    return any(_GLOBAL_HOOKS)
+
+
 def is_plain(module: object, *classes: type) -> bool:
     """Whether the module's class is exactly one of these, its forward and its parameters are as that class has them.
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import Module
 from torch.nn import functional as F
 
@@ -236,6 +237,12 @@ def attend_cached(
     Masks are over all tokens that have been seen, these included, or over the memory: attn_mask (T, Tk) or
     (B * H, T, Tk), key_padding_mask (B, Tk). Whatever is wrong raises before the cache has changed.
     """
+    if is_compiling():
+        # Without fullgraph=True, this is where torch.compile leaves the call to eager execution.
+        raise RuntimeError(
+            "a KVCache cannot be compiled, as it is longer at every call: call the module as it is, or compile without "
+            "fullgraph=True, which leaves attention with a cache as it is"
+        )
     if not isinstance(cache, KVCache):
         raise TypeError(f"cache must be a fasttx.nn.KVCache, got {type(cache).__name__}")
     if mha.bias_k is not None or mha.add_zero_attn:

@@ -5,10 +5,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Module
+from transformers.cache_utils import EncoderDecoderCache
 
 from fasttx.nn import _blocks
-from fasttx.nn._plain import step_aside
-from fasttx.patch import _hf, _layers
+from fasttx.nn._plain import is_plain, parameter, step_aside
+from fasttx.nn._recall import is_observed, recall
+from fasttx.patch import _hf, _hf_cache, _layers
+from fasttx.patch._decoding import NOT_FUSED, AttentionHalf, FeedForwardHalf, remember_halves
+from fasttx.patch._fused_qkv import join
 
 
 class _LayerMixin:
@@ -103,8 +108,10 @@ class EncoderLayerMixin(_LayerMixin):
 class DecoderLayerMixin(_LayerMixin):
     """The forward of a decoder layer with fused halves: attention, and feed-forward, each with its residual and norm.
 
-    The self-attention module is called where it is hooked or replaced, and where a cache is used or attentions are
-    collected, which are its business; cross-attention always is. What follows them stays fused.
+    With a cache, in inference, the layer is three operations: self-attention, whose cache grows in place,
+    cross-attention to what the first call has projected, and feed-forward. Else the self-attention module is called
+    where it is hooked or replaced, and where a cache is used or attentions are collected; cross-attention always is.
+    What follows them stays fused.
     """
 
     def forward(
@@ -118,6 +125,10 @@ class DecoderLayerMixin(_LayerMixin):
         **kwargs: Any,
     ) -> Tensor:
         """The layer on a batch (B, T, width), and the encoder's states (B, S, width) where it crosses over to them."""
+        if encoder_hidden_states is not None and isinstance(past_key_values, EncoderDecoderCache):
+            output = self._decode(hidden_states, past_key_values, attention_mask, encoder_attention_mask, kwargs)
+            if output is not None:
+                return output
         parts, half = self._parts(), None
         if past_key_values is None and self._reads_attention(hidden_states, attention_mask, kwargs):
             is_causal = self.self_attn.is_causal and attention_mask is None
@@ -138,6 +149,70 @@ class DecoderLayerMixin(_LayerMixin):
             )[0]  # fmt: skip
 
         return (self._pre_norm if self.norm_first else self._post_norm)(hidden_states, attend, cross, parts, half)
+
+    def _decode(
+        self,
+        x: Tensor,
+        cache: EncoderDecoderCache,
+        mask: Tensor | None,
+        memory_mask: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> Tensor | None:
+        """The layer as three operations found at an earlier call; None where it has no such form.
+
+        The first call with a cache has none: the modules project the encoder's states into it.
+        """
+        if is_observed() or torch.is_grad_enabled() or _hf.call_refusal(kwargs):
+            return None
+        if _hf.mask_refusal(mask, x) or _hf.mask_refusal(memory_mask, x):
+            return None
+        halves = recall(self)
+        if halves is None:
+            if not isinstance(self.self_attn, self.attention_class):
+                return None
+            halves = remember_halves(self, self._find_halves, self._weights(), self.self_attn.config)
+        if halves is NOT_FUSED:
+            return None
+        attention, cross, feed_forward = halves
+        memory = _hf_cache.memory(cache, cross.index, x)
+        room = None if memory is None else _hf_cache.reserve(cache, attention.index, x, attention.heads, mask)
+        if room is None or not all(half.can_run(x) for half in halves):
+            return None
+        layer, kept = room
+        tokens = x.shape[1]
+        x = attention(x, kept, mask, is_causal=mask is None and tokens > 1)
+        layer.fill(kept[2] + tokens)
+        return feed_forward(cross(x, memory, memory_mask, is_causal=False))
+
+    def _find_halves(self) -> tuple[AttentionHalf | FeedForwardHalf | None, ...]:
+        attention, cross, order = self.self_attn, self.encoder_attn, self.norm_first
+        if _layers.why_called((cross, self.attention_class)):
+            return (None,)
+        joined = join(attention, (attention.q_proj, attention.k_proj, attention.v_proj))
+        if joined is None or not all(is_plain(linear, *_blocks.LINEARS) for linear in (cross.q_proj, cross.out_proj)):
+            return (None,)
+        return (
+            AttentionHalf.of(
+                (*joined, *_parameters(attention.out_proj)), self.self_attn_layer_norm, order, attention.scaling,
+                attention.num_heads, attention.layer_idx,
+            ),
+            AttentionHalf.of(
+                (*_parameters(cross.q_proj), *_parameters(cross.out_proj)), self.encoder_attn_layer_norm, order,
+                cross.scaling, cross.num_heads, cross.layer_idx,
+            ),
+            FeedForwardHalf.of(
+                (*_parameters(self.fc1), *_parameters(self.fc2)), self.final_layer_norm, order,
+                _hf.activation_name(self.activation_fn),
+            ),
+        )  # fmt: skip
+
+    def _weights(self) -> Iterator[Tensor | None]:
+        """What the halves hold copies of."""
+        attention, cross = self.self_attn, self.encoder_attn
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+            yield from _parameters(linear)
+        for linear in (attention.out_proj, cross.q_proj, cross.out_proj, self.fc1, self.fc2):
+            yield linear.weight
 
     def _post_norm(
         self, x: Tensor, attend: _layers.Attend, cross: _layers.Attend, parts: _layers.Parts, half: _layers.Half | None
@@ -160,3 +235,7 @@ class DecoderLayerMixin(_LayerMixin):
             parts.linear1, parts.activation, parts.dropout_inner, parts.linear2, normed, parts.name
         )
         return y + parts.dropout2(hidden)
+
+
+def _parameters(linear: Module) -> tuple[Tensor, Tensor | None]:
+    return parameter(linear, "weight"), parameter(linear, "bias")

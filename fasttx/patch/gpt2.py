@@ -13,9 +13,11 @@ from transformers.pytorch_utils import Conv1D
 from fasttx import functional
 from fasttx.nn import _blocks
 from fasttx.nn._plain import is_plain, parameter, step_aside, why_not_plain
+from fasttx.nn._recall import is_observed, recall
 from fasttx.ops.feed_forward_block import feed_forward_block
 from fasttx.packing import transposed
 from fasttx.patch import _hf, _hf_cache
+from fasttx.patch._decoding import NOT_FUSED, AttentionHalf, FeedForwardHalf, remember_halves
 from fasttx.patch._layers import NO_DROPOUT
 from fasttx.rng import draw_seed
 
@@ -49,6 +51,10 @@ class FastGPT2Block(GPT2Block):
         **kwargs: Any,
     ) -> Tensor:
         """One layer: hidden_states (B, T, width) -> the same; all arguments are GPT2Block's."""
+        if past_key_values is not None and encoder_hidden_states is None and not torch.is_grad_enabled():
+            output = self._decode(hidden_states, past_key_values, attention_mask, kwargs)
+            if output is not None:
+                return output
         refusal = self._refusal() or _hf.call_refusal(kwargs) or _hf.mask_refusal(attention_mask, hidden_states)
         if refusal is not None:
             step_aside("gpt2_attention", refusal)
@@ -58,8 +64,8 @@ class FastGPT2Block(GPT2Block):
             )  # fmt: skip
             dropout = NO_DROPOUT  # the module has applied its own
         else:
-            if past_key_values is None and encoder_hidden_states is None:
-                half = self._attention_half(hidden_states, attention_mask)
+            if encoder_hidden_states is None:
+                half = self._attention_half(hidden_states, past_key_values, attention_mask)
                 if half is not None:
                     return self._feed_forward_half(half)
             attended = self._attend(self.ln_1(hidden_states), past_key_values, attention_mask)
@@ -77,15 +83,61 @@ class FastGPT2Block(GPT2Block):
             attended = dropout(attended)
         return self._feed_forward_half(hidden_states + attended)
 
-    def _attention_half(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+    def _decode(
+        self, x: Tensor, cache: Cache, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """The block as two operations found at an earlier call; None where it has no such form."""
+        if is_observed() or _hf.call_refusal(kwargs) or _hf.mask_refusal(mask, x):
+            return None
+        halves = recall(self)
+        if halves is None:
+            if not isinstance(self.attn, GPT2Attention):
+                return None
+            halves = remember_halves(self, self._find_halves, self._packed_weights(), self.attn.config)
+        if halves is NOT_FUSED:
+            return None
+        attention, feed_forward = halves
+        room = _hf_cache.reserve(cache, attention.index, x, attention.heads, mask)
+        if room is None or not (attention.can_run(x) and feed_forward.can_run(x)):
+            return None
+        layer, kept = room
+        tokens = x.shape[1]
+        x = attention(x, kept, mask, is_causal=mask is None and tokens > 1)
+        layer.fill(kept[2] + tokens)
+        return feed_forward(x)
+
+    def _find_halves(self) -> tuple[AttentionHalf | FeedForwardHalf | None, ...]:
+        attention, mlp = self.attn, self.mlp
+        return (
+            AttentionHalf.of(
+                (*_weights(attention.c_attn), *_weights(attention.c_proj)), self.ln_1, True, attention.scaling,
+                attention.num_heads, attention.layer_idx,
+            ),
+            FeedForwardHalf.of(
+                (*_weights(mlp.c_fc), *_weights(mlp.c_proj)), self.ln_2, True, _hf.activation_name(mlp.act)
+            ),
+        )  # fmt: skip
+
+    def _packed_weights(self) -> Iterator[Tensor]:
+        for conv in (self.attn.c_attn, self.attn.c_proj, self.mlp.c_fc, self.mlp.c_proj):
+            yield conv.weight
+
+    def _attention_half(self, x: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor | None:
         """x + self-attention of ln_1(x) as one operation; None where it has no such form."""
         attention = self.attn
         if not (is_plain(attention.c_attn, *_CONVS) and is_plain(attention.c_proj, *_CONVS)):
             return None
+        parameters = (*_weights(attention.c_attn), *_weights(attention.c_proj))
+        dropout_p = _attention_dropout(attention)
+        if cache is not None:
+            return _hf_cache.attention_half(
+                cache, attention.layer_idx, x, parameters, self.ln_1, attention.resid_dropout,
+                norm_first=True, heads=attention.num_heads, scale=attention.scaling, dropout_p=dropout_p, mask=mask,
+            )  # fmt: skip
         return _blocks.attention_half(
-            x, (*_weights(attention.c_attn), *_weights(attention.c_proj)), self.ln_1, attention.resid_dropout,
-            norm_first=True, heads=attention.num_heads, scale=attention.scaling,
-            dropout_p=_attention_dropout(attention), mask=mask, is_causal=mask is None,
+            x, parameters, self.ln_1, attention.resid_dropout,
+            norm_first=True, heads=attention.num_heads, scale=attention.scaling, dropout_p=dropout_p, mask=mask,
+            is_causal=mask is None,
         )  # fmt: skip
 
     def _attend(self, x: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:

@@ -1,0 +1,130 @@
+// Snapshots of modules: whether anything about them has changed since what was found out about them was found out.
+#include <memory>
+#include <vector>
+
+#include "host.h"
+#include "property.h"
+
+namespace fasttx::bindings {
+namespace {
+
+namespace py = pybind11;
+
+// What a dict holds, by identity, and the dicts among its values likewise: a module's attributes with its parameters,
+// children and hooks.
+class DictState {
+ public:
+  DictState(PyObject* dict, bool with_dicts) {
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
+      entries_.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
+      if (with_dicts && PyDict_Check(value)) dicts_.emplace_back(value, false);
+    }
+  }
+  bool holds(PyObject* dict) const {
+    if (PyDict_GET_SIZE(dict) != static_cast<Py_ssize_t>(entries_.size())) return false;
+    auto entry = entries_.begin();
+    auto inner = dicts_.begin();
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value); ++entry) {
+      if (entry->first.ptr() != key || entry->second.ptr() != value) return false;
+      if (inner != dicts_.end() && PyDict_Check(value) && !(inner++)->holds(value)) return false;
+    }
+    return true;
+  }
+
+ private:
+  std::vector<std::pair<py::object, py::object>> entries_;
+  std::vector<DictState> dicts_;
+};
+
+// An object's own attributes: not those that its class may make up.
+py::object attributes(PyObject* object) {
+  PyObject* dict = PyObject_GenericGetDict(object, nullptr);
+  if (dict == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(dict);
+}
+
+class ObjectState {
+ public:
+  explicit ObjectState(PyObject* object)
+      : type_(py::type::of(object)), state_(attributes(object).ptr(), true) {}
+  bool holds(PyObject* object) const {
+    return py::type::handle_of(object).is(type_) && state_.holds(attributes(object).ptr());
+  }
+
+ private:
+  py::object type_;
+  DictState state_;
+};
+
+// Where a weight's values are and what they were, as packing.settled_state has it.
+class WeightState {
+ public:
+  explicit WeightState(py::object weight) : weight_(std::move(weight)), now_(of(weight_)) {}
+  bool holds() const {
+    const Values now = of(weight_);
+    return now.version == now_.version && now.address == now_.address && now.sample == now_.sample &&
+           now.dtype.is(now_.dtype) && now.shape.equal(now_.shape) && now.stride.equal(now_.stride);
+  }
+
+ private:
+  struct Values {
+    Py_ssize_t version, address;
+    uint64_t sample;
+    py::object dtype, shape, stride;
+  };
+  static Values of(const py::object& weight) {
+    static const auto* tensor = new py::object(py::module_::import("torch").attr("Tensor"));
+    static const Property version(*tensor, "_version"), dtype(*tensor, "dtype"), shape(*tensor, "shape"),
+        bytes(*tensor, "nbytes");
+    const auto call = [&](const char* name) { return weight.attr(name)(); };
+    const Py_ssize_t address = call("data_ptr").cast<Py_ssize_t>();
+    const auto size = bytes(weight.ptr()).cast<size_t>();
+    return {version(weight.ptr()).cast<Py_ssize_t>(), address, fingerprint_of(reinterpret_cast<const char*>(address), size),
+            dtype(weight.ptr()), shape(weight.ptr()), call("stride")};
+  }
+  py::object weight_;
+  Values now_;
+};
+
+// The first object is not kept: a snapshot may live as long as that does.
+class Snapshot {
+ public:
+  Snapshot(const py::list& objects, const py::list& weights) : isa_(table().isa) {
+    for (const py::handle object : objects) {
+      states_.emplace_back(object.ptr());
+      if (states_.size() > 1) others_.push_back(py::reinterpret_borrow<py::object>(object));
+    }
+    for (const py::handle weight : weights) weights_.emplace_back(py::reinterpret_borrow<py::object>(weight));
+  }
+  bool holds(const py::object& first) const {
+    if (table().isa != isa_ || !states_.front().holds(first.ptr())) return false;
+    for (size_t i = 0; i < others_.size(); ++i)
+      if (!states_[i + 1].holds(others_[i].ptr())) return false;
+    for (const WeightState& weight : weights_)
+      if (!weight.holds()) return false;
+    return true;
+  }
+
+ private:
+  const char* isa_;
+  std::vector<ObjectState> states_;
+  std::vector<py::object> others_;
+  std::vector<WeightState> weights_;
+};
+
+}  // namespace
+
+void define_snapshot(py::module_& m) {
+  py::class_<Snapshot>(m, "Snapshot", "What objects have for attributes, and weights for values, to see whether that changes.")
+      .def(py::init([](const py::list& objects, const py::list& weights) {
+             if (objects.empty()) throw py::value_error("a snapshot is of one object at least");
+             return std::make_unique<Snapshot>(objects, weights);
+           }),
+           py::arg("objects"), py::arg("weights"))
+      .def("holds", &Snapshot::holds, py::arg("first"),
+           "Whether nothing has changed about the objects, the first of which is given again, and the weights.");
+}
+
+}  // namespace fasttx::bindings
