@@ -248,7 +248,7 @@ def test_opcheck(dtype):
     leaves = [x.detach().requires_grad_() for x in inputs]
     torch.library.opcheck(ops.attention_fwd.registered, (*leaves, *options))
     with torch.no_grad():
-        output, lse, stats = ops.attention_fwd(*inputs, *options)
+        output, lse, stats, _ = ops.attention_fwd(*inputs, *options)
     slopes = (torch.randn_like(output), torch.randn_like(lse))
     options = (bias[None].detach(), *options[1:])
     torch.library.opcheck(ops.attention_bias_bwd.registered, (*slopes, *inputs, output, stats, *options))
