@@ -88,23 +88,30 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return output, weights if weights is None or query.dim() == 3 else weights.squeeze(0)
 
     def _self_attention(
-        self, x: Tensor, mask: Tensor | None, is_causal: bool, weights: int
+        self, x: Tensor, mask: Tensor | None, is_causal: bool, weights: int, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None] | None:
         """Projections and attention as one operation; None where the call has no such form."""
-        if x.dim() != 3 or not self.can_pack() or (mask is not None and mask.requires_grad and torch.is_grad_enabled()):
+        if x.dim() != (3 if cu_seqlens is None else 2) or not self.can_pack():
+            return None
+        if mask is not None and mask.requires_grad and torch.is_grad_enabled():
             return None
         tensors = (x, *self.parameters_of_projections())
-        call = partial(self._fused, mask=mask, is_causal=is_causal, weights=weights)
+        call = partial(self._fused, mask=mask, cu_seqlens=cu_seqlens, is_causal=is_causal, weights=weights)
         return autocast.lowered(call, *tensors) if autocast.acts_on(x) else call(*tensors)
 
     def _fused(
-        self, *tensors: Tensor | None, mask: Tensor | None, is_causal: bool, weights: int
+        self,
+        *tensors: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        is_causal: bool,
+        weights: int,
     ) -> tuple[Tensor, Tensor | None] | None:
         if not takes_cpu("self_attention", tensors):
             return None
         dropout_p = self.dropout if self.training else 0.0
         results = self_attention(
-            *tensors, self.num_heads, self.batch_first, mask, None, is_causal, self.head_dim**-0.5, dropout_p,
+            *tensors, self.num_heads, self.batch_first, mask, cu_seqlens, is_causal, self.head_dim**-0.5, dropout_p,
             draw_seed() if dropout_p > 0.0 else None, weights,
         )  # fmt: skip
         return (results, None) if weights == NONE else results
@@ -130,6 +137,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         self, x: Tensor, memory: Tensor, cu_seqlens: Tensor, cu_seqlens_memory: Tensor, is_causal: bool
     ) -> Tensor:
         """From each packed sequence of x (tokens, embed_dim) to the same one of memory -> (tokens, embed_dim)."""
+        results = self._self_attention(x, None, is_causal, NONE, cu_seqlens) if x is memory else None
+        if results is not None:
+            return results[0]
         sizes = (-1, self.num_heads, self.head_dim)
         q, k, v = (t.view(sizes) for t in self._project(x, memory, memory))
         output = functional.attention_varlen(
