@@ -332,7 +332,7 @@ SWAPS = {
     NewGELUActivation: FastNewGELUActivation,
     GELUTanh: FastGELUTanh,
 }
-PACKING = set()
+KEEPING: dict[type, type] = {}
 
 
 def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
