@@ -119,14 +119,17 @@ def attend(
     """attention() of arguments that were checked, under a seed that the caller knows.
 
     Output, lse where it is asked for, and the weights that were applied: those of ops.EACH head, or their ops.MEAN.
-    `op`: what the call is known as.
+    Autocast acts on it as on attention(). `op`: what the call is known as.
     """
+    options = {
+        "attn_mask": attn_mask, "key_lengths": key_lengths, "is_causal": is_causal, "query_offset": query_offset,
+        "window": window, "alibi_slopes": alibi_slopes, "dropout_p": dropout_p, "scale": scale, "seed": seed,
+    }  # fmt: skip
+    if autocast.acts_on(query):
+        call = partial(attend, **options, return_lse=return_lse, weights=weights, op=op, backend=backend)
+        return autocast.lowered(call, query, key, value)
     if choose(op, (query, key, value), backend) == "reference":
-        options = {
-            "attn_mask": attn_mask, "key_lengths": key_lengths, "is_causal": is_causal, "query_offset": query_offset,
-            "window": window, "alibi_slopes": alibi_slopes, "dropout_p": dropout_p, "scale": scale, "seed": seed,
-            "enable_gqa": True,
-        }  # fmt: skip
+        options["enable_gqa"] = True
         output, lse = reference.attention(query, key, value, **options, return_lse=True)
         applied = None if weights == ops.NONE else reference.attention_weights(query, key, **options)
         return output, lse if return_lse else None, applied.mean(1) if weights == ops.MEAN else applied

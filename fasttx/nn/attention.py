@@ -78,11 +78,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             q, k, v = map(self._split_heads, self._project(query, key, value))
             k, v, mask = self._extend(k, v, mask)
             dropout_p = self.dropout if self.training else 0.0
-            call = partial(
-                attend, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, weights=wanted,
-                seed=draw_seed() if dropout_p > 0.0 else None,
+            output, _, weights = attend(
+                q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p,
+                seed=draw_seed() if dropout_p > 0.0 else None, weights=wanted,
             )  # fmt: skip
-            output, _, weights = autocast.lowered(call, q, k, v) if autocast.acts_on(q) else call(q, k, v)
             results = self._join_heads(output, query.dim()), weights
         output, weights = results
         return output, weights if weights is None or query.dim() == 3 else weights.squeeze(0)
