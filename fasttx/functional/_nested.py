@@ -17,7 +17,7 @@ def is_dense_jagged(tensor: Tensor) -> bool:
 
 
 def on_values(function: Callable[[Tensor], Tensor], input: Tensor, trailing: int = 0) -> Tensor:
-    """A function that keeps shapes and sees each stretch of `trailing` last dimensions by itself; as ragged as input."""
+    """A function that keeps shapes, and sees each stretch of `trailing` last dimensions by itself, of jagged input."""
     if not is_dense_jagged(input):
         raise ValueError(
             "input is nested, and must then have the layout torch.jagged without holes (lengths), got the layout "

@@ -112,7 +112,7 @@ def _backward(ctx, grad, grad_lse, _grad_stats, grad_weights):
     return (*gradients, dmask, *[None] * 3, dslopes, *[None] * 9)
 
 
-differentiate(attention_fwd, _backward, _save)
+differentiate(attention_fwd, _backward, _save, lambda inputs: inputs[-2] or inputs[-1] != NONE)
 for _op in (attention_bwd, attention_bias_bwd, attention_alibi_bwd):
     forbid_double_backward(_op)
 

@@ -74,9 +74,7 @@ attention_block_bwd = define(
 
 
 def _save(ctx, inputs, output):
-    input, weight_in, _, weight_out, _, norm_weight, _, ctx.eps, norm_first, *options, store, _, _ = inputs
-    if norm_first or not store:
-        raise RuntimeError("attention_block_fwd has gradients with norm_first=False, store=True")
+    input, weight_in, _, weight_out, _, norm_weight, _, ctx.eps, _, *options, _, _, _ = inputs
     ctx.heads, ctx.batch_first, mask, cu_seqlens, ctx.is_causal, ctx.scale, *dropouts = options
     ctx.attention_p, attention_seed, ctx.dropout_p, seed = dropouts
     ctx.save_for_backward(
@@ -96,7 +94,8 @@ def _backward(ctx, grad, *_):
     return (*map(given, gradients, needs), *[None] * 15)
 
 
-differentiate(attention_block_fwd, _backward, _save)
+# In training the norm comes last.
+differentiate(attention_block_fwd, _backward, _save, lambda inputs: inputs[-3] and not inputs[8])
 forbid_double_backward(attention_block_bwd)
 
 

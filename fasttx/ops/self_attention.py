@@ -67,9 +67,7 @@ self_attention_bwd = define(
 
 
 def _save(ctx, inputs, output):
-    input, weight_in, _, weight_out, _, *options, store, _, _, weights = inputs
-    if not store:
-        raise RuntimeError("self_attention_fwd needs store=True when gradients are wanted")
+    input, weight_in, _, weight_out, _, *options, _, _, _, weights = inputs
     ctx.heads, ctx.batch_first, mask, cu_seqlens, ctx.is_causal, ctx.scale, ctx.attention_p, seed = options
     _, *stored, applied = output
     ctx.save_for_backward(input, weight_in, weight_out, *stored, mask, cu_seqlens, seed)
@@ -91,7 +89,7 @@ def _backward(ctx, grad, _qkv, _attended, _stats, grad_weights):
     return (*map(given, gradients, needs), *[None] * 12)
 
 
-differentiate(self_attention_fwd, _backward, _save)
+differentiate(self_attention_fwd, _backward, _save, lambda inputs: inputs[-4])
 forbid_double_backward(self_attention_bwd)
 
 
