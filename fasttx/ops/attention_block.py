@@ -9,7 +9,6 @@ from torch import Tensor
 from fasttx.packing import packed
 
 from ._library import (
-    accumulate_dtype,
     define,
     differentiate,
     forbid_double_backward,
@@ -17,6 +16,7 @@ from ._library import (
     run,
     wants_grad,
 )
+from .self_attention import new_intermediates
 
 
 def _attention_block_fwd(
@@ -24,19 +24,10 @@ def _attention_block_fwd(
     batch_first, attn_mask, cu_seqlens, is_causal, scale, attention_p, attention_seed, dropout_p,
     seed, store, packed_in, packed_out,
 ):  # fmt: skip
-    outer = input.shape[:-1]
     if norm_first:
         return input.new_empty(input.shape), *(input.new_empty((0,)) for _ in range(4))
-    rows = (heads, *outer)
-    if len(outer) == 2:
-        rows = (outer[0], heads, outer[1]) if batch_first else (outer[1], heads, outer[0])
-    return (
-        input.new_empty(input.shape),
-        input.new_empty((*outer, weight_in.shape[0]) if store else (0,)),
-        input.new_empty((*outer, weight_in.shape[0] // 3) if store else (0,)),
-        input.new_empty((*rows, 2) if store else (0,), dtype=accumulate_dtype(input.dtype)),
-        input.new_empty(input.shape if store else (0,)),
-    )
+    *kept, _ = new_intermediates(input, weight_in, heads, batch_first, store)
+    return input.new_empty(input.shape), *kept, input.new_empty(input.shape if store else (0,))
 
 
 def _attention_block_bwd(grad, input, weight_in, weight_out, *rest):

@@ -19,21 +19,28 @@ from ._library import (
 from .attention import NONE, new_weights
 
 
+def new_intermediates(
+    input: Tensor, weight_in: Tensor, heads: int, batch_first: bool, store: bool, weights: int = NONE
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The shape function of qkv, attended, stats and the weights that were applied, over tokens in any layout."""
+    outer = input.shape[:-1]
+    rows = (heads, *outer)
+    if len(outer) == 2:
+        rows = (outer[0], heads, outer[1]) if batch_first else (outer[1], heads, outer[0])
+    return (
+        input.new_empty((*outer, weight_in.shape[0]) if store else (0,)),
+        input.new_empty((*outer, weight_in.shape[0] // 3) if store else (0,)),
+        input.new_empty((*rows, 2) if store or weights != NONE else (0,), dtype=accumulate_dtype(input.dtype)),
+        new_weights(input, rows, rows[-1], weights),
+    )
+
+
 def _self_attention_fwd(
     input, weight_in, bias_in, weight_out, bias_out, heads, batch_first, attn_mask, cu_seqlens, is_causal,
     scale, attention_p, attention_seed, store, packed_in, packed_out, weights=NONE,
 ):  # fmt: skip
-    outer = input.shape[:-1]
-    rows, kept = (heads, *outer), store or weights != NONE
-    if len(outer) == 2:
-        rows = (outer[0], heads, outer[1]) if batch_first else (outer[1], heads, outer[0])
-    return (
-        input.new_empty((*outer, weight_out.shape[0])),
-        input.new_empty((*outer, weight_in.shape[0]) if store else (0,)),
-        input.new_empty((*outer, weight_in.shape[0] // 3) if store else (0,)),
-        input.new_empty((*rows, 2) if kept else (0,), dtype=accumulate_dtype(input.dtype)),
-        new_weights(input, rows, rows[-1], weights),
-    )
+    output = input.new_empty((*input.shape[:-1], weight_out.shape[0]))
+    return output, *new_intermediates(input, weight_in, heads, batch_first, store, weights)
 
 
 def _self_attention_bwd(
