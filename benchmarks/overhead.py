@@ -44,6 +44,8 @@ def cases() -> Iterator[Case]:
 def work(name: str, mode: str, shape: tuple[int, int, int] = _SHAPE) -> Work:
     """A row on inputs of a shape (batch, length, width)."""
     make = partial(_function, *_FUNCTIONS[name]) if name in _FUNCTIONS else partial(_module, _MODULES[name])
+    if name == _WITH_WEIGHTS:
+        make = partial(make, need_weights=True)
     train = mode != "eval"
     theirs, ours, truth = (
         make(shape, train=train, dtype=dtype, ours=ours)
@@ -71,14 +73,20 @@ def _function(
 
 
 def _module(
-    make: Callable[[int], nn.Module], shape: tuple[int, int, int], *, train: bool, dtype: torch.dtype, ours: bool
+    make: Callable[[int], nn.Module],
+    shape: tuple[int, int, int],
+    *,
+    train: bool,
+    dtype: torch.dtype,
+    ours: bool,
+    need_weights: bool = False,
 ) -> Side:
     torch.manual_seed(0)
     module = make(shape[-1]).to(dtype).train(train).requires_grad_(train)
     module = fasttx.optimize(module) if ours else module
     x = tensors(torch.float32, x=shape)["x"].to(dtype).requires_grad_(train)
     if isinstance(module, nn.MultiheadAttention):
-        return Side(lambda: module(x, x, x, need_weights=False)[0], (x, *module.parameters()))
+        return Side(lambda: module(x, x, x, need_weights=need_weights)[0], (x, *module.parameters()))
     decodes = isinstance(module, (nn.TransformerDecoder, nn.TransformerDecoderLayer))
     return Side(partial(module, *(x, x) if decodes else (x,)), (x, *module.parameters()))
 
@@ -152,10 +160,12 @@ _FUNCTIONS = {
 
 # Dropout would cost PyTorch more than fasttx: without it.
 _LAYER = {"dropout": 0.0, "batch_first": True}
+_WITH_WEIGHTS = "nn.MultiheadAttention, weights"  # torch's default
 _MODULES = {
     "nn.LayerNorm": nn.LayerNorm,
     "nn.GELU": lambda d: nn.GELU(),
     "nn.MultiheadAttention": lambda d: nn.MultiheadAttention(d, _HEADS, batch_first=True),
+    _WITH_WEIGHTS: lambda d: nn.MultiheadAttention(d, _HEADS, batch_first=True),
     "nn.TransformerEncoderLayer": lambda d: nn.TransformerEncoderLayer(d, _HEADS, 4 * d, **_LAYER),
     "nn.TransformerEncoder": lambda d: nn.TransformerEncoder(
         nn.TransformerEncoderLayer(d, _HEADS, 4 * d, **_LAYER), 6

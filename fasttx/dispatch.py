@@ -25,10 +25,11 @@ from fasttx import _callers
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # By op, the operator of the `fasttx` library that a backend with kernels runs; attention over packed sequences is
-# attention told where they begin.
+# attention told where they begin, and its weights alone are those of no values.
 KERNELS = {
     "attention": "attention_fwd",
     "attention_varlen": "attention_fwd",
+    "attention_weights": "attention_fwd",
     "attention_block": "attention_block_fwd",
     "attention_block_varlen": "attention_block_fwd",
     "cached_attention_block": "cached_attention_block_fwd",

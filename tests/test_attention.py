@@ -280,7 +280,7 @@ def test_opcheck(dtype):
     options = (torch.rand(2, 2, 6, 9) > 0.2, None, None, None, torch.rand(2), True, 1, 5, -1, 0.1, SEED, 0.3)
     leaves = [x.detach().requires_grad_() for x in inputs]
     torch.library.opcheck(ops.attention_fwd.registered, (*leaves, *options))
-    output, lse, stats = ops.attention_fwd(*inputs, *options)
+    output, lse, stats, _ = ops.attention_fwd(*inputs, *options)
     slopes = (torch.randn_like(output), torch.randn_like(lse))
     torch.library.opcheck(ops.attention_bwd.registered, (*slopes, *inputs, output, stats, *options))
     packed = [torch.randn(7, 2, 4).to(dtype).requires_grad_() for _ in range(3)]

@@ -1,11 +1,12 @@
 """The gradient of attention's additive mask: a learned bias."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from attention_calls import SEED, draw_inputs, run_eager, run_reference
-from budget import DTYPES, poisoned
+from budget import DTYPES, assert_within_budget, poisoned
 from properties import (
     Recorder,
     assert_compiles,
@@ -99,20 +100,26 @@ def test_a_few_queries_over_many_keys_within_budget(dtype):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_float32_bias_has_a_float32_gradient(isa, dtype, shape):
-    # All else is rounded to `dtype`: the gradient has the errors of its inputs, but none of an output's rounding.
+    # lse's gradient has the errors of no rounded output: it is held to float32 eager on the same inputs. Of several
+    # slopes: the error of a few values is a matter of luck.
     inputs = draw_with_bias(*SIZES, shape=shape, dtype=dtype)
     inputs["bias"] = draw(*shape).float()
-    slope = torch.randn(2, 4, 70, dtype=torch.float64)
-    found, expected = (
-        torch.autograd.grad(function(**given)[1], given["bias"], slope.float())[0]
-        for function, given in (
-            (run_op, {name: x.clone().requires_grad_(name == "bias") for name, x in inputs.items()}),
-            (lambda bias, **x: run_reference(**{n: v.double() for n, v in x.items()}, attn_mask=bias),
-             {name: x.clone().requires_grad_(name == "bias") for name, x in inputs.items()}),
-        )
-    )  # fmt: skip
-    assert found.dtype == torch.float32 and found.shape == shape
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    slopes = torch.randn(8, 2, 4, 70)
+
+    def gradients(run: Callable[..., tuple[Tensor, Tensor]], kind: torch.dtype | None) -> Tensor:
+        given = {name: x.to(kind or x.dtype).requires_grad_(name == "bias") for name, x in inputs.items()}
+        lse = run(**given)[1]
+        return torch.stack([
+            torch.autograd.grad(lse, given["bias"], slope.to(lse.dtype), retain_graph=True)[0] for slope in slopes
+        ])  # fmt: skip
+
+    def masked(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+        return lambda bias, **x: run(**x, attn_mask=bias)
+
+    found = gradients(run_op, None)
+    assert found.dtype == torch.float32 and found.shape == (8, *shape)
+    eager, truth = gradients(masked(run_eager), torch.float32), gradients(masked(run_reference), torch.float64)
+    assert_within_budget(actual=found, eager=eager, truth=truth)
 
 
 def test_gradcheck():
@@ -248,7 +255,7 @@ def test_opcheck(dtype):
     leaves = [x.detach().requires_grad_() for x in inputs]
     torch.library.opcheck(ops.attention_fwd.registered, (*leaves, *options))
     with torch.no_grad():
-        output, lse, stats = ops.attention_fwd(*inputs, *options)
+        output, lse, stats, _ = ops.attention_fwd(*inputs, *options)
     slopes = (torch.randn_like(output), torch.randn_like(lse))
     options = (bias[None].detach(), *options[1:])
     torch.library.opcheck(ops.attention_bias_bwd.registered, (*slopes, *inputs, output, stats, *options))

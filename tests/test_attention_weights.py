@@ -1,4 +1,4 @@
-"""The weights that attention applies, by themselves."""
+"""The weights that attention applies, by themselves and beside its output."""
 
 import math
 from functools import partial
@@ -7,11 +7,19 @@ import pytest
 import torch
 from attention_calls import SEED, bias_of, draw_inputs
 from budget import DTYPES, assert_op_within_budget
-from properties import assert_compiles, results
+from properties import (
+    assert_compiles,
+    assert_gradients_of_any_layout,
+    assert_same_bits,
+    assert_threads_do_not_matter,
+    assert_within_budget_on_every_isa,
+    results,
+)
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from fasttx import functional, philox, reference
+from fasttx.ops import attention as ops
 
 B, H, KV, TQ, TK, D = 2, 4, 2, 7, 9, 8
 OPTIONS = {
@@ -152,3 +160,113 @@ def test_without_elements(sizes):
     query, key = torch.randn(batch, heads, queries, D), torch.randn(batch, heads, keys, D)
     for lse in (None, torch.zeros(batch, heads, queries)):
         assert functional.attention_weights(query, key, lse, dropout_p=0.1, seed=SEED).shape == sizes
+
+
+# Several tiles of queries and keys, a few queries over many keys, and keys with holes between them.
+LARGE = {
+    "tiles": ((2, 4, 2, 210, 300, 20, 12), {}),
+    "few queries": ((2, 4, 4, 1, 300, 20, 12), {}),
+    "causal, alibi, dropout": (
+        (2, 6, 3, 90, 170, 20, 12),
+        {"is_causal": True, "query_offset": 80, "alibi_slopes": torch.linspace(0.01, 0.2, 6), "dropout_p": 0.2,
+         "seed": SEED, "key_lengths": torch.tensor([170, 133]), "scale": -0.3},
+    ),
+    "holes": ((2, 4, 4, 70, 200, 16, 16), {"attn_mask": (torch.arange(200) % 5 < 3).expand(2, 1, 1, 200)}),
+    "bias": ((2, 4, 4, 70, 150, 16, 16), {"attn_mask": torch.linspace(-1, 1, 70 * 150).view(1, 1, 70, 150)}),
+}  # fmt: skip
+both_kinds = pytest.mark.parametrize("kind", [ops.EACH, ops.MEAN], ids=["each", "mean"])
+
+
+def run_op(query, key, value, *, kind, **options):
+    """Output and weights of the op, by the reference's arguments."""
+    mask = options.get("attn_mask")
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(query.dtype)
+    output, _, weights = ops.attention(
+        query, key, value, mask, options.get("key_lengths"), None, None, options.get("alibi_slopes"),
+        options.get("is_causal", False), options.get("query_offset", 0), -1, -1, options.get("dropout_p", 0.0),
+        options.get("seed"), options.get("scale", query.shape[-1] ** -0.5), weights=kind,
+    )  # fmt: skip
+    return output, weights
+
+
+def averaged(weights, kind):
+    return weights.mean(1) if kind == ops.MEAN else weights
+
+
+def run_true(query, key, value, *, kind, **options):
+    output = reference.attention(query, key, value, **options, enable_gqa=True)
+    return output, averaged(true(query=query, key=key, **options), kind)
+
+
+def run_eagerly(query, key, value, *, kind, **options):
+    weights = eagerly(query, key, **options)
+    return weights @ value.repeat_interleave(query.shape[1] // value.shape[1], 1), averaged(weights, kind)
+
+
+@pytest.mark.usefixtures("needs_extension")
+@both_kinds
+@pytest.mark.parametrize("case", LARGE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_beside_the_output_within_budget(dtype, case, kind):
+    """Gradients through both, on every instruction set."""
+    sizes, options = LARGE[case]
+    assert_within_budget_on_every_isa(
+        partial(run_op, kind=kind, **options), reference=partial(run_true, kind=kind, **options),
+        eager=partial(run_eagerly, kind=kind, **options), inputs=draw_inputs(*sizes), dtype=dtype,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("needs_extension")
+@both_kinds
+def test_of_the_op(kind):
+    inputs = {name: x.float() for name, x in draw_inputs(2, 4, 2, 60, 140, 16, 12).items()}
+    op = partial(run_op, kind=kind, dropout_p=0.2, seed=SEED)
+    assert torch.equal(op(**inputs)[0], ops.attention(
+        *inputs.values(), None, None, None, None, None, False, 0, -1, -1, 0.2, SEED, 0.25
+    )[0])  # fmt: skip
+    assert_gradients_of_any_layout(op, inputs)
+    assert_compiles(op, inputs)
+    options = (None, None, None, None, None, False, 0, -1, -1, 0.2, SEED, 0.25, True, kind)
+    torch.library.opcheck(ops.attention_fwd.registered, (*(x.requires_grad_() for x in inputs.values()), *options))
+
+
+@pytest.mark.usefixtures("needs_extension")
+@both_kinds
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_same_bits_on_any_number_of_threads_and_beside_any_padding(isa, dtype, kind, threads):
+    inputs = {name: x.to(dtype) for name, x in draw_inputs(3, 4, 4, 70, 150, 16, 12).items()}
+    op = partial(run_op, kind=kind, dropout_p=0.1, seed=SEED)
+    assert_threads_do_not_matter(op, inputs, threads)
+    alone = results(op, {name: x[:1] for name, x in inputs.items()})
+    keep = torch.ones(1, 1, 1, 190, dtype=torch.bool)
+    keep[..., 150:] = False
+    padded = {name: torch.cat((x, x.new_full((3, 4, 40, x.shape[-1]), 9.0)), 2)[:1] for name, x in inputs.items()}
+
+    def cut(query, key, value):
+        output, weights = op(query, key, value, attn_mask=keep)
+        assert not weights[..., 150:].any()
+        return output[:, :, :70], weights[..., :70, :150].contiguous()
+
+    padded["query"] = padded["query"][:, :, :110]
+    padded["query"][:, :, 70:] = 9.0
+    found = results(cut, padded)
+    for name, size in (("d query", 70), ("d key", 150), ("d value", 150)):
+        assert not found[name][:, :, size:].any()
+        found[name] = found[name][:, :, :size].contiguous()
+    assert_same_bits(found, {name: x.contiguous() for name, x in alone.items()})
+
+
+@pytest.mark.usefixtures("needs_extension")
+@both_kinds
+def test_a_gradient_of_the_weights_alone(kind):
+    """It reaches query, key and bias, and no value."""
+    inputs = draw_inputs(1, 2, 2, 5, 6, 8, 8) | {"bias": torch.randn(1, 2, 5, 6, dtype=torch.float64)}
+
+    def of(run):
+        return lambda bias, **x: run(**x, attn_mask=bias, kind=kind)[1]
+
+    found = results(of(run_op), inputs)
+    assert not found.pop("d value").any()
+    expected = results(of(run_true), inputs, ("query", "key", "bias"))
+    assert_close(found, expected, rtol=1e-10, atol=1e-12)

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from budget import assert_within_budget
+from module_checks import assert_gradients_within_budget, evaluate
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
@@ -159,34 +160,65 @@ def without_fast_path():
     torch.backends.mha.set_fastpath_enabled(True)
 
 
+# By name: how to make it, and how many times it takes x.
 MODULES = {
-    "attention": lambda: torch.nn.MultiheadAttention(W, H, batch_first=True),
-    "post-norm layer": lambda: torch.nn.TransformerEncoderLayer(W, H, S, 0.0, batch_first=True),
-    "pre-norm layer": lambda: torch.nn.TransformerEncoderLayer(W, H, S, 0.0, batch_first=True, norm_first=True),
-    "decoder layer": lambda: torch.nn.TransformerDecoderLayer(W, H, S, 0.0, batch_first=True),
-    "norm": lambda: torch.nn.LayerNorm(W),
+    "attention": (lambda: torch.nn.MultiheadAttention(W, H, batch_first=True), 3),
+    "attention, keys of its own": (lambda: torch.nn.MultiheadAttention(W, H, batch_first=True, add_bias_kv=True), 3),
+    "post-norm layer": (lambda: torch.nn.TransformerEncoderLayer(W, H, S, 0.0, batch_first=True), 1),
+    "pre-norm layer": (lambda: torch.nn.TransformerEncoderLayer(W, H, S, 0.0, batch_first=True, norm_first=True), 1),
+    "decoder layer": (lambda: torch.nn.TransformerDecoderLayer(W, H, S, 0.0, batch_first=True), 2),
+    "norm": (lambda: torch.nn.LayerNorm(W), 1),
 }
 
 
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("dtype", LOWER)
-def test_modules_give_the_dtypes_of_torch(name, train, dtype, without_fast_path):
-    """Of torch's own steps: its fast path for layers in inference casts the sums and norms too, unlike training."""
-    theirs = MODULES[name]().train(train)
+@pytest.mark.parametrize("given", [None, torch.float32], ids=["autocast's", "float32"])
+def test_modules_give_the_dtypes_and_numbers_of_torch(name, train, dtype, given, without_fast_path):
+    """Of torch's own steps: its fast path for layers in inference casts the sums and norms too, unlike training.
+
+    No call leaves the kernels.
+    """
+    make, times = MODULES[name]
+    theirs = make().train(train)
     ours = fasttx.optimize(copy.deepcopy(theirs))
-    inputs = {"attention": 3, "decoder layer": 2}.get(name, 1)
-    x = torch.randn(B, T, W)
-    results = []
-    for module in (ours, theirs):
-        with torch.autocast("cpu", dtype=dtype), torch.set_grad_enabled(train):
-            results.append(pytree.tree_leaves(module(*(x,) * inputs)))
-        if train:
-            results[-1][0].float().square().sum().backward()
-            results[-1] += [p.grad for p in module.parameters()]
-    for mine, yours in zip(*results, strict=True):
-        assert mine.dtype == yours.dtype
-        torch.testing.assert_close(mine.float(), yours.float(), atol=0.05, rtol=0.05)
+    x = torch.randn(8, T, W).to(given or dtype)  # more rows: the error of a few is a matter of luck
+
+    def run(module, x):
+        with torch.autocast("cpu", dtype=dtype, enabled=x.dtype != torch.float64):
+            return module(*(x,) * times)
+
+    with fasttx.strict():
+        actual = evaluate(run, ours, {"x": x}, train)
+    eager = evaluate(run, theirs, {"x": x}, train)
+    truth = evaluate(run, copy.deepcopy(theirs).double(), {"x": x.double()}, train)
+    assert {k: v.dtype for k, v in actual.items()} == {k: v.dtype for k, v in eager.items()}
+    outputs = [name for name in truth if name.startswith("output")]
+    for name in outputs:
+        assert_within_budget(actual=actual[name], eager=eager[name], truth=truth[name], name=name)
+    if train:
+        names = truth.keys() - outputs
+        given = ({k: found[k].float() for k in names} for found in (actual, eager))
+        assert_gradients_within_budget(*given, {k: truth[k] for k in names})
+
+
+def test_packed_layers_stay_on_the_kernels():
+    """With padding removed, and in a decoder, which reads a memory."""
+    model = fasttx.optimize(torch.nn.Transformer(W, H, 1, 1, S, batch_first=True))
+    x, padding = torch.randn(B, T, W), torch.zeros(B, T, dtype=torch.bool)
+    padding[1, 2:] = True
+    with torch.autocast("cpu", dtype=torch.bfloat16), fasttx.strict():
+        masks = dict.fromkeys(("src_key_padding_mask", "tgt_key_padding_mask", "memory_key_padding_mask"), padding)
+        output = model(x, x, **masks)
+    assert output.dtype == torch.float32 and not output[padding].any()
+
+
+def test_weights_of_attention_alone():
+    q, k = (torch.randn(B, H, T, 8) for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16), fasttx.strict():
+        weights = functional.attention_weights(q, k)
+    assert torch.equal(weights, functional.attention_weights(q.bfloat16(), k.bfloat16()))
 
 
 def test_a_device_without_autocast_is_left_alone():

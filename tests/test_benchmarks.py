@@ -61,7 +61,8 @@ def transcribed():
     layers = ("EncoderLayer", "Encoder", "DecoderLayer", "Decoder")
     called = (
         "layer_norm", "add_layer_norm", "softmax", "gelu", "gelu tanh", "linear", "feed_forward", "attention",
-        "nn.LayerNorm", "nn.GELU", "nn.MultiheadAttention", *(f"nn.Transformer{layer}" for layer in layers),
+        "nn.LayerNorm", "nn.GELU", "nn.MultiheadAttention", "nn.MultiheadAttention, weights",
+        *(f"nn.Transformer{layer}" for layer in layers),
     )  # fmt: skip
     overheads = {
         f"overhead {name} {mode} (1,16,64) {F32}": 1.0

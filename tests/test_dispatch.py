@@ -114,17 +114,14 @@ def test_named_backend_never_falls_back(name, decisions):
 
 
 def test_refusal_gives_the_calls_own_reason(decisions, needs_extension):
-    q = torch.randn(1, 2, 5, 8)
-    slopes = torch.zeros(2, requires_grad=True)
-    with pytest.raises(fasttx.UnsupportedError, match="attention.*alibi_slopes wants a gradient"):
-        functional.attention(q, q, q, alibi_slopes=slopes, backend="cpu")
-    functional.attention(q, q, q, alibi_slopes=slopes)
+    nothing = torch.randn(3, 0)
+    with pytest.raises(fasttx.UnsupportedError, match=r"layer_norm.*normalized_shape \(0,\) holds nothing"):
+        functional.layer_norm(nothing, (0,), backend="cpu")
+    functional.layer_norm(nothing, (0,))
     assert chosen(decisions) == ["reference"]
-    assert decisions[0].refusals == (("cpu", "alibi_slopes wants a gradient"),)
-    assert "not cpu: alibi_slopes wants a gradient" in str(decisions[0])
+    assert decisions[0].refusals == (("cpu", "normalized_shape (0,) holds nothing"),)
+    assert "not cpu: normalized_shape (0,) holds nothing" in str(decisions[0])
     assert decisions[0].is_fallback and decisions[0].kernel == ""
-    with torch.no_grad():
-        functional.attention(q, q, q, alibi_slopes=slopes, backend="cpu")
 
 
 @pytest.mark.parametrize(

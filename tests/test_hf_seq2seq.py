@@ -85,6 +85,23 @@ def test_results_and_gradients(family, implementation):
 
 
 @pytest.mark.parametrize("family", PADDED)
+def test_padding_is_kept_where_that_is_asked_for(family):
+    """Layers are fused all the same, and restore() knows them."""
+    theirs = hf_models.make(family).double()
+    kept = fasttx.optimize(copy.deepcopy(theirs), padding="keep")
+    inputs = batch(family)
+    actual, expected = kept(**inputs), theirs(**inputs)
+    torch.testing.assert_close(
+        actual.encoder_last_hidden_state, expected.encoder_last_hidden_state, rtol=1e-9, atol=1e-11
+    )
+    original = type(layers(theirs)[0][0])
+    fast = type(layers(kept)[0][0])
+    assert issubclass(fast, original) and not fast.removes_padding
+    assert type(layers(fasttx.optimize(kept))[0][0]).removes_padding
+    assert type(layers(fasttx.restore(kept))[0][0]) is original
+
+
+@pytest.mark.parametrize("family", PADDED)
 def test_padded_targets(family):
     theirs, ours = pair(family)
     inputs = batch(family)

@@ -319,3 +319,30 @@ def test_a_module_exported_saved_and_loaded():
         x = torch.randn(*size, W)
         with torch.no_grad():
             torch.testing.assert_close(loaded(x), layer(x))
+
+
+EXPORTED = {
+    "attention": (lambda: torch.nn.MultiheadAttention(16, 2, batch_first=True), 3),
+    "post-norm layer": (lambda: torch.nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 1),
+    "pre-norm layer": (lambda: torch.nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, norm_first=True), 1),
+    "decoder layer": (lambda: torch.nn.TransformerDecoderLayer(16, 2, 24, batch_first=True), 2),
+}
+
+
+@pytest.mark.usefixtures("needs_extension")
+@pytest.mark.parametrize("name", EXPORTED)
+def test_exported_without_gradients(name):
+    """It runs where gradients are on, and only a gradient is refused, with the way out."""
+    make, times = EXPORTED[name]
+    module, x = fasttx.optimize(make().eval()), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        program = torch.export.export(module, (x,) * times).module()
+        expected = module(*(x,) * times)
+    output = program(*(x,) * times)
+    torch.testing.assert_close(output, expected)
+    output = output[0] if isinstance(output, tuple) else output
+    with pytest.raises(RuntimeError, match="kept nothing for a gradient: .*trace it with gradients"):
+        output.sum().backward()
+    program = torch.export.export(module, (x,) * times).module()
+    output = program(*(x,) * times)
+    (output[0] if isinstance(output, tuple) else output).sum().backward()

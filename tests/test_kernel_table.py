@@ -240,9 +240,41 @@ def attention_bias_bwd(isa, dtype, batch=3, heads=2, queries=300, keys=140, widt
     return call
 
 
+def attention_alibi_bwd(isa, dtype):
+    backward = attention_bwd(isa, dtype)
+    fields = backward.fields
+    slopes = torch.rand(fields["shape"].heads).to(accumulate(dtype))
+    fields["shape"].alibi_slopes = slopes.data_ptr()
+    outputs = {"dslopes_partial": ((fields["shape"].batch, fields["shape"].heads), accumulate(dtype))}
+    call = Call("attention_alibi_bwd", "AttentionAlibiBwd", isa, dtype, backward.inputs, outputs, **fields)
+    call.slopes = slopes  # which the shape points to
+    return call
+
+
+def attention_weights_fwd(isa, dtype, averages=False, batch=3, heads=2, queries=300, keys=140):
+    """On what the forward left, without dout."""
+    backward = attention_bwd(isa, dtype, batch, heads, queries, keys)
+    inputs = {name: x for name, x in backward.inputs.items() if name != "dout"}
+    outputs = {"weights": ((batch, *(() if averages else (heads,)), queries, keys), dtype)}
+    fields = backward.fields | {"averages": averages}
+    return Call("attention_weights_fwd", "AttentionWeightsFwd", isa, dtype, inputs, outputs, **fields)
+
+
+def attention_weights_mean(isa, dtype):
+    return attention_weights_fwd(isa, dtype, averages=True)
+
+
+def attention_weights_bwd(isa, dtype):
+    call = attention_weights_mean(isa, dtype)
+    inputs = call.inputs | {"dweights": draw(*call.shapes["weights"][0], dtype=dtype)}
+    outputs = {"dlse_total": (call.inputs["stats"].shape[:-1], accumulate(dtype))}
+    return Call("attention_weights_bwd", "AttentionWeightsBwd", isa, dtype, inputs, outputs, **call.fields)
+
+
 KERNELS = (
     layer_norm, layer_norm_bwd, reduce_rows, reduce_rows_to_two, column_sum, activation, without_bias, activation_bwd,
     softmax_fwd, softmax_bwd, pack_b, gemm, attention_fwd, attention_bwd, attention_bias_bwd,
+    attention_alibi_bwd, attention_weights_fwd, attention_weights_mean, attention_weights_bwd,
 )  # fmt: skip
 every_kernel = pytest.mark.parametrize("make", KERNELS, ids=lambda make: make.__name__)
 

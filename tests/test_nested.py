@@ -1,9 +1,11 @@
-"""Attention of jagged nested tensors."""
+"""Jagged nested tensors: attention of them, and what treats each token by itself."""
 
 import pytest
 import torch
+from budget import assert_within_budget
 from properties import draw
 
+import fasttx
 from fasttx import functional
 
 pytestmark = pytest.mark.usefixtures("needs_extension")
@@ -58,12 +60,56 @@ def test_results_are_as_ragged_as_the_query():
     torch.testing.assert_close(output.transpose(1, 2).values(), expected, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_is_torchs(dtype):
     query, _ = nested(5, 2, 9, dtype=dtype)
-    theirs = torch.nn.functional.scaled_dot_product_attention(query, query, query)
-    ours = functional.attention(query, query, query)
-    torch.testing.assert_close(ours.transpose(1, 2).values(), theirs.transpose(1, 2).values())
+    wide = query.double()
+    results = [functional.attention(query, query, query)]
+    results += [torch.nn.functional.scaled_dot_product_attention(x, x, x) for x in (query, wide)]
+    assert results[0].dtype == dtype
+    actual, eager, truth = (x.transpose(1, 2).values() for x in results)
+    assert_within_budget(actual=actual, eager=eager, truth=truth)
+
+
+TOKENWISE = {
+    "layer norm": lambda width: torch.nn.LayerNorm(width),
+    "layer norm of two dims": lambda width: torch.nn.LayerNorm((H, width)),
+    "layer norm without parameters": lambda width: torch.nn.LayerNorm(width, elementwise_affine=False),
+    "gelu": lambda width: torch.nn.GELU(),
+    "gelu tanh": lambda width: torch.nn.GELU("tanh"),
+}
+
+
+@pytest.mark.parametrize("name", TOKENWISE)
+@pytest.mark.parametrize("ragged", ["first", "behind the heads"])
+def test_what_treats_each_token_by_itself(name, ragged):
+    """By the values, on the kernels; gradients too, and as ragged as the input."""
+    heads_first, tokens = nested(5, 0, 9)
+    x = heads_first.transpose(1, 2) if ragged == "first" else heads_first
+    module = fasttx.optimize(TOKENWISE[name](D).double())
+    if ragged != "first" and "two dims" in name:
+        with pytest.raises(ValueError, match="input must not be ragged in its last dimensions|normalized_shape"):
+            module(x)
+        return
+    with fasttx.strict():
+        output = module(x)
+    assert output.shape == x.shape and (output + x).shape == x.shape
+    plain = tokens if ragged == "first" else tokens.transpose(0, 1)
+    expected = module(plain)
+    torch.testing.assert_close(output.values(), expected, rtol=0, atol=0)
+    leaves, slope = (tokens, *module.parameters()), draw(*expected.shape)
+    found, wanted = (torch.autograd.grad(y, leaves, slope) for y in (output.values(), expected))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_what_is_nested_otherwise_is_left_to_torch():
+    parts = [torch.randn(3, D), torch.randn(5, D)]
+    strided = torch.nested.nested_tensor(parts)
+    norm = fasttx.nn.LayerNorm(D)
+    for found, part in zip(norm(strided).unbind(), parts, strict=True):
+        torch.testing.assert_close(found, norm(part))
+    with pytest.raises(ValueError, match="torch.jagged without holes"):
+        functional.gelu(strided)
 
 
 def test_grouped_heads_and_dropout():

@@ -275,15 +275,17 @@ def test_mha_outputs_do_not_depend_on_whether_weights_are_wanted(need_weights, p
     assert torch.equal(module(x, memory, memory, need_weights=need_weights)[0], output)
 
 
-def test_mha_weights_leave_the_fused_kernel_in_place():
-    """Under gradients and dropout, too, attention itself is one operator."""
+@pytest.mark.parametrize("average", [False, True])
+def test_mha_weights_come_from_the_fused_operation(average):
+    """Under gradients and dropout, too."""
     module = fasttx.nn.MultiheadAttention(E, H, dropout=0.1, batch_first=True)
-    x = torch.randn(B, TK, E, requires_grad=True)
-    with Recorder() as recorder:
-        output, _ = module(x, x, x)
-        output.sum().backward()
-    names = [name for name, _ in recorder.calls]
-    assert "attention_fwd" in names and "attention_bwd" in names
+    x, memory = (torch.randn(B, n, E, requires_grad=True) for n in (TK, TQ))
+    for inputs, op in (((x, x, x), "self_attention"), ((x, memory, memory), "attention")):
+        with Recorder() as recorder:
+            output, weights = module(*inputs, average_attn_weights=average)
+            (output.sum() + weights.square().sum()).backward()
+        names = [name for name, _ in recorder.calls]
+        assert set(names) - {"pack_weight", "linear_fwd", "linear_bwd"} == {f"{op}_fwd", f"{op}_bwd"}
 
 
 @pytest.mark.parametrize("need_weights", [False, True])

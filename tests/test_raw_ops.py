@@ -122,13 +122,18 @@ BAD_ATTENTION = [
     *(wrong(**PACKED | {"cu_seqlens_k": torch.tensor(c)})
       for c in ([0, S + 1], [1, S], [0, S + 1, S], [0], [])),
 ]  # fmt: skip
-RAW["attention_fwd"] = (ATTENTION, BAD_ATTENTION)
+RAW["attention_fwd"] = (
+    ATTENTION, [*BAD_ATTENTION, wrong(weights=3), wrong(weights=-1), wrong(**PACKED, weights=1),
+                wrong(query=f32(B, 0, T, D), key=f32(B, 0, S, D), value=f32(B, 0, S, DV), weights=2)],
+)  # fmt: skip
 ATTENTION_BWD = {
     **ATTENTION, "grad": f32(B, H, T, DV), "grad_lse": None, "output": f32(B, H, T, DV), "stats": f32(B, H, T, 2)
 }  # fmt: skip
 BAD_ATTENTION_BWD = [
     *BAD_ATTENTION, wrong(grad=f32(B, H, T, D)), wrong(output=f32(B, H, 1, DV)), wrong(stats=f32(B, H, T)),
-    wrong(stats=f32(B, H, T, 2).double()), wrong(grad_lse=f32(B, H, 1)),
+    wrong(stats=f32(B, H, T, 2).double()), wrong(grad_lse=f32(B, H, 1)), wrong(grad_weights=f32(B, H, T, S + 1)),
+    wrong(grad_weights=f32(B, H, T, 1)), wrong(grad_weights=f32(1, T, S)), wrong(grad_weights=f32(T, S)),
+    wrong(grad_weights=f32(B, T, S).double()),
 ]  # fmt: skip
 RAW["attention_bwd"] = (ATTENTION_BWD, BAD_ATTENTION_BWD)
 RAW["attention_bias_bwd"] = (
@@ -136,6 +141,9 @@ RAW["attention_bias_bwd"] = (
     [*BAD_ATTENTION_BWD, wrong(attn_mask=None), wrong(attn_mask=torch.ones(1, 1, T, S, dtype=torch.bool)),
      wrong(attn_mask=f32(1, H, T, 1).double()), wrong(attn_mask=f32(B + 1, 1, 1, 1))],
 )  # fmt: skip
+RAW["attention_alibi_bwd"] = (
+    {**ATTENTION_BWD, "alibi_slopes": f32(H)}, [*BAD_ATTENTION_BWD, wrong(alibi_slopes=None)]
+)
 
 U8 = torch.zeros(3, dtype=torch.uint8)
 BLOCK_DROPOUT = [wrong(dropout_p=0.5), wrong(attention_p=0.5), wrong(dropout_p=1.0, seed=SEED),
@@ -193,14 +201,16 @@ BAD_SELF = [
 ]  # fmt: skip
 RAW["self_attention_fwd"] = (
     {**SELF, "bias_in": f32(3 * H * D), "bias_out": VECTOR, "store": True, "packed_in": None, "packed_out": None},
-    [*BAD_SELF, wrong(bias_in=f32(H * D)), wrong(bias_out=f32(1)), wrong(packed_in=U8), wrong(packed_out=U8)],
+    [*BAD_SELF, wrong(bias_in=f32(H * D)), wrong(bias_out=f32(1)), wrong(packed_in=U8), wrong(packed_out=U8),
+     wrong(weights=3), wrong(weights=1, input=f32(T, W), cu_seqlens=torch.tensor([0, T]))],
 )  # fmt: skip
 RAW["self_attention_bwd"] = (
     {**SELF, "grad": f32(B, T, W), "qkv": f32(B, T, 3 * H * D), "attended": f32(B, T, H * D),
      "stats": f32(B, H, T, 2),
      **{f"needs_{n}": True for n in ("input", "weight_in", "bias_in", "weight_out", "bias_out")}},
     [*BAD_SELF, wrong(grad=f32(B, T, W + 1)), wrong(grad=f32(B, T, W).double()), wrong(qkv=f32(B, T, 3)),
-     wrong(attended=f32(B, T, 1)), wrong(stats=f32(B, H, T))],
+     wrong(attended=f32(B, T, 1)), wrong(stats=f32(B, H, T)), wrong(grad_weights=f32(B, T, T + 1)),
+     wrong(grad_weights=f32(B, 1, T, T))],
 )  # fmt: skip
 FFN_DROPOUT = [wrong(dropout1_p=0.5), wrong(dropout2_p=0.5), wrong(dropout1_p=1.0, seed1=SEED),
                wrong(dropout2_p=-0.5, seed2=SEED)]  # fmt: skip

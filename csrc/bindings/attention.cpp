@@ -174,104 +174,20 @@ void for_waves(AttentionShape& shape, int64_t bytes, const F& run) {
   }
 }
 
-// What a backward reads: arguments without results, and the tensors that they lead into.
-struct Backward {
-  Problem problem;
-  Tensor q, k, v, o, g, s;
-  OptionalTensor dl;
-  AttentionBwd args;
-
-  Backward(const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
-           const Tensor& value, const Tensor& output, const Tensor& stats, const AttentionOptions& options)
-      : problem(make_problem(query, key, value, options)),
-        q(with_unit_rows(query)),
-        k(with_unit_rows(key)),
-        v(with_unit_rows(value)),
-        o(with_unit_rows(output)),
-        g(with_unit_rows(grad)),
-        s(dense(stats)),
-        dl(dense(grad_lse)) {
-    Sizes output_sizes = sizes_of(query);
-    output_sizes.back() = problem.shape.value_width;
-    check_like(output, query, "output", output_sizes);
-    check_like(grad, query, "grad", output_sizes);
-    const auto check_rows = [&](const Tensor& tensor, const Sizes& sizes, const char* name) {
-      STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == accumulate_type(query) && sizes_of(tensor) == sizes,
-                      name, " does not fit the forward");
-    };
-    check_rows(stats, stats_sizes(problem), "stats");
-    if (grad_lse.has_value()) check_rows(*grad_lse, lse_sizes(problem), "grad_lse");
-    args = {problem.shape, data(g), data(q), data(k), data(v), data(o), strides_of(g), strides_of(q), strides_of(k),
-            strides_of(v), strides_of(o), {}, {}, {}, data(s), data(dl), nullptr, nullptr, nullptr, nullptr};
-  }
-};
-
-std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
-                                         const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-                                         const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                                         const OptionalTensor& alibi_slopes, bool is_causal, int64_t query_offset,
-                                         int64_t window_left, int64_t window_right, double dropout_p,
-                                         const OptionalTensor& seed, double scale, bool with_lse) {
-  Tensor output = allocate_tokens_first(query, value.size(value.dim() - 1));
-  auto [lse, stats] = attention_forward(query, key, value,
-                                        {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal,
-                                         query_offset, window_left, window_right, dropout_p, seed, scale},
-                                        with_lse, output);
-  return {output, lse, stats};
+Sizes weights_sizes(const AttentionShape& shape, bool averages) {
+  if (averages) return {shape.batch, shape.queries, shape.keys};
+  return {shape.batch, shape.heads, shape.queries, shape.keys};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_bwd(
-    const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
-    const Tensor& output, const Tensor& stats, const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, const OptionalTensor& alibi_slopes,
-    bool is_causal, int64_t query_offset, int64_t window_left, int64_t window_right, double dropout_p,
-    const OptionalTensor& seed, double scale) {
-  const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
-  Tensor dq = allocate_gradient(q), dk = allocate_gradient(k), dv = allocate_gradient(v);
-  attention_backward(grad, grad_lse, q, k, v, output, stats,
-                     {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, query_offset,
-                      window_left, window_right, dropout_p, seed, scale},
-                     dq, dk, dv);
-  return {dq, dk, dv};
-}
+// An operand that is there, if empty: memory without a value has no address.
+const void* present(const Tensor& tensor) { return tensor.numel() == 0 ? &tensor : data(tensor); }
 
-Tensor attention_bias_bwd(const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
-                          const Tensor& value, const Tensor& output, const Tensor& stats,
-                          const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-                          const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                          const OptionalTensor& alibi_slopes, bool is_causal, int64_t query_offset,
-                          int64_t window_left, int64_t window_right, double dropout_p, const OptionalTensor& seed,
-                          double scale) {
-  STD_TORCH_CHECK(attn_mask.has_value() && attn_mask->scalar_type() != ScalarType::Bool,
-                  "attn_mask must be floating to have a gradient");
-  const int dtype = dtype_index(query, "query");
-  const Backward call(grad, grad_lse, query, key, value, output, stats,
-                      {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, query_offset,
-                       window_left, window_right, dropout_p, seed, scale});
-  Tensor dmask = allocate_like(*attn_mask);
-  launch(table().attention_bias_bwd[dtype], AttentionBiasBwd{call.args, out(dmask), dmask.size(0), dmask.size(1),
-                                                             dmask.size(2), dmask.size(3)});
-  return dmask;
-}
-
-}  // namespace
-
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                             const AttentionOptions& options, bool with_stats, Tensor& output) {
-  const int dtype = dtype_index(query, "query");
-  const Problem problem = make_problem(query, key, value, options);
-  const AttentionShape& shape = problem.shape;
-  const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
-  Tensor lse = allocate(with_stats ? lse_sizes(problem) : Sizes{0}, accumulate_type(query));
-  Tensor stats = allocate(with_stats ? stats_sizes(problem) : Sizes{0}, accumulate_type(query));
-  if (shape.batch * shape.heads * shape.queries == 0) return {lse, stats};
-
-  AttentionFwd args = {shape, data(q), data(k), data(v), strides_of(q), strides_of(k), strides_of(v),
-                       strides_of(output), out(output), out_or_null(lse), out_or_null(stats), nullptr, nullptr};
+void run_forward(int dtype, AttentionFwd args) {
   const KernelTable& kernels = table();
+  const AttentionShape& shape = args.shape;
   if (shape.queries * (shape.heads / shape.kv_heads) <= 32 || !threads_share_pairs(shape)) {
     launch(kernels.attention_fwd[dtype], args);
-    return {lse, stats};
+    return;
   }
   // Threads share packed keys; else each packs its own, in memory that it uses again.
   const auto packed_bytes = [&](int64_t width) {
@@ -285,14 +201,175 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& 
                                                         args.k_packed, args.v_packed});
     launch(kernels.attention_fwd[dtype], args);
   });
-  return {lse, stats};
 }
 
-void attention_backward(const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
-                        const Tensor& value, const Tensor& output, const Tensor& stats, const AttentionOptions& options,
-                        Tensor& dquery, Tensor& dkey, Tensor& dvalue) {
+// What a backward reads: arguments without results, and the tensors that they lead into.
+struct Backward {
+  Problem problem;
+  Tensor q, k, v, o, g, s;
+  OptionalTensor dl, dw;
+  std::optional<Workspace> dlse_total;
+  AttentionBwd args;
+
+  Backward(const AttentionGradients& grads, const Tensor& query, const Tensor& key, const Tensor& value,
+           const Tensor& output, const Tensor& stats, const AttentionOptions& options)
+      : problem(make_problem(query, key, value, options)),
+        q(with_unit_rows(query)),
+        k(with_unit_rows(key)),
+        v(with_unit_rows(value)),
+        o(with_unit_rows(output)),
+        g(with_unit_rows(grads.output)),
+        s(dense(stats)),
+        dl(dense(grads.lse)),
+        dw(dense(grads.weights)) {
+    Sizes output_sizes = sizes_of(query);
+    output_sizes.back() = problem.shape.value_width;
+    check_like(output, query, "output", output_sizes);
+    check_like(grads.output, query, "grad", output_sizes);
+    const auto check_rows = [&](const Tensor& tensor, const Sizes& sizes, const char* name) {
+      STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == accumulate_type(query) && sizes_of(tensor) == sizes,
+                      name, " does not fit the forward");
+    };
+    check_rows(stats, stats_sizes(problem), "stats");
+    if (dl.has_value()) check_rows(*dl, lse_sizes(problem), "grad_lse");
+    args = {problem.shape, present(g), data(q), data(k), data(v), data(o), strides_of(g), strides_of(q), strides_of(k),
+            strides_of(v), strides_of(o), {}, {}, {}, data(s), data(dl), nullptr, false, nullptr, nullptr, nullptr,
+            nullptr};
+    if (dw.has_value()) add_weights(query);
+  }
+
+ private:
+  void add_weights(const Tensor& query) {
+    STD_TORCH_CHECK(!problem.packed, "packed sequences give no weights");
+    args.averages = dw->dim() == 3;
+    check_like(dw, query, "grad_weights", weights_sizes(problem.shape, args.averages));
+    if (dw->numel() == 0) return;
+    args.dweights = data(dw);
+    const AttentionShape& shape = problem.shape;
+    dlse_total.emplace(shape.batch * shape.heads * shape.queries * accumulate_size(query));
+    AttentionWeightsBwd sum = {args, dlse_total->data()};
+    sum.dout = nullptr;
+    launch(table().attention_weights_bwd[dtype_index(query, "query")], sum);
+    args.dlse = dlse_total->data();
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+    const OptionalTensor& key_lengths, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+    const OptionalTensor& alibi_slopes, bool is_causal, int64_t query_offset, int64_t window_left, int64_t window_right,
+    double dropout_p, const OptionalTensor& seed, double scale, bool with_lse, int64_t weights) {
+  Tensor output = allocate_tokens_first(query, value.size(value.dim() - 1));
+  const AttentionResults results = attention_forward(
+      query, key, value,
+      {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, query_offset, window_left,
+       window_right, dropout_p, seed, scale},
+      with_lse, make_weights(weights), output);
+  return {output, results.lse, results.stats, results.weights};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(
+    const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& output, const Tensor& stats, const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, const OptionalTensor& alibi_slopes,
+    bool is_causal, int64_t query_offset, int64_t window_left, int64_t window_right, double dropout_p,
+    const OptionalTensor& seed, double scale, const OptionalTensor& grad_weights) {
+  const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
+  Tensor dq = allocate_gradient(q), dk = allocate_gradient(k), dv = allocate_gradient(v);
+  attention_backward({grad, grad_lse, grad_weights}, q, k, v, output, stats,
+                     {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, query_offset,
+                      window_left, window_right, dropout_p, seed, scale},
+                     dq, dk, dv);
+  return {dq, dk, dv};
+}
+
+Tensor attention_bias_bwd(const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+                          const Tensor& value, const Tensor& output, const Tensor& stats,
+                          const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+                          const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                          const OptionalTensor& alibi_slopes, bool is_causal, int64_t query_offset,
+                          int64_t window_left, int64_t window_right, double dropout_p, const OptionalTensor& seed,
+                          double scale, const OptionalTensor& grad_weights) {
+  STD_TORCH_CHECK(attn_mask.has_value() && attn_mask->scalar_type() != ScalarType::Bool,
+                  "attn_mask must be floating to have a gradient");
   const int dtype = dtype_index(query, "query");
-  const Backward call(grad, grad_lse, query, key, value, output, stats, options);
+  const Backward call({grad, grad_lse, grad_weights}, query, key, value, output, stats,
+                      {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, query_offset,
+                       window_left, window_right, dropout_p, seed, scale});
+  Tensor dmask = allocate_like(*attn_mask);
+  launch(table().attention_bias_bwd[dtype], AttentionBiasBwd{call.args, out(dmask), dmask.size(0), dmask.size(1),
+                                                             dmask.size(2), dmask.size(3)});
+  return dmask;
+}
+
+Tensor attention_alibi_bwd(const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+                           const Tensor& value, const Tensor& output, const Tensor& stats,
+                           const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+                           const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                           const OptionalTensor& alibi_slopes, bool is_causal, int64_t query_offset,
+                           int64_t window_left, int64_t window_right, double dropout_p, const OptionalTensor& seed,
+                           double scale, const OptionalTensor& grad_weights) {
+  STD_TORCH_CHECK(alibi_slopes.has_value(), "alibi_slopes must be given to have a gradient");
+  const int dtype = dtype_index(query, "query");
+  const Backward call({grad, grad_lse, grad_weights}, query, key, value, output, stats,
+                      {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, query_offset,
+                       window_left, window_right, dropout_p, seed, scale});
+  const AttentionShape& shape = call.problem.shape;
+  const Workspace partial(shape.batch * shape.heads * accumulate_size(query));
+  launch(table().attention_alibi_bwd[dtype], AttentionAlibiBwd{call.args, partial.data()});
+  Tensor dslopes = allocate_like(*alibi_slopes);
+  launch(table().reduce_rows[dtype_index(dslopes, "alibi_slopes")],
+         ReduceRows{.partial = partial.data(), .out = out(dslopes), .rows = shape.batch, .width = shape.heads,
+                    .row_stride = shape.heads});
+  return dslopes;
+}
+
+}  // namespace
+
+Weights make_weights(int64_t code) {
+  STD_TORCH_CHECK(code >= 0 && code <= static_cast<int64_t>(Weights::mean), "weights must be 0, 1 or 2, got ", code);
+  return static_cast<Weights>(code);
+}
+
+AttentionResults attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                   const AttentionOptions& options, bool with_stats, Weights weights, Tensor& output) {
+  const int dtype = dtype_index(query, "query");
+  const Problem problem = make_problem(query, key, value, options);
+  const AttentionShape& shape = problem.shape;
+  const bool averages = weights == Weights::mean, weighs = weights != Weights::none;
+  STD_TORCH_CHECK(!weighs || !problem.packed, "packed sequences give no weights");
+  STD_TORCH_CHECK(!averages || shape.heads > 0, "there are no heads to average weights over");
+  const Tensor q = with_unit_rows(query), k = with_unit_rows(key), v = with_unit_rows(value);
+  const bool keeps_stats = with_stats || weighs;
+  AttentionResults results = {allocate(keeps_stats ? lse_sizes(problem) : Sizes{0}, accumulate_type(query)),
+                              allocate(keeps_stats ? stats_sizes(problem) : Sizes{0}, accumulate_type(query)),
+                              allocate(weighs ? weights_sizes(shape, averages) : Sizes{0}, query.scalar_type())};
+  if (shape.batch * shape.heads * shape.queries == 0) return results;
+
+  AttentionFwd args = {shape, data(q), data(k), data(v), strides_of(q), strides_of(k), strides_of(v),
+                       strides_of(output), out(output), out_or_null(results.lse), out_or_null(results.stats), nullptr,
+                       nullptr};
+  run_forward(dtype, args);
+  if (results.weights.numel() > 0) {
+    AttentionWeightsFwd call = {};
+    call.shape = shape;
+    call.q = args.q;
+    call.k = args.k;
+    call.q_strides = args.q_strides;
+    call.k_strides = args.k_strides;
+    call.stats = args.stats;
+    call.averages = averages;
+    call.weights = out(results.weights);
+    launch(table().attention_weights_fwd[dtype], call);
+  }
+  return results;
+}
+
+void attention_backward(const AttentionGradients& grads, const Tensor& query, const Tensor& key, const Tensor& value,
+                        const Tensor& output, const Tensor& stats, const AttentionOptions& options, Tensor& dquery,
+                        Tensor& dkey, Tensor& dvalue) {
+  const int dtype = dtype_index(query, "query");
+  const Backward call(grads, query, key, value, output, stats, options);
   AttentionBwd args = call.args;
   args.dq_strides = strides_of(dquery);
   args.dk_strides = strides_of(dkey);
@@ -318,6 +395,7 @@ STABLE_TORCH_LIBRARY_IMPL(fasttx, CPU, m) {
   FASTTX_IMPL(m, attention_fwd);
   FASTTX_IMPL(m, attention_bwd);
   FASTTX_IMPL(m, attention_bias_bwd);
+  FASTTX_IMPL(m, attention_alibi_bwd);
 }
 
 }  // namespace fasttx::bindings

@@ -18,10 +18,10 @@ AttentionBlock attention_block_fwd(const Tensor& input, const Tensor& weight_in,
   const Tensor x = dense(input);
   const Tensor y = norm_first ? layer_norm_fwd(x, width_of(x), norm_weight, norm_bias, eps) : x;
   Intermediate sum(sizes_of(x), x, store || norm_first);
-  auto [qkv, attended, stats] = self_attention_forward(
+  auto [qkv, attended, stats, weights] = self_attention_forward(
       y, weight_in, bias_in, weight_out, bias_out,
-      {heads, batch_first, attn_mask, cu_seqlens, is_causal, scale, attention_p, attention_seed}, store, packed_in,
-      packed_out, {x, dropout_p, seed}, *sum);
+      {heads, batch_first, attn_mask, cu_seqlens, is_causal, scale, attention_p, attention_seed}, store,
+      Weights::none, packed_in, packed_out, {x, dropout_p, seed}, *sum);
   if (norm_first) return {*sum, nothing(x), nothing(x), nothing(x), nothing(x)};
   return {layer_norm_fwd(*sum, width_of(x), norm_weight, norm_bias, eps), qkv, attended, stats, sum.returned()};
 }
@@ -44,7 +44,7 @@ AttentionBlockGradients attention_block_bwd(
                          needs_norm_weight, needs_norm_bias);
   Tensor dx = needs_input ? allocate_like(x) : nothing(x);
   auto [dweight_in, dbias_in, dweight_out, dbias_out] = self_attention_backward(
-      dropped ? dinput : dsum, x, weight_in, weight_out, qkv, attended, stats,
+      dropped ? dinput : dsum, kNone, x, weight_in, weight_out, qkv, attended, stats,
       {heads, batch_first, attn_mask, cu_seqlens, is_causal, scale, attention_p, attention_seed}, dsum,
       needs_input ? &dx : nullptr, needs_weight_in, needs_bias_in, needs_weight_out, needs_bias_out);
   return {dx, dweight_in, dbias_in, dweight_out, dbias_out, dnorm_weight, dnorm_bias};

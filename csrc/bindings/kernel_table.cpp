@@ -141,16 +141,25 @@ void define_attention(py::module_& m) {
   using B = AttentionBwd;
   Fields<B>(m, "AttentionBwd").FIELD(B, shape).FIELD(B, dout).FIELD(B, q).FIELD(B, k).FIELD(B, v).FIELD(B, out)
       .FIELD(B, dout_strides).FIELD(B, q_strides).FIELD(B, k_strides).FIELD(B, v_strides).FIELD(B, out_strides)
-      .FIELD(B, dq_strides).FIELD(B, dk_strides).FIELD(B, dv_strides).FIELD(B, stats).FIELD(B, dlse).FIELD(B, dq)
-      .FIELD(B, dk).FIELD(B, dv).FIELD(B, dq_partial);
+      .FIELD(B, dq_strides).FIELD(B, dk_strides).FIELD(B, dv_strides).FIELD(B, stats).FIELD(B, dlse).FIELD(B, dweights)
+      .FIELD(B, averages).FIELD(B, dq).FIELD(B, dk).FIELD(B, dv).FIELD(B, dq_partial);
   using M = AttentionBiasBwd;
   Fields<M, B>(m, "AttentionBiasBwd").FIELD(M, dmask).FIELD(M, mask_batch).FIELD(M, mask_heads).FIELD(M, mask_queries)
       .FIELD(M, mask_keys);
+  using L = AttentionAlibiBwd;
+  Fields<L, B>(m, "AttentionAlibiBwd").FIELD(L, dslopes_partial);
+  using W = AttentionWeightsFwd;
+  Fields<W, B>(m, "AttentionWeightsFwd").FIELD(W, weights);
+  using D = AttentionWeightsBwd;
+  Fields<D, B>(m, "AttentionWeightsBwd").FIELD(D, dlse_total);
   KERNEL(attention_pack);
   KERNEL(attention_fwd);
   KERNEL(attention_bwd);
   KERNEL(attention_dq);
   KERNEL(attention_bias_bwd);
+  KERNEL(attention_alibi_bwd);
+  KERNEL(attention_weights_fwd);
+  KERNEL(attention_weights_bwd);
 }
 
 // launch_<op>(isa, dtype, args): all items on PyTorch's threads, for what is timed by itself.

@@ -70,13 +70,26 @@ struct AttentionOptions {
   double scale;
 };
 
-// Writes the output, which has unit rows, and returns (lse, stats), empty without `with_stats`.
-std::tuple<Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                             const AttentionOptions& options, bool with_stats, Tensor& output);
+// Which of the weights that attention applies are wanted: none, those of each head, or their mean over the heads.
+enum class Weights : int64_t { none, each, mean };
+Weights make_weights(int64_t code);
+
+struct AttentionResults {
+  Tensor lse, stats;  // empty where they are not wanted
+  Tensor weights;     // (batch, heads, queries, keys), the mean (batch, queries, keys), or empty
+};
+// Writes the output, which has unit rows; weights need stats.
+AttentionResults attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                   const AttentionOptions& options, bool with_stats, Weights weights, Tensor& output);
+// What reaches the results of a forward; its weights, by their dimensions.
+struct AttentionGradients {
+  const Tensor& output;
+  const OptionalTensor &lse, &weights;
+};
 // Writes the gradients, which have unit rows.
-void attention_backward(const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
-                        const Tensor& value, const Tensor& output, const Tensor& stats, const AttentionOptions& options,
-                        Tensor& dquery, Tensor& dkey, Tensor& dvalue);
+void attention_backward(const AttentionGradients& grads, const Tensor& query, const Tensor& key, const Tensor& value,
+                        const Tensor& output, const Tensor& stats, const AttentionOptions& options, Tensor& dquery,
+                        Tensor& dkey, Tensor& dvalue);
 
 // What both directions of self-attention over a layer's input take beside tensors that get gradients.
 struct SelfAttention {
@@ -88,14 +101,15 @@ struct SelfAttention {
   const OptionalTensor& attention_seed;
 };
 
-// Writes the output, which is dense; returns (qkv, attended, stats), empty without `store`. x is dense.
-std::tuple<Tensor, Tensor, Tensor> self_attention_forward(
+// Writes the output, which is dense; returns (qkv, attended, stats, weights), empty without `store`, and weights where
+// they are not wanted. x is dense.
+std::tuple<Tensor, Tensor, Tensor, Tensor> self_attention_forward(
     const Tensor& x, const Tensor& weight_in, const OptionalTensor& bias_in, const Tensor& weight_out,
-    const OptionalTensor& bias_out, const SelfAttention& of, bool store, const OptionalTensor& packed_in,
-    const OptionalTensor& packed_out, const Ending& ending, Tensor& output);
+    const OptionalTensor& bias_out, const SelfAttention& of, bool store, Weights weights,
+    const OptionalTensor& packed_in, const OptionalTensor& packed_out, const Ending& ending, Tensor& output);
 // As linear_backward; returns (dweight_in, dbias_in, dweight_out, dbias_out).
 std::tuple<Tensor, Tensor, Tensor, Tensor> self_attention_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight_in, const Tensor& weight_out, const Tensor& qkv,
+    const Tensor& grad, const OptionalTensor& grad_weights, const Tensor& x, const Tensor& weight_in, const Tensor& weight_out, const Tensor& qkv,
     const Tensor& attended, const Tensor& stats, const SelfAttention& of, const OptionalTensor& residual,
     Tensor* dinput, bool needs_weight_in, bool needs_bias_in, bool needs_weight_out, bool needs_bias_out);
 

@@ -48,24 +48,24 @@ AttentionOptions attention_options(const SelfAttention& of) {
           of.attention_p, of.attention_seed, of.scale};
 }
 
-// (output, qkv, attended, stats): all but the first are what the backward reads.
-std::tuple<Tensor, Tensor, Tensor, Tensor> self_attention_fwd(
+// (output, qkv, attended, stats, weights): the three in the middle are what the backward reads.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> self_attention_fwd(
     const Tensor& input, const Tensor& weight_in, const OptionalTensor& bias_in, const Tensor& weight_out,
     const OptionalTensor& bias_out, int64_t heads, bool batch_first, const OptionalTensor& attn_mask,
     const OptionalTensor& cu_seqlens, bool is_causal, double scale, double attention_p,
     const OptionalTensor& attention_seed, bool store, const OptionalTensor& packed_in,
-    const OptionalTensor& packed_out) {
+    const OptionalTensor& packed_out, int64_t weights) {
   const Tensor x = dense(input);
   STD_TORCH_CHECK(x.dim() > 0 && weight_out.dim() == 2, "weight_out must be (out, heads * head width)");
   Sizes sizes = sizes_of(x);
   sizes.back() = weight_out.size(0);
   dtype_index(x, "input");
   Tensor output = allocate(sizes, x.scalar_type());
-  auto [qkv, attended, stats] = self_attention_forward(
+  auto [qkv, attended, stats, applied] = self_attention_forward(
       x, weight_in, bias_in, weight_out, bias_out,
-      {heads, batch_first, attn_mask, cu_seqlens, is_causal, scale, attention_p, attention_seed}, store, packed_in,
-      packed_out, {kNone, 0.0, kNone}, output);
-  return {output, qkv, attended, stats};
+      {heads, batch_first, attn_mask, cu_seqlens, is_causal, scale, attention_p, attention_seed}, store,
+      make_weights(weights), packed_in, packed_out, {kNone, 0.0, kNone}, output);
+  return {output, qkv, attended, stats, applied};
 }
 
 // Gradients of input, weight_in, bias_in, weight_out and bias_out.
@@ -74,11 +74,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> self_attention_bwd(
     const Tensor& attended, const Tensor& stats, int64_t heads, bool batch_first, const OptionalTensor& attn_mask,
     const OptionalTensor& cu_seqlens, bool is_causal, double scale, double attention_p,
     const OptionalTensor& attention_seed, bool needs_input, bool needs_weight_in, bool needs_bias_in,
-    bool needs_weight_out, bool needs_bias_out) {
+    bool needs_weight_out, bool needs_bias_out, const OptionalTensor& grad_weights) {
   const Tensor x = dense(input);
   Tensor dx = needs_input ? allocate_like(x) : nothing(x);
   auto [dweight_in, dbias_in, dweight_out, dbias_out] = self_attention_backward(
-      grad, x, weight_in, weight_out, qkv, attended, stats,
+      grad, grad_weights, x, weight_in, weight_out, qkv, attended, stats,
       {heads, batch_first, attn_mask, cu_seqlens, is_causal, scale, attention_p, attention_seed}, kNone,
       needs_input ? &dx : nullptr, needs_weight_in, needs_bias_in, needs_weight_out, needs_bias_out);
   return {dx, dweight_in, dbias_in, dweight_out, dbias_out};
@@ -86,10 +86,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> self_attention_bwd(
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> self_attention_forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> self_attention_forward(
     const Tensor& x, const Tensor& weight_in, const OptionalTensor& bias_in, const Tensor& weight_out,
-    const OptionalTensor& bias_out, const SelfAttention& of, bool store, const OptionalTensor& packed_in,
-    const OptionalTensor& packed_out, const Ending& ending, Tensor& output) {
+    const OptionalTensor& bias_out, const SelfAttention& of, bool store, Weights weights,
+    const OptionalTensor& packed_in, const OptionalTensor& packed_out, const Ending& ending, Tensor& output) {
   const Tokens tokens(x, of.batch_first, of.cu_seqlens);
   Sizes sizes = check(x, weight_in, of.heads);
   Intermediate qkv(sizes, x, store);
@@ -98,15 +98,16 @@ std::tuple<Tensor, Tensor, Tensor> self_attention_forward(
   sizes.back() /= 3;
   Intermediate attended(sizes, x, store);
   Tensor joined = tokens.heads(*attended, 0, 1, of.heads);
-  auto [lse, stats] = attention_forward(h.query, h.key, h.value, attention_options(of), store, joined);
+  const AttentionResults results =
+      attention_forward(h.query, h.key, h.value, attention_options(of), store, weights, joined);
   linear_forward(*attended, weight_out, bias_out, packed_out, ending, output);
-  return {qkv.returned(), attended.returned(), stats};
+  return {qkv.returned(), attended.returned(), results.stats, results.weights};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> self_attention_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& weight_in, const Tensor& weight_out, const Tensor& qkv,
-    const Tensor& attended, const Tensor& stats, const SelfAttention& of, const OptionalTensor& residual,
-    Tensor* dinput, bool needs_weight_in, bool needs_bias_in, bool needs_weight_out, bool needs_bias_out) {
+    const Tensor& grad, const OptionalTensor& grad_weights, const Tensor& x, const Tensor& weight_in,
+    const Tensor& weight_out, const Tensor& qkv, const Tensor& attended, const Tensor& stats, const SelfAttention& of,
+    const OptionalTensor& residual, Tensor* dinput, bool needs_weight_in, bool needs_bias_in, bool needs_weight_out, bool needs_bias_out) {
   const Tokens tokens(x, of.batch_first, of.cu_seqlens);
   Sizes sizes = check(x, weight_in, of.heads);
   check_like(qkv, x, "qkv", sizes);
@@ -119,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> self_attention_backward(
       linear_backward(grad, attended, weight_out, kNone, &*dattended, needs_weight_out, needs_bias_out);
   const Heads h(tokens, qkv, of.heads);
   Heads d(tokens, *dqkv, of.heads);
-  attention_backward(tokens.heads(*dattended, 0, 1, of.heads), kNone, h.query, h.key, h.value,
+  attention_backward({tokens.heads(*dattended, 0, 1, of.heads), kNone, grad_weights}, h.query, h.key, h.value,
                      tokens.heads(attended, 0, 1, of.heads), stats, attention_options(of), d.query, d.key, d.value);
   auto [dweight_in, dbias_in] =
       linear_backward(*dqkv, x, weight_in, residual, dinput, needs_weight_in, needs_bias_in);

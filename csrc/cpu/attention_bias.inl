@@ -5,6 +5,57 @@
 // queries. So many values are added one by one that their rounding errors are carried along: the sum is as if it were
 // rounded once, and what adds zeros, such as padding, changes no bit of it.
 
+// Adds x; what rounding leaves out of the sum goes to the error: Knuth's TwoSum (The Art of Computer Programming,
+// volume 2, 4.2.2).
+template <class X>
+static FASTTX_INLINE void add_exactly(X x, X& sum, X& error) {
+  const X total = sum + x, added = total - sum;
+  error = error + ((sum - (total - added)) + (x - added));
+  sum = total;
+}
+// A vector of such sums.
+template <class A>
+static FASTTX_INLINE void add_exactly(Vec<A> x, A* sums, A* errors) {
+  Vec<A> sum = Vec<A>::load(sums), error = Vec<A>::load(errors);
+  add_exactly(x, sum, error);
+  sum.store(sums);
+  error.store(errors);
+}
+// The sum of `count` such sums.
+template <class A>
+static A total_of(const A* sum, const A* error, int64_t count) {
+  A total = 0, rest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    add_exactly(sum[i], total, rest);
+    rest += error[i];
+  }
+  return total + rest;
+}
+
+// Calls f(query, i, dS) for vectors of the n keys from key + i on, of one tile whose scores and dP are there.
+template <class T, class F>
+static FASTTX_INLINE void for_slopes(const AttentionBwd& g, const Sequence& sequence, const TileRows& rows,
+                                     const KeyTile<typename Packed<T>::type>& tile, const accum_t<T>* deltas,
+                                     int64_t key, int64_t n, const F& f) {
+  using A = accum_t<T>;
+  using V = Vec<A>;
+  const V exponent = V::set1(tile.scale.exponent);
+  const A* stats = static_cast<const A*>(g.stats) + 2 * lse_index(g.shape, sequence, rows.rows[0].head, 0);
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const int64_t query = rows.rows[r].query;
+    const V largest = V::set1(stats[2 * query]), factor = V::set1(stats[2 * query + 1]);
+    const V delta = V::set1(deltas[query]);
+    if (g.shape.dropout.active)
+      keep_keys(g.shape, sequence, rows.rows[r], key, round_up(n, kKeyStep<typename Packed<T>::type>), tile.keep);
+    for (int64_t i = 0; i < n; i += V::kWidth) {
+      const V probability = exp2((V::load(tile.p + r * kKeys + i) - largest) * exponent) * factor;
+      V dp = V::load(tile.ds + r * kKeys + i);
+      if (g.shape.dropout.active) dp = dp * V::load(tile.keep + i);
+      f(query, i, probability * (dp - delta));
+    }
+  }
+}
+
 template <class T>
 struct AttentionBiasBwdKernel {
   using A = accum_t<T>;
@@ -36,7 +87,7 @@ struct AttentionBiasBwdKernel {
     A *sum, *error;  // (rows, columns) of Blocks: what was added, and what rounding left out of it
     Scratch(const AttentionBiasBwd& g, void* base) : pieces{static_cast<char*>(base)}, tile(g.shape, pieces) {
       const Blocks blocks(g);
-      buffer = pieces.take<T>(max_of(kKeys, Tile::kRows) * max_of(g.shape.width, g.shape.value_width));
+      buffer = Tile::template take_buffer<T>(g.shape, pieces);
       live = pieces.take<int64_t>(g.shape.queries);
       delta = pieces.take<A>(g.shape.queries);
       sum = pieces.take<A>(blocks.rows * blocks.columns);
@@ -99,37 +150,12 @@ struct AttentionBiasBwdKernel {
   __attribute__((noinline)) static void add_tile(const AttentionBiasBwd& g, const Sequence& sequence,
                                                  const TileRows& rows, int64_t first_query, int64_t key, int64_t n,
                                                  Scratch& scratch) {
-    const Tile& tile = scratch.tile;
     const Blocks blocks(g);
-    const V exponent = V::set1(tile.scale.exponent);
-    const A* stats = static_cast<const A*>(g.stats) + 2 * lse_index(g.shape, sequence, rows.rows[0].head, 0);
-    for (int64_t r = 0; r < rows.count; ++r) {
-      const int64_t query = rows.rows[r].query;
-      const V largest = V::set1(stats[2 * query]), factor = V::set1(stats[2 * query + 1]);
-      const V delta = V::set1(scratch.delta[query]);
-      if (g.shape.dropout.active)
-        keep_keys(g.shape, sequence, rows.rows[r], key, round_up(n, kKeyStep<P>), tile.keep);
-      const int64_t to = g.mask_queries == 1 ? 0 : (query - first_query) * blocks.columns;
-      for (int64_t i = 0; i < n; i += V::kWidth) {
-        const V probability = exp2((V::load(tile.p + r * kKeys + i) - largest) * exponent) * factor;
-        V dp = V::load(tile.ds + r * kKeys + i);
-        if (g.shape.dropout.active) dp = dp * V::load(tile.keep + i);
-        const int64_t at = to + (g.mask_keys == 1 ? 0 : i);
-        V sum = V::load(scratch.sum + at), error = V::load(scratch.error + at);
-        add(probability * (dp - delta), sum, error);
-        sum.store(scratch.sum + at);
-        error.store(scratch.error + at);
-      }
-    }
-  }
-
-  // Adds x; what rounding leaves out of the sum goes to the error: Knuth's TwoSum (The Art of Computer Programming,
-  // volume 2, 4.2.2).
-  template <class X>
-  static FASTTX_INLINE void add(X x, X& sum, X& error) {
-    const X total = sum + x, added = total - sum;
-    error = error + ((sum - (total - added)) + (x - added));
-    sum = total;
+    for_slopes<T>(g, sequence, rows, scratch.tile, scratch.delta, key, n, [&](int64_t query, int64_t i, V slope) {
+      const int64_t at =
+          (g.mask_queries == 1 ? 0 : (query - first_query) * blocks.columns) + (g.mask_keys == 1 ? 0 : i);
+      add_exactly(slope, scratch.sum + at, scratch.error + at);
+    });
   }
 
   static void store(const AttentionBiasBwd& g, int64_t outer, int64_t query, int64_t key, Scratch& scratch) {
@@ -146,12 +172,7 @@ struct AttentionBiasBwdKernel {
       S* to = dmask + (outer * g.mask_queries + query + r) * g.mask_keys + key;
       const A *sum = scratch.sum + r * blocks.columns, *error = scratch.error + r * blocks.columns;
       if (g.mask_keys == 1) {
-        A total = 0, rest = 0;
-        for (int i = 0; i < V::kWidth; ++i) {
-          add(sum[i], total, rest);
-          rest += error[i];
-        }
-        store_lanes(to, V::set1(total + rest), 1);
+        store_lanes(to, V::set1(total_of(sum, error, V::kWidth)), 1);
       } else {
         for_vectors<V>(min_of(kKeys, g.mask_keys - key), [&](int64_t i, int lanes) {
           store_lanes(to + i, V::load(sum + i) + V::load(error + i), lanes);

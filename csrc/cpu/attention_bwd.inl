@@ -2,7 +2,8 @@
 //
 // With P = exp(S - largest) / sum, S = scale Q K^T + bias, and delta = rowsum(dO O):
 //   dV = P^T dO    dP = dO V^T    dS = P (dP - delta)    dQ = scale dS K    dK = scale dS^T Q
-// and dropout multiplies P in dV, and dP, by its factors. Every sum runs over the queries or keys in order; dQ's is the
+// and dropout multiplies P in dV, and dP, by its factors. A gradient of the weights themselves joins dP, and its part of
+// delta comes as one of lse (attention_weights.inl). Every sum runs over the queries or keys in order; dQ's is the
 // sum of those over chunks of keys, for threads to share a sequence. Queries that no gradient reaches take no part.
 
 // Keys of one tile.
@@ -109,6 +110,12 @@ struct KeyTile {
       ds_left = pieces.take<P>(kRows * kKeys);
       ds_right = pieces.take<P>(kRows * kKeys);
     }
+  }
+
+  // Room for rows that are not side by side.
+  template <class T>
+  static T* take_buffer(const AttentionShape& g, ScratchPieces& pieces) {
+    return pieces.take<T>(max_of(kKeys, kRows) * max_of(1, max_of(g.width, g.value_width)));
   }
 
   // out = rows * panels^T.
@@ -234,7 +241,7 @@ struct AttentionBwdKernel {
     A *dq, *part;   // QueryGradient: over all chunks, and over one of those after the first
     Scratch(const AttentionBwd& g, void* base)
         : pieces{static_cast<char*>(base)}, tile(g.shape, pieces), gradient(g.shape), dq(nullptr), part(nullptr) {
-      buffer = pieces.take<T>(max_of(kKeys, KeyTile<P>::kRows) * max_of(g.shape.width, g.shape.value_width));
+      buffer = KeyTile<P>::template take_buffer<T>(g.shape, pieces);
       live = pieces.take<int64_t>(g.shape.queries);
       delta = pieces.take<A>(g.shape.heads / g.shape.kv_heads * g.shape.queries);
       if (g.dq_partial != nullptr) return;
@@ -312,10 +319,42 @@ struct AttentionBwdKernel {
         live = !is_zero(queries_of<T>(g.shape, g.dout, g.dout_strides, sequence, head)[query], g.shape.value_width);
         if (g.dlse != nullptr)
           live |= !is_zero(static_cast<const A*>(g.dlse) + lse_index(g.shape, sequence, head, query), 1);
+        if (g.dweights != nullptr) live |= reaches_weights(g, sequence, head, query);
       }
       if (live) places[count++] = query;
     }
     return count;
+  }
+
+  // A query's gradient of the weights, in one head or in the mean over them.
+  static const T* weight_gradients(const AttentionBwd& g, const Sequence& sequence, int64_t head, int64_t query) {
+    const int64_t row = g.averages ? sequence.batch : sequence.batch * g.shape.heads + head;
+    return static_cast<const T*>(g.dweights) + (row * g.shape.queries + query) * g.shape.keys;
+  }
+  // Whether it has one at a key that takes part.
+  static bool reaches_weights(const AttentionBwd& g, const Sequence& sequence, int64_t head, int64_t query) {
+    const T* from = weight_gradients(g, sequence, head, query);
+    const Places& keys = sequence.keys;
+    if (keys.count > 0 && keys.adjoin(0, keys.count)) return !is_zero(from + keys[0], keys.count);
+    for (int64_t i = 0; i < keys.count; ++i)
+      if (!is_zero(from + keys[i], 1)) return true;
+    return false;
+  }
+  // Adds those of n keys to dP; without dO, they are all of it.
+  static void add_weight_gradients(const AttentionBwd& g, const Sequence& sequence, const TileRows& rows, int64_t key,
+                                   int64_t n, T* buffer, A* dp) {
+    const V share = V::set1(g.averages ? A(1) / static_cast<A>(g.shape.heads) : A(1));
+    const bool adjoin = sequence.keys.adjoin(key, n);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const T* from = weight_gradients(g, sequence, rows.rows[r].head, rows.rows[r].query);
+      for (int64_t i = 0; i < n && !adjoin; ++i) buffer[i] = from[sequence.keys[key + i]];
+      from = adjoin ? from + sequence.keys[key] : buffer;
+      A* to = dp + r * kKeys;
+      for_vectors<V>(n, [&](int64_t i, int lanes) {
+        const V added = load_lanes<V>(from + i, lanes) * share;
+        (g.dout == nullptr ? added : V::load(to + i) + added).store(to + i);
+      });
+    }
   }
 
   // dK and dV of one chunk of keys, and its share of dQ.
@@ -387,12 +426,14 @@ struct AttentionBwdKernel {
         pack_transposed(rows[i], rows.stride, min_of(kTileCols<P>, n - i), width,
                         panels + i * round_up(width, Packed<P>::kLeftStep));
     };
-    pack(rows_at(keys_of<T>(shape, g.v, g.v_strides, sequence, kv_head), sequence.keys, key, n, shape.value_width,
-                 buffer),
-         shape.value_width, tile.values);
+    if (g.dout != nullptr)
+      pack(rows_at(keys_of<T>(shape, g.v, g.v_strides, sequence, kv_head), sequence.keys, key, n, shape.value_width,
+                   buffer),
+           shape.value_width, tile.values);
     const auto k = rows_at(keys_of<T>(shape, g.k, g.k_strides, sequence, kv_head), sequence.keys, key, n, shape.width,
                            buffer);
     pack(k, shape.width, tile.keys);
+    if (g.dout == nullptr) return;
     pack_rows(k.first, k.stride, n, shape.width, tile.k.right, tile.k.pitch * kTileCols<P>);
   }
 
@@ -428,7 +469,7 @@ struct AttentionBwdKernel {
       packed.pack(from.first, from.stride, rows.count);
     };
     pack(g.q, g.q_strides, shape.width, tile.q);
-    pack(g.dout, g.dout_strides, shape.value_width, tile.dout);
+    if (g.dout != nullptr) pack(g.dout, g.dout_strides, shape.value_width, tile.dout);
     sign_queries(shape, tile.q.left, tile.q.left_stride, rows.count);
     if (reads_keys_directly(shape, sequence.queries, sequence.keys.count)) {
       // As in the forward, to the bit: its numbers fit no other scores.
@@ -441,7 +482,8 @@ struct AttentionBwdKernel {
     } else {
       tile.multiply_keys(tile.q, tile.keys, rows.count, n, tile.p);
     }
-    tile.multiply_keys(tile.dout, tile.values, rows.count, n, tile.ds);
+    if (g.dout != nullptr) tile.multiply_keys(tile.dout, tile.values, rows.count, n, tile.ds);
+    if (g.dweights != nullptr) add_weight_gradients(g, sequence, rows, key, n, buffer, tile.ds);
     mask.apply(tile.p, kKeys);
     return n;
   }
@@ -454,46 +496,6 @@ struct AttentionBwdKernel {
       for_vectors<V>(width, [&](int64_t i, int lanes) {
         store_lanes(line + i, V::load(from + row * from_stride + i) * V::set1(scale), lanes);
       });
-    }
-  }
-};
-
-// dQ from the chunks' shares, in their order. Items are (sequence, head, block of queries).
-template <class T>
-struct AttentionDqKernel {
-  using A = accum_t<T>;
-  using V = Vec<A>;
-  static constexpr int64_t kBlock = 64;
-
-  static Plan plan(const AttentionBwd& g) {
-    if (g.shape.kv_heads == 0) return {0, 1, 0, false};
-    const int64_t heads = pair_count(g.shape) * (g.shape.heads / g.shape.kv_heads);
-    return {heads * ceil_div(g.shape.queries, kBlock), 1, 0, false};
-  }
-
-  static void run(const AttentionBwd& g, void*, int64_t begin, int64_t end) {
-    const AttentionShape& shape = g.shape;
-    const QueryGradient<typename Packed<T>::type> gradient(shape);
-    const int64_t blocks = ceil_div(shape.queries, kBlock), group = shape.heads / shape.kv_heads;
-    const V scale = V::set1(static_cast<A>(shape.scale));
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t pair = item / blocks / group, head = item / blocks % group;
-      const Sequence sequence = sequence_of(shape, (pair + shape.first_pair) / shape.kv_heads);
-      const int64_t chunks = key_chunks(sequence.keys.count);
-      const QueryShares<T> partial(shape, g.dq_partial, pair);
-      const Places live = {partial.live[0], partial.live + 1};
-      T* dq = first_row<T>(g.dq, g.dq_strides, shape, sequence.batch,
-                           (pair + shape.first_pair) % shape.kv_heads * group + head, sequence.first_query);
-      const int64_t first = item % blocks * kBlock;
-      if (first == 0) clear_others(dq, g.dq_strides.t, live, sequence.queries, shape.width);
-      for (int64_t query = first; query < min_of(live.count, first + kBlock); ++query) {
-        const A* shares = partial.shares + (head * gradient.head_rows + query) * gradient.stride;
-        for_vectors<V>(shape.width, [&](int64_t i, int lanes) {
-          V sum = V::load(shares + i);
-          for (int64_t chunk = 1; chunk < chunks; ++chunk) sum = sum + V::load(shares + i + chunk * gradient.size);
-          store_lanes(dq + live[query] * g.dq_strides.t + i, sum * scale, lanes);
-        });
-      }
     }
   }
 };

@@ -107,6 +107,16 @@ static void widen_mask(const S* from, int64_t stride, const Places& keys, int64_
   }
 }
 
+// How far the keys from the i-th on stand from the first of n > i, which is `key`.
+template <class V>
+static inline V steps_from(const Places& keys, int64_t key, int64_t n, int64_t i) {
+  using A = decltype(reduce_max(V::zero()));
+  if (keys.adjoin(key, n)) return V::iota() + V::set1(static_cast<A>(i));
+  A lanes[V::kWidth] = {};
+  for (int64_t j = i; j < min_of(n, i + V::kWidth); ++j) lanes[j - i] = static_cast<A>(keys[key + j] - keys[key]);
+  return V::load(lanes);
+}
+
 // The mask and the positional bias of one tile: which scores stay, and what is added to them.
 template <class T>
 struct TileMask {
@@ -184,17 +194,8 @@ struct TileMask {
         seen = mask_and(seen, mask_not(eq(added, lowest)));
         score = scale.added ? max(least, score + added) : score;
       }
-      if (g.alibi_slopes != nullptr) score = fnma(slope, abs(distance + places(i)), score);
+      if (g.alibi_slopes != nullptr) score = fnma(slope, abs(distance + steps_from<V>(sequence.keys, key, n, i)), score);
       select(seen, score, lowest).store(scores + i);
     }
-  }
-
-  // How far the keys from the i-th on stand from the first.
-  V places(int64_t i) const {
-    if (sequence.keys.adjoin(key, n)) return V::iota() + V::set1(static_cast<A>(i));
-    A lanes[V::kWidth] = {};
-    for (int64_t j = i; j < min_of(n, i + V::kWidth); ++j)
-      lanes[j - i] = static_cast<A>(sequence.keys[key + j] - sequence.keys[key]);
-    return V::load(lanes);
   }
 };

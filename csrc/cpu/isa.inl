@@ -19,7 +19,10 @@
 #include "attention_decode.inl"
 #include "attention.inl"
 #include "attention_bwd.inl"
+#include "attention_dq.inl"
 #include "attention_bias.inl"
+#include "attention_alibi.inl"
+#include "attention_weights.inl"
 #include "peak.inl"
 
 #define FASTTX_STRING_(name) #name
@@ -51,6 +54,9 @@ inline constexpr KernelTable kTable = {
     .attention_bwd = FASTTX_KERNEL(AttentionBwdKernel),
     .attention_dq = FASTTX_KERNEL(AttentionDqKernel),
     .attention_bias_bwd = FASTTX_KERNEL(AttentionBiasBwdKernel),
+    .attention_alibi_bwd = FASTTX_KERNEL(AttentionAlibiBwdKernel),
+    .attention_weights_fwd = FASTTX_KERNEL(AttentionWeightsFwdKernel),
+    .attention_weights_bwd = FASTTX_KERNEL(AttentionWeightsBwdKernel),
     .peak = FASTTX_KERNEL(PeakKernel),
     .peak_step_flops = {PeakLoop<float>::kStepFlops, PeakLoop<bf16>::kStepFlops, PeakLoop<fp16>::kStepFlops,
                         PeakLoop<double>::kStepFlops},

@@ -180,6 +180,9 @@ struct AttentionBwd {
   Strides dout_strides, q_strides, k_strides, v_strides, out_strides, dq_strides, dk_strides, dv_strides;
   const void* stats;   // A, from the forward: the sum of lse's two parts would round off what they hold
   const void* dlse;    // A or null: gradient that reaches lse itself
+  const void* dweights;  // T or null: gradient that reaches the weights, (batch, heads, queries, keys), or where it
+                         // `averages` them over the heads (batch, queries, keys); not of packed sequences
+  bool averages;
   void *dq, *dk, *dv;  // T
   void* dq_partial;    // attention_dq_bytes for each pair of the launch: items are chunks of keys, and attention_dq
                        // makes dq of their shares; or null: items are pairs
@@ -190,6 +193,20 @@ struct AttentionBwd {
 struct AttentionBiasBwd : AttentionBwd {
   void* dmask;  // dense (mask_batch, mask_heads, mask_queries, mask_keys), each of them 1 or full; of the mask's type
   int64_t mask_batch, mask_heads, mask_queries, mask_keys;
+};
+
+// The gradient of the ALiBi slopes: dS times minus the distance, summed over the queries and keys of one sequence.
+struct AttentionAlibiBwd : AttentionBwd {
+  void* dslopes_partial;  // A (batch, heads)
+};
+
+// The weights that the forward applied, dropped ones too. The call is that of the backward, without gradients.
+struct AttentionWeightsFwd : AttentionBwd {
+  void* weights;  // T, as dweights
+};
+// What dweights adds to delta: the sum of weights times dweights over each row. Without dout.
+struct AttentionWeightsBwd : AttentionBwd {
+  void* dlse_total;  // A (batch, heads, queries): dlse less that sum
 };
 
 // Copies a (k, n) matrix, given by its strides, to panels of the tile's width: [panel][k][column], zero-padded.
@@ -257,6 +274,9 @@ struct KernelTable {
   Kernel<AttentionBwd> attention_bwd[kDTypes];
   Kernel<AttentionBwd> attention_dq[kDTypes];
   Kernel<AttentionBiasBwd> attention_bias_bwd[kDTypes];
+  Kernel<AttentionAlibiBwd> attention_alibi_bwd[kDTypes];
+  Kernel<AttentionWeightsFwd> attention_weights_fwd[kDTypes];
+  Kernel<AttentionWeightsBwd> attention_weights_bwd[kDTypes];
   Kernel<Peak> peak[kDTypes];
   double peak_step_flops[kDTypes];  // of one step, in one item
   Kernel<Read> read[kDTypes];

@@ -132,6 +132,7 @@ ATTENTION = (
         "alibi, causal",
         _qkv(2, 4, 70, 70, 32) | {"alibi_slopes": _slopes(4)},
         {"is_causal": True},
+        frozen=(),
     ),
     Case("attention", "grouped heads", _qkv(2, 6, 40, 40, 32, kv_heads=2), {"enable_gqa": True}),
     Case("attention", "widths 33 and 17", _qkv(2, 3, 19, 23, 33, 17)),

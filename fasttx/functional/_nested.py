@@ -1,4 +1,4 @@
-"""Jagged nested tensors (batch, heads, ragged length, width) as packed sequences."""
+"""Jagged nested tensors: as packed sequences, (batch, heads, ragged length, width), or by their values."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,24 @@ from torch import Tensor
 def any_nested(*tensors: object) -> bool:
     """Whether one of them is a nested tensor."""
     return any(isinstance(tensor, Tensor) and tensor.is_nested for tensor in tensors)
+
+
+def is_dense_jagged(tensor: Tensor) -> bool:
+    """Whether a nested tensor is jagged, without holes between its sequences."""
+    return tensor.layout is torch.jagged and tensor._lengths is None
+
+
+def on_values(function: Callable[[Tensor], Tensor], input: Tensor, trailing: int = 0) -> Tensor:
+    """A function that keeps shapes, and sees each stretch of `trailing` last dimensions by itself, of jagged input."""
+    if not is_dense_jagged(input):
+        raise ValueError(
+            "input is nested, and must then have the layout torch.jagged without holes (lengths), got the layout "
+            f"{input.layout}"
+        )
+    if input._ragged_idx >= input.dim() - trailing:
+        raise ValueError(f"input must not be ragged in its last dimensions, {trailing} of them, got {input.shape}")
+    values = function(input.values())
+    return torch.nested.nested_tensor_from_jagged(values, offsets=input.offsets(), jagged_dim=input._ragged_idx)
 
 
 def attend_nested(

@@ -3,7 +3,6 @@
 import math
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from fasttx import autocast, checks, reference
@@ -42,7 +41,7 @@ def attention(
     key_lengths   (B,) integers in [0, Tk]: sequence b has that many keys; the rest is padding, never read into a result
     is_causal     keys at or before the query's position
     window        (left, right): keys at most that far before and after it; a negative side is unlimited
-    alibi_slopes  (H,): adds -slope * |distance|
+    alibi_slopes  (H,): adds -slope * |distance|; they may be learned
 
     A query with nothing to attend to gives zeros, lse = -inf, and zero gradients.
 
@@ -67,7 +66,7 @@ def attention(
     ):
         output, lse = ops.attention(
             query, key, value, None, None, None, None, None, is_causal, query_offset, -1, -1, 0.0, None,
-            _scale(scale, query), return_lse,
+            scale_of(scale, query), return_lse,
         )  # fmt: skip
         return (output, lse) if return_lse else output
     options = {
@@ -91,7 +90,7 @@ def attention(
         query, key, value, attn_mask, key_lengths, query_offset, **options, enable_gqa=enable_gqa
     )
     seed = draw_seed() if dropout_p > 0.0 else None
-    output, lse = attend(
+    output, lse, _ = attend(
         query, key, value, attn_mask=attn_mask, key_lengths=key_lengths, query_offset=query_offset,
         **options, seed=seed, return_lse=return_lse, backend=backend,
     )  # fmt: skip
@@ -113,26 +112,35 @@ def attend(
     scale: float | None = None,
     seed: Tensor | None = None,
     return_lse: bool = False,
+    weights: int = ops.NONE,
+    op: str = "attention",
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """attention() of arguments that were checked, under a seed that the caller knows: output and, where asked, lse."""
-    chosen = choose(
-        "attention", (query, key, value), backend, cpu_refusal=_refusal(alibi_slopes)
-    )
-    if chosen == "reference":
-        output = reference.attention(
-            query, key, value, attn_mask=attn_mask, key_lengths=key_lengths, is_causal=is_causal,
-            query_offset=query_offset, window=window, alibi_slopes=alibi_slopes,
-            dropout_p=dropout_p, scale=scale, enable_gqa=True, return_lse=return_lse, seed=seed,
-        )  # fmt: skip
-        return output if return_lse else (output, None)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """attention() of arguments that were checked, under a seed that the caller knows.
+
+    Output, lse where it is asked for, and the weights that were applied: those of ops.EACH head, or their ops.MEAN.
+    Autocast acts on it as on attention(). `op`: what the call is known as.
+    """
+    options = {
+        "attn_mask": attn_mask, "key_lengths": key_lengths, "is_causal": is_causal, "query_offset": query_offset,
+        "window": window, "alibi_slopes": alibi_slopes, "dropout_p": dropout_p, "scale": scale, "seed": seed,
+    }  # fmt: skip
+    if autocast.acts_on(query):
+        call = partial(attend, **options, return_lse=return_lse, weights=weights, op=op, backend=backend)
+        return autocast.lowered(call, query, key, value)
+    if choose(op, (query, key, value), backend) == "reference":
+        options["enable_gqa"] = True
+        output, lse = reference.attention(query, key, value, **options, return_lse=True)
+        applied = None if weights == ops.NONE else reference.attention_weights(query, key, **options)
+        return output, lse if return_lse else None, applied.mean(1) if weights == ops.MEAN else applied
     if attn_mask is not None:
         # Not expanded: its gradient is summed over what it broadcasts over, and has its own shape.
         attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    return ops.attention(
+    output, lse, *applied = ops.attention(
         query, key, value, attn_mask, key_lengths, None, None, alibi_slopes, is_causal,
-        query_offset, *(window or (-1, -1)), dropout_p, seed, _scale(scale, query), return_lse,
+        query_offset, *(window or (-1, -1)), dropout_p, seed, scale_of(scale, query), return_lse, weights,
     )  # fmt: skip
+    return output, lse, *(applied or (None,))
 
 
 def attention_varlen(
@@ -183,8 +191,7 @@ def attention_varlen(
     checks.require_same_device("query", query, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
 
     seed = draw_seed() if dropout_p > 0.0 else None
-    refusal = _refusal(alibi_slopes)
-    if choose("attention_varlen", (query, key, value), backend, cpu_refusal=refusal) == "reference":
+    if choose("attention_varlen", (query, key, value), backend) == "reference":
         return reference.attention_varlen(
             query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal=is_causal, window=window,
             alibi_slopes=alibi_slopes, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa,
@@ -192,7 +199,7 @@ def attention_varlen(
         )  # fmt: skip
     output, lse = ops.attention(
         query, key, value, None, None, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, 0,
-        *(window or (-1, -1)), dropout_p, seed, _scale(scale, query), return_lse,
+        *(window or (-1, -1)), dropout_p, seed, scale_of(scale, query), return_lse,
     )  # fmt: skip
     return (output, lse) if return_lse else output
 
@@ -206,12 +213,6 @@ def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return of_key == (batch, heads, of_value[2], width) and of_value[:2] == of_key[:2] and width > 0
 
 
-def _scale(scale: float | None, query: Tensor) -> float:
+def scale_of(scale: float | None, query: Tensor) -> float:
+    """The scale, or what it is by default."""
     return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-
-
-def _refusal(alibi_slopes: Tensor | None) -> str | None:
-    """What the CPU kernels leave to the reference."""
-    if torch.is_grad_enabled() and alibi_slopes is not None and alibi_slopes.requires_grad:
-        return "alibi_slopes wants a gradient"
-    return None

@@ -1,16 +1,17 @@
 """The weights that attention applies."""
 
 import math
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
-from fasttx import checks, philox, reference
+from fasttx import autocast, checks, philox, reference
 from fasttx.dispatch import choose
+from fasttx.ops.attention import EACH
 
 from ._attention_checks import check_lse, check_padded
-from .softmax import softmax
+from .attention import attend, scale_of
 
 # Dropout's random words are made for so many weights at a time: they stay in cache.
 _WEIGHTS_AT_A_TIME = 1 << 18
@@ -44,52 +45,41 @@ def attention_weights(
     dropout_p and seed (an int, or an int64 tensor of no dimensions): the weights applied under them, that is dropped,
     or scaled by 1 / (1 - dropout_p).
     """
+    checks.require_floating("query", query)
     options = {
         "is_causal": is_causal, "query_offset": query_offset, "window": window, "alibi_slopes": alibi_slopes,
         "dropout_p": dropout_p, "scale": scale,
     }  # fmt: skip
+    if autocast.acts_on(query):
+        call = partial(
+            attention_weights, attn_mask=attn_mask, key_lengths=key_lengths, **options, seed=seed,
+            enable_gqa=enable_gqa, backend=backend,
+        )  # fmt: skip
+        return autocast.lowered(lambda query, key: call(query, key, lse), query, key)
     key_lengths = check_padded(query, key, None, attn_mask, key_lengths, **options, enable_gqa=enable_gqa)
     if lse is not None:
         check_lse("lse", lse, tuple(query.shape[:-1]), query)
         checks.require_same_device("query", query, lse=lse)
     if dropout_p > 0.0 and seed is None:
         raise ValueError(f"seed must be given where dropout_p is {dropout_p}")
-    return weigh(query, key, lse, attn_mask=attn_mask, key_lengths=key_lengths, **options, seed=seed, backend=backend)
-
-
-def weigh(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor | None = None,
-    *,
-    attn_mask: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    is_causal: bool = False,
-    query_offset: int = 0,
-    window: tuple[int, int] | None = None,
-    alibi_slopes: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    scale: float | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """attention_weights() of arguments that were checked."""
+    if lse is None:
+        seed = torch.tensor(seed) if isinstance(seed, int) else seed
+        nothing = key.new_empty((*key.shape[:-1], 0))  # what the weights are applied to
+        return attend(
+            query, key, nothing, attn_mask=attn_mask, key_lengths=key_lengths, **options, seed=seed,
+            weights=EACH, op="attention_weights", backend=backend,
+        )[2]  # fmt: skip
     if choose("attention_weights", (query, key), backend) == "reference":
         return reference.attention_weights(
-            query, key, lse, attn_mask=attn_mask, key_lengths=key_lengths, is_causal=is_causal,
-            query_offset=query_offset, window=window, alibi_slopes=alibi_slopes, dropout_p=dropout_p, seed=seed,
-            scale=scale, enable_gqa=True,
-        )  # fmt: skip
-    scores = _scores(query, key, query.shape[-1] ** -0.5 if scale is None else float(scale))
+            query, key, lse, attn_mask=attn_mask, key_lengths=key_lengths, **options, seed=seed, enable_gqa=True
+        )
+    scores = _scores(query, key, scale_of(scale, query))
     mask = _mask(scores, attn_mask, key_lengths, is_causal, query_offset, window, alibi_slopes)
-    if lse is None:
-        weights = softmax(scores, mask=mask, backend=backend)
-    else:
-        # A query without keys has lse = -inf; its weights are to be zero.
-        weights = scores.sub_(lse.masked_fill(lse == -math.inf, math.inf)[..., None])
-        if mask is not None:
-            weights = weights.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else weights.add_(mask)
-        weights = weights.exp_()
+    # A query without keys has lse = -inf; its weights are to be zero.
+    weights = scores.sub_(lse.masked_fill(lse == -math.inf, math.inf)[..., None])
+    if mask is not None:
+        weights = weights.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else weights.add_(mask)
+    weights = weights.exp_()
     if dropout_p > 0.0:
         weights = (weights * _kept(weights, seed, dropout_p)).mul_(1.0 / (1.0 - dropout_p))
     return weights.to(query.dtype)

@@ -8,16 +8,21 @@ from fasttx import autocast, checks, reference
 from fasttx.dispatch import choose, runs_on_cpu
 from fasttx.ops import gelu as ops
 
+from ._nested import any_nested, on_values
+
 
 def gelu(input: Tensor, approximate: str = "none", *, backend: str | None = None) -> Tensor:
     """x * Phi(x), with Phi the normal distribution function; or its tanh approximation.
 
-    Any shape; the result has input's shape and dtype. As torch.nn.functional.gelu; Hendrycks and Gimpel 2016.
+    Any shape, or a jagged nested tensor; the result has input's shape and dtype. As torch.nn.functional.gelu; Hendrycks
+    and Gimpel 2016.
     """
     if runs_on_cpu(backend, input) and approximate in checks.APPROXIMATIONS:
         return ops.gelu(input, approximate)
     checks.require_floating("input", input)
     checks.require_approximation(approximate)
+    if any_nested(input):
+        return on_values(partial(gelu, approximate=approximate, backend=backend), input)
     if autocast.acts_on(input):
         call = partial(gelu, approximate=approximate, backend=backend)
         return autocast.following(call, (input,), wide_on_gpu=False)

@@ -11,6 +11,8 @@ from fasttx.dispatch import choose, runs_on_cpu
 from fasttx.ops import layer_norm as ops
 from fasttx.rng import draw_seed
 
+from ._nested import any_nested, on_values
+
 
 def layer_norm(
     input: Tensor,
@@ -23,8 +25,8 @@ def layer_norm(
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias, over the last dimensions.
 
-    input (..., *normalized_shape); weight and bias of normalized_shape, or None; the result has input's shape and
-    dtype. As torch.nn.functional.layer_norm; Ba, Kiros and Hinton 2016.
+    input (..., *normalized_shape), or such a jagged nested tensor; weight and bias of normalized_shape, or None; the
+    result has input's shape and dtype. As torch.nn.functional.layer_norm; Ba, Kiros and Hinton 2016.
     """
     if runs_on_cpu(backend, input, weight, bias) and (
         width := _fitting_width(input, normalized_shape, weight, bias)
@@ -32,6 +34,9 @@ def layer_norm(
         return ops.layer_norm(input, width, weight, bias, eps)
     checks.require_floating("input", input)
     dims = _check_parameters(input, normalized_shape, weight, bias)
+    if any_nested(input):
+        call = partial(layer_norm, normalized_shape=dims, weight=weight, bias=bias, eps=eps, backend=backend)
+        return on_values(call, input, trailing=len(dims))
     if autocast.acts_on(input):
         call = partial(layer_norm, normalized_shape=dims, eps=eps, backend=backend)
         return autocast.following(

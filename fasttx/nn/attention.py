@@ -1,17 +1,18 @@
 """Multi-head attention as a module."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasttx import functional
+from fasttx import autocast, functional
 from fasttx._weak import WeakCache
 from fasttx.dispatch import takes_cpu
 from fasttx.functional.attention import attend
-from fasttx.functional.attention_weights import weigh
+from fasttx.ops.attention import EACH, MEAN, NONE
 from fasttx.ops.self_attention import self_attention
 from fasttx.rng import draw_seed
 
@@ -31,8 +32,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     As in torch.nn, True in a bool mask means "ignore". It differs from torch in one thing: a query with nothing to
     attend to gives zeros, before out_proj, and zero weights, where torch gives NaN, or does not say.
 
-    Weights, where they are asked for, are computed beside the fused kernel, which does not write them down: they are
-    those that it applied, under dropout too, and gradients reach the inputs through both.
+    Weights, where they are asked for, come from the fused operation: they are those that it applied, under dropout too,
+    and gradients reach the inputs through both. Their mean is taken without writing down those of each head.
 
     With a fasttx.nn.KVCache as `cache`, query holds the new tokens alone: where it is key and value too, they are
     appended and attend causally to all that were (is_causal need not be given); otherwise key and value are a memory,
@@ -71,34 +72,48 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         # The hint stands for the mask where torch lets it: without weights and without padding.
         is_causal = is_causal and key_padding_mask is None and not need_weights
         mask = self.mask(None if is_causal else attn_mask, key_padding_mask, query.dtype)
-        if query is key and key is value and not need_weights:
-            output = self._self_attention(query, mask, is_causal)
-            if output is not None:
-                return output, None
-        q, k, v = map(self._split_heads, self._project(query, key, value))
-        k, v, mask = self._extend(k, v, mask)
-        dropout_p = self.dropout if self.training else 0.0
-        seed = draw_seed() if dropout_p > 0.0 else None
-        output, _ = attend(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, seed=seed)
-        weights = None
-        if need_weights:
-            weights = weigh(q, k, attn_mask=mask, dropout_p=dropout_p, seed=seed)
-            weights = weights.mean(dim=1) if average_attn_weights else weights
-            weights = weights if query.dim() == 3 else weights.squeeze(0)
-        return self._join_heads(output, query.dim()), weights
+        wanted = NONE if not need_weights else MEAN if average_attn_weights else EACH
+        results = self._self_attention(query, mask, is_causal, wanted) if query is key and key is value else None
+        if results is None:
+            q, k, v = map(self._split_heads, self._project(query, key, value))
+            k, v, mask = self._extend(k, v, mask)
+            dropout_p = self.dropout if self.training else 0.0
+            output, _, weights = attend(
+                q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p,
+                seed=draw_seed() if dropout_p > 0.0 else None, weights=wanted,
+            )  # fmt: skip
+            results = self._join_heads(output, query.dim()), weights
+        output, weights = results
+        return output, weights if weights is None or query.dim() == 3 else weights.squeeze(0)
 
-    def _self_attention(self, x: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor | None:
+    def _self_attention(
+        self, x: Tensor, mask: Tensor | None, is_causal: bool, weights: int, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None] | None:
         """Projections and attention as one operation; None where the call has no such form."""
-        if x.dim() != 3 or not self.can_pack() or (mask is not None and mask.requires_grad and torch.is_grad_enabled()):
+        if x.dim() != (3 if cu_seqlens is None else 2) or not self.can_pack():
+            return None
+        if mask is not None and mask.requires_grad and torch.is_grad_enabled():
             return None
         tensors = (x, *self.parameters_of_projections())
+        call = partial(self._fused, mask=mask, cu_seqlens=cu_seqlens, is_causal=is_causal, weights=weights)
+        return autocast.lowered(call, *tensors) if autocast.acts_on(x) else call(*tensors)
+
+    def _fused(
+        self,
+        *tensors: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        is_causal: bool,
+        weights: int,
+    ) -> tuple[Tensor, Tensor | None] | None:
         if not takes_cpu("self_attention", tensors):
             return None
         dropout_p = self.dropout if self.training else 0.0
-        return self_attention(
-            *tensors, self.num_heads, self.batch_first, mask, None, is_causal, self.head_dim**-0.5, dropout_p,
-            draw_seed() if dropout_p > 0.0 else None,
+        results = self_attention(
+            *tensors, self.num_heads, self.batch_first, mask, cu_seqlens, is_causal, self.head_dim**-0.5, dropout_p,
+            draw_seed() if dropout_p > 0.0 else None, weights,
         )  # fmt: skip
+        return (results, None) if weights == NONE else results
 
     def parameters_of_projections(self) -> tuple[Tensor | None, ...]:
         """Weight and bias of the joined projections of queries, keys and values, and of the one after."""
@@ -121,6 +136,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         self, x: Tensor, memory: Tensor, cu_seqlens: Tensor, cu_seqlens_memory: Tensor, is_causal: bool
     ) -> Tensor:
         """From each packed sequence of x (tokens, embed_dim) to the same one of memory -> (tokens, embed_dim)."""
+        results = self._self_attention(x, None, is_causal, NONE, cu_seqlens) if x is memory else None
+        if results is not None:
+            return results[0]
         sizes = (-1, self.num_heads, self.head_dim)
         q, k, v = (t.view(sizes) for t in self._project(x, memory, memory))
         output = functional.attention_varlen(

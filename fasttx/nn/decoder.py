@@ -18,11 +18,11 @@ from ._blocks import (
     parts,
     self_attention_half,
 )
-from ._padding import packings_of, run_where_packed, takes_remove_padding, zeroed_by_packing
+from ._padding import run_where_packed, takes_remove_padding
 from ._plain import adopt, is_plain, step_aside, why_patched
 from .attention import MultiheadAttention
 from .cache import KVCache
-from .transformer import causal_by, normed, where_causal
+from .transformer import causal_by, normed, removal_of
 
 
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
@@ -194,11 +194,10 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         packings = zeroed = None
         nested = tgt.is_nested or memory.is_nested
         if self.remove_padding and cache is None and memory_mask is None and not (memory_is_causal or nested):
-            batches = (tgt, tgt_key_padding_mask), (memory, memory_key_padding_mask)
-            if torch.compiler.is_compiling():
-                zeroed = where_causal(zeroed_by_packing(batch_first, *batches), tgt_mask, tgt_is_causal, length)
-            elif causal == (tgt_mask is not None):
-                packings = packings_of(batch_first, *batches)
+            batches = [(tgt, tgt_key_padding_mask), (memory, memory_key_padding_mask)]
+            packings, zeroed = removal_of(
+                batches, batch_first, tgt_mask, tgt_is_causal, length, causal == (tgt_mask is not None)
+            )
         if packings is None:
             x = tgt
             for layer in self.layers:

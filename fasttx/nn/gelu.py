@@ -4,15 +4,16 @@ import torch
 from torch import Tensor
 
 from fasttx import functional
+from fasttx.functional._nested import is_dense_jagged
 
 from ._plain import step_aside
 
 
 class GELU(torch.nn.GELU):
-    """torch.nn.GELU, exact or by its tanh approximation, by fasttx.functional.gelu. Any shape."""
+    """torch.nn.GELU, exact or by its tanh approximation, by fasttx.functional.gelu. Any shape, or jagged."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_nested:
-            step_aside("gelu", "input is nested")
+        if input.is_nested and not is_dense_jagged(input):
+            step_aside("gelu", "input is nested, and not jagged without holes")
             return super().forward(input)
         return functional.gelu(input, self.approximate)

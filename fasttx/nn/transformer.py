@@ -19,7 +19,7 @@ from ._blocks import (
     parts,
     self_attention_half,
 )
-from ._padding import packings_of, run_where_packed, takes_remove_padding, zeroed_by_packing
+from ._padding import Packing, packings_of, run_where_packed, takes_remove_padding, zeroed_by_packing
 from ._plain import adopt, is_plain, step_aside, why_patched
 from .attention import MultiheadAttention
 
@@ -152,13 +152,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
         packings = zeroed = None
         if as_torch or (self.remove_padding and src_key_padding_mask is not None):
-            batch = (src, src_key_padding_mask)
-            if torch.compiler.is_compiling():
-                zeroed = zeroed_by_packing(batch_first, batch)
-                zeroed = where_causal(zeroed, mask, is_causal, length)
-            # Of masks beside the padding only a causal one survives packing; the hint alone is torch's error.
-            elif as_torch or causal == (mask is not None):
-                packings = packings_of(batch_first, batch)
+            batches = [(src, src_key_padding_mask)]
+            survives = as_torch or causal == (mask is not None)
+            packings, zeroed = removal_of(batches, batch_first, mask, is_causal, length, survives)
         if packings is None:
             for layer in self.layers:
                 src = padded(layer, src)
@@ -231,7 +227,25 @@ def causal_by(mask: Tensor | None, hint: bool | None, length: int) -> bool:
     return bool(_is_causal(mask))
 
 
-def where_causal(zeroed: Tensor | None, mask: Tensor | None, hint: bool | None, length: int) -> Tensor | None:
+def removal_of(
+    batches: list[tuple[Tensor, Tensor | None]],
+    batch_first: bool,
+    mask: Tensor | None,
+    hint: bool | None,
+    length: int,
+    survives: bool,
+) -> tuple[list[Packing] | None, Tensor | None]:
+    """How to pack batches, each given with its key padding mask; or, while torch.compile traces, where zeros are to go.
+
+    mask and hint: the first's. Of masks beside the padding only a causal one `survives` packing; the hint alone is
+    torch's error. That is not known while it is traced.
+    """
+    if torch.compiler.is_compiling():
+        return None, _where_causal(zeroed_by_packing(batch_first, *batches), mask, hint, length)
+    return packings_of(batch_first, *batches) if survives else None, None
+
+
+def _where_causal(zeroed: Tensor | None, mask: Tensor | None, hint: bool | None, length: int) -> Tensor | None:
     """`zeroed`, if what other mask there is is causal: as by `causal_by`, without a branch on the mask's values."""
     if zeroed is None or mask is None or hint is not None:
         return zeroed if (mask is not None) == bool(hint) else None

@@ -21,6 +21,9 @@ class Transformer(torch.nn.Transformer):
     called as it is. Masks are torch's: a bool is True where a query must not attend. Queries with
     nothing to attend to get zeros from the attention, where torch gives NaN.
 
+    To decode step by step, encode once and give the decoder a KVCache: `memory = model.encoder(src)`, and at each step
+    `model.decoder(tgt, memory, cache=cache)`. forward takes none: it encodes src whenever it is called, as torch's.
+
     remove_padding is what TransformerEncoder and TransformerDecoder take: None does as torch does,
     True runs on the valid tokens alone wherever key padding masks allow it, in training too. Raises
     TypeError for another value, and where it is given beside an encoder or decoder that has no such choice.

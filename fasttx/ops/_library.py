@@ -61,8 +61,16 @@ def map_rows(op: Operator, *rows: str, alone: tuple[str, ...] = ()) -> None:
     op.vmap_rule = as_rows(op.raw, names, rows, alone)
 
 
-def differentiate(op: Operator, backward: Callable, setup_context: Callable) -> None:
-    """Gives the op its gradient formula."""
+def differentiate(
+    op: Operator, backward: Callable, setup_context: Callable, keeps: Callable[[tuple], bool] | None = None
+) -> None:
+    """Gives the op its gradient formula.
+
+    keeps: whether a call with these inputs keeps what the backward reads. One that was traced for inference does not:
+    it runs where gradients are on, and is refused only if one is asked for.
+    """
+    if keeps is not None:
+        backward, setup_context = _where_kept(op.name, backward, setup_context, keeps)
     torch.library.register_autograd(op.registered, backward, setup_context=setup_context, lib=_LIBRARY)
 
     raw = op.raw
@@ -79,6 +87,25 @@ def differentiate(op: Operator, backward: Callable, setup_context: Callable) -> 
     # What the engine calls, after checks for ways to write a Function that are not used here.
     function._backward_cls.apply = backward
     op.transformed = transformable(op.name, raw, backward, setup_context)
+
+
+def _where_kept(
+    name: str, backward: Callable, setup_context: Callable, keeps: Callable[[tuple], bool]
+) -> tuple[Callable, Callable]:
+    def setup(ctx, inputs, output):
+        ctx.kept = keeps(inputs)
+        if ctx.kept:
+            setup_context(ctx, inputs, output)
+
+    def formula(ctx, *grads):
+        if not ctx.kept:
+            raise RuntimeError(
+                f"fasttx's {name} kept nothing for a gradient: its call was traced for inference, as by torch.export "
+                "under torch.no_grad() or without a parameter or input that requires one; trace it with gradients"
+            )
+        return backward(ctx, *grads)
+
+    return formula, setup
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -13,6 +13,9 @@ from ._library import (
     wants_grad,
 )
 
+# The codes of Weights in csrc/bindings/layers.h: which of the applied weights are wanted.
+NONE, EACH, MEAN = 0, 1, 2
+
 
 def _unit_rows(tensor: Tensor) -> Tensor:
     unit = tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
@@ -35,12 +38,21 @@ def _gradient(like: Tensor) -> Tensor:
 
 def _attention_fwd(
     query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes,
-    is_causal, query_offset, window_left, window_right, dropout_p, seed, scale, with_lse=True,
+    is_causal, query_offset, window_left, window_right, dropout_p, seed, scale, with_lse=True, weights=NONE,
 ):  # fmt: skip
     shape = query.shape[:-1] if query.dim() == 4 else (query.shape[1], query.shape[0])
-    lse = query.new_empty(shape if with_lse else 0, dtype=accumulate_dtype(query.dtype))
-    stats = lse.new_empty((*shape, 2) if with_lse else 0)
-    return _tokens_first(query, value.shape[-1]), lse, stats
+    kept = with_lse or weights != NONE
+    lse = query.new_empty(shape if kept else 0, dtype=accumulate_dtype(query.dtype))
+    stats = lse.new_empty((*shape, 2) if kept else 0)
+    applied = new_weights(query, query.shape[:-1], key.shape[-2], weights)
+    return _tokens_first(query, value.shape[-1]), lse, stats, applied
+
+
+def new_weights(like: Tensor, rows: tuple[int, ...], keys: int, weights: int) -> Tensor:
+    """The shape function of weights: rows (batch, heads, queries)."""
+    if weights == NONE:
+        return like.new_empty((0,))
+    return like.new_empty((*rows, keys) if weights == EACH else (rows[0], rows[2], keys))
 
 
 def _attention_bwd(grad, grad_lse, query, key, value, *rest):
@@ -51,51 +63,58 @@ def _attention_bias_bwd(grad, grad_lse, query, key, value, output, stats, attn_m
     return attn_mask.new_empty(attn_mask.shape)
 
 
+def _attention_alibi_bwd(*args):
+    slopes = args[11]
+    return slopes.new_empty(slopes.shape)
+
+
 _OPTIONS = (
     " Tensor? attn_mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
     " Tensor? alibi_slopes, bool is_causal, int query_offset, int window_left, int window_right,"
     " float dropout_p, Tensor? seed, float scale"
 )
 attention_fwd = define(
-    f"attention_fwd(Tensor query, Tensor key, Tensor value,{_OPTIONS}, bool with_lse=True)"
-    " -> (Tensor output, Tensor lse, Tensor stats)",
+    f"attention_fwd(Tensor query, Tensor key, Tensor value,{_OPTIONS}, bool with_lse=True, int weights=0)"
+    " -> (Tensor output, Tensor lse, Tensor stats, Tensor applied)",
     _attention_fwd,
 )
 _BACKWARD = (
     "Tensor grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output,"
-    f" Tensor stats,{_OPTIONS}"
+    f" Tensor stats,{_OPTIONS}, Tensor? grad_weights=None"
 )
 attention_bwd = define(
     f"attention_bwd({_BACKWARD}) -> (Tensor dquery, Tensor dkey, Tensor dvalue)", _attention_bwd
 )
 attention_bias_bwd = define(f"attention_bias_bwd({_BACKWARD}) -> Tensor dmask", _attention_bias_bwd)
+attention_alibi_bwd = define(f"attention_alibi_bwd({_BACKWARD}) -> Tensor dslopes", _attention_alibi_bwd)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.is_causal, ctx.offset, ctx.left, ctx.right, ctx.dropout_p, seed, ctx.scale, _ = inputs
-    result, _, stats = output
+    *tensors, ctx.is_causal, ctx.offset, ctx.left, ctx.right, ctx.dropout_p, seed, ctx.scale, _, weights = inputs
+    result, _, stats, applied = output
     ctx.save_for_backward(*tensors, seed, result, stats)
-    ctx.mark_non_differentiable(stats)
+    ctx.mark_non_differentiable(stats, *([applied] if weights == NONE else []))
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, grad_lse, _grad_stats):
+def _backward(ctx, grad, grad_lse, _grad_stats, grad_weights):
     query, key, value, *options, seed, output, stats = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(output)
     arguments = (
         grad, grad_lse, query, key, value, output, stats, *options, ctx.is_causal, ctx.offset,
-        ctx.left, ctx.right, ctx.dropout_p, seed, ctx.scale,
+        ctx.left, ctx.right, ctx.dropout_p, seed, ctx.scale, grad_weights,
     )  # fmt: skip
     *needs, needs_mask = ctx.needs_input_grad[:4]
     gradients = map(given, attention_bwd(*arguments), needs) if any(needs) else [None] * 3
     dmask = attention_bias_bwd(*arguments) if needs_mask else None
-    return (*gradients, dmask, *[None] * 12)
+    dslopes = attention_alibi_bwd(*arguments) if ctx.needs_input_grad[7] else None
+    return (*gradients, dmask, *[None] * 3, dslopes, *[None] * 9)
 
 
-differentiate(attention_fwd, _backward, _save)
-forbid_double_backward(attention_bwd)
-forbid_double_backward(attention_bias_bwd)
+differentiate(attention_fwd, _backward, _save, lambda inputs: inputs[-2] or inputs[-1] != NONE)
+for _op in (attention_bwd, attention_bias_bwd, attention_alibi_bwd):
+    forbid_double_backward(_op)
 
 
 def attention(
@@ -115,18 +134,20 @@ def attention(
     seed: Tensor | None,
     scale: float,
     want_lse: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Output and lse, empty where it is not wanted.
+    weights: int = NONE,
+) -> tuple[Tensor, ...]:
+    """Output and lse, empty where it is not wanted; with weights EACH or MEAN, those too.
 
-    attn_mask has 4 dims that broadcast, and a gradient of its own shape; alibi_slopes get none.
+    attn_mask has 4 dims that broadcast, and a gradient of its own shape. Weights (batch, heads, queries, keys), or
+    their mean over the heads (batch, queries, keys), are those that were applied, dropout included.
     """
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.to(accumulate_dtype(query.dtype))
-    differentiable = wants_grad(query, key, value, attn_mask)
-    output, lse, _ = run(
+    differentiable = wants_grad(query, key, value, attn_mask, alibi_slopes)
+    output, lse, _, applied = run(
         attention_fwd, differentiable,
         query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes,
         is_causal, query_offset, window_left, window_right, dropout_p, seed, scale,
-        want_lse or differentiable,
+        want_lse or differentiable, weights,
     )  # fmt: skip
-    return output, lse
+    return (output, lse) if weights == NONE else (output, lse, applied)

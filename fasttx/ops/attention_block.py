@@ -9,7 +9,6 @@ from torch import Tensor
 from fasttx.packing import packed
 
 from ._library import (
-    accumulate_dtype,
     define,
     differentiate,
     forbid_double_backward,
@@ -17,6 +16,7 @@ from ._library import (
     run,
     wants_grad,
 )
+from .self_attention import new_intermediates
 
 
 def _attention_block_fwd(
@@ -24,19 +24,10 @@ def _attention_block_fwd(
     batch_first, attn_mask, cu_seqlens, is_causal, scale, attention_p, attention_seed, dropout_p,
     seed, store, packed_in, packed_out,
 ):  # fmt: skip
-    outer = input.shape[:-1]
     if norm_first:
         return input.new_empty(input.shape), *(input.new_empty((0,)) for _ in range(4))
-    rows = (heads, *outer)
-    if len(outer) == 2:
-        rows = (outer[0], heads, outer[1]) if batch_first else (outer[1], heads, outer[0])
-    return (
-        input.new_empty(input.shape),
-        input.new_empty((*outer, weight_in.shape[0]) if store else (0,)),
-        input.new_empty((*outer, weight_in.shape[0] // 3) if store else (0,)),
-        input.new_empty((*rows, 2) if store else (0,), dtype=accumulate_dtype(input.dtype)),
-        input.new_empty(input.shape if store else (0,)),
-    )
+    *kept, _ = new_intermediates(input, weight_in, heads, batch_first, store)
+    return input.new_empty(input.shape), *kept, input.new_empty(input.shape if store else (0,))
 
 
 def _attention_block_bwd(grad, input, weight_in, weight_out, *rest):
@@ -74,9 +65,7 @@ attention_block_bwd = define(
 
 
 def _save(ctx, inputs, output):
-    input, weight_in, _, weight_out, _, norm_weight, _, ctx.eps, norm_first, *options, store, _, _ = inputs
-    if norm_first or not store:
-        raise RuntimeError("attention_block_fwd has gradients with norm_first=False, store=True")
+    input, weight_in, _, weight_out, _, norm_weight, _, ctx.eps, _, *options, _, _, _ = inputs
     ctx.heads, ctx.batch_first, mask, cu_seqlens, ctx.is_causal, ctx.scale, *dropouts = options
     ctx.attention_p, attention_seed, ctx.dropout_p, seed = dropouts
     ctx.save_for_backward(
@@ -96,7 +85,8 @@ def _backward(ctx, grad, *_):
     return (*map(given, gradients, needs), *[None] * 15)
 
 
-differentiate(attention_block_fwd, _backward, _save)
+# In training the norm comes last.
+differentiate(attention_block_fwd, _backward, _save, lambda inputs: inputs[-3] and not inputs[8])
 forbid_double_backward(attention_block_bwd)
 
 

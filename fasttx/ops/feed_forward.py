@@ -56,10 +56,8 @@ feed_forward_bwd = define(
 
 
 def _save_feed_forward(ctx, inputs, output):
-    input, weight1, _, weight2, _, activation, dropout_p, seed, store_preact, _, _ = inputs
+    input, weight1, _, weight2, _, activation, dropout_p, seed, *_ = inputs
     _, preact = output
-    if not store_preact:
-        raise RuntimeError("feed_forward_fwd needs store_preact=True when gradients are wanted")
     ctx.save_for_backward(input, weight1, weight2, preact, seed)
     ctx.activation, ctx.dropout_p = activation, dropout_p
     ctx.mark_non_differentiable(preact)
@@ -74,7 +72,7 @@ def _feed_forward_backward(ctx, grad, _grad_preact):
     return (*map(given, gradients, needs), None, None, None, None, None, None)
 
 
-differentiate(feed_forward_fwd, _feed_forward_backward, _save_feed_forward)
+differentiate(feed_forward_fwd, _feed_forward_backward, _save_feed_forward, lambda inputs: inputs[8])
 forbid_double_backward(feed_forward_bwd)
 map_rows(feed_forward_fwd, "input", alone=("dropout_p",))
 map_rows(

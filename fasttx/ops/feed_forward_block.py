@@ -67,9 +67,7 @@ feed_forward_block_bwd = define(
 
 
 def _save(ctx, inputs, output):
-    input, weight1, _, weight2, _, norm_weight, _, ctx.eps, norm_first, *options, store, _, _ = inputs
-    if norm_first or not store:
-        raise RuntimeError("feed_forward_block_fwd has gradients with norm_first=False, store=True")
+    input, weight1, _, weight2, _, norm_weight, _, ctx.eps, _, *options, _, _, _ = inputs
     ctx.activation, ctx.dropout1_p, seed1, ctx.dropout2_p, seed2 = options
     ctx.save_for_backward(input, weight1, weight2, norm_weight, *output[1:], seed1, seed2)
     ctx.mark_non_differentiable(*output[1:])
@@ -85,7 +83,8 @@ def _backward(ctx, grad, *_):
     return (*map(given, gradients, needs), *[None] * 10)
 
 
-differentiate(feed_forward_block_fwd, _backward, _save)
+# In training the norm comes last.
+differentiate(feed_forward_block_fwd, _backward, _save, lambda inputs: inputs[-3] and not inputs[8])
 forbid_double_backward(feed_forward_block_bwd)
 map_rows(feed_forward_block_fwd, "input", alone=("dropout1_p", "dropout2_p"))
 map_rows(

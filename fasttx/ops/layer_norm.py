@@ -118,9 +118,7 @@ add_layer_norm_bwd = define(
 
 
 def _save_add_layer_norm(ctx, inputs, output):
-    _, _, ctx.width, weight, bias, ctx.eps, ctx.dropout_p, seed, store_sum = inputs
-    if not store_sum:
-        raise RuntimeError("add_layer_norm_fwd needs store_sum=True when gradients are wanted")
+    _, _, ctx.width, weight, bias, ctx.eps, ctx.dropout_p, seed, _ = inputs
     ctx.save_for_backward(output[1], weight, seed)
     ctx.shape = _parameter_shape(weight, bias)
     ctx.set_materialize_grads(False)
@@ -148,7 +146,9 @@ def _add_layer_norm_backward(ctx, grad, grad_sum):
     )  # fmt: skip
 
 
-differentiate(add_layer_norm_fwd, _add_layer_norm_backward, _save_add_layer_norm)
+differentiate(
+    add_layer_norm_fwd, _add_layer_norm_backward, _save_add_layer_norm, lambda inputs: inputs[-1]
+)
 forbid_double_backward(add_layer_norm_bwd)
 map_rows(add_layer_norm_fwd, "input", "residual", alone=("dropout_p",))
 map_rows(

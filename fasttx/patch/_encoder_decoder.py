@@ -72,11 +72,14 @@ class _LayerMixin:
 class EncoderLayerMixin(_LayerMixin):
     """The forward of an encoder layer with fused halves: attention, and feed-forward, each with its residual and norm.
 
-    Of a padded batch it takes the valid tokens alone: valid positions get the padded batch's values, padded ones zeros.
+    Of a padded batch it takes the valid tokens alone where it `removes_padding`: valid positions get the padded batch's
+    values, padded ones zeros.
     (The loop over the layers is a PreTrainedModel's, so each packs for itself; how is found out once for all.)
     The self-attention module is called where it is hooked or replaced, and while attentions are collected; what
     follows stays fused.
     """
+
+    removes_padding: ClassVar[bool] = True
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Tensor:
         """The layer on a batch (B, T, width)."""
@@ -86,7 +89,8 @@ class EncoderLayerMixin(_LayerMixin):
                 hidden_states, lambda x: self.self_attn(x, attention_mask=attention_mask, **kwargs)[0], parts
             )  # fmt: skip
             return self._clamped(x)
-        packing = _hf.packing_of(attention_mask, hidden_states) if self.can_pack() else None
+        packs = self.removes_padding and self.can_pack()
+        packing = _hf.packing_of(attention_mask, hidden_states) if packs else None
         if packing is None:
             attend, half = self._read_attention(parts, mask=attention_mask)
             return self._clamped(order(hidden_states, attend, parts, half))

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
     bidirectional_mask_function,
@@ -32,9 +32,12 @@ from transformers.utils.import_utils import is_tracing
 
 from fasttx import functional
 from fasttx._weak import WeakCache
+from fasttx.functional.attention import attend
 from fasttx.nn import _blocks
 from fasttx.nn._padding import Packing
 from fasttx.nn._plain import is_plain, step_aside
+from fasttx.ops.attention import EACH
+from fasttx.rng import draw_seed
 
 
 class Implementation(str):
@@ -85,25 +88,16 @@ def attention_forward(
     if attention_mask is not None and attention_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         attention_mask = attention_mask.to(query.dtype)
     if collects_attentions():
-        output, weights = _attend_with_weights(query, key, value, attention_mask, causal, dropout, scaling)
+        output, _, weights = attend(
+            query, key, value, attn_mask=attention_mask, is_causal=causal, dropout_p=dropout, scale=scaling,
+            seed=draw_seed() if dropout > 0.0 else None, weights=EACH,
+        )  # fmt: skip
         return output.transpose(1, 2), weights
     output = functional.attention(
         query, key, value, attn_mask=attention_mask, is_causal=causal, dropout_p=dropout, scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],
     )  # fmt: skip
     return output.transpose(1, 2), None
-
-
-def _attend_with_weights(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """The output, and the weights that were applied, dropout included: as eager attention returns them."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    weights = functional.softmax(scores, mask=mask, is_causal=causal)
-    weights = F.dropout(weights, dropout)
-    return weights @ value, weights
 
 
 def _transformers_own(module: Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -332,7 +326,7 @@ SWAPS = {
     NewGELUActivation: FastNewGELUActivation,
     GELUTanh: FastGELUTanh,
 }
-PACKING = set()
+KEEPING: dict[type, type] = {}
 
 
 def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:

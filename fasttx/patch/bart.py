@@ -11,6 +11,12 @@ class FastBartEncoderLayer(EncoderLayerMixin, BartEncoderLayer):
     attention_class, norm_first = BartAttention, False
 
 
+class PaddedBartEncoderLayer(FastBartEncoderLayer):
+    """The same on padded batches as they are."""
+
+    removes_padding = False
+
+
 class FastBartDecoderLayer(DecoderLayerMixin, BartDecoderLayer):
     """BartDecoderLayer with fused halves."""
 
@@ -18,4 +24,4 @@ class FastBartDecoderLayer(DecoderLayerMixin, BartDecoderLayer):
 
 
 SWAPS = {BartEncoderLayer: FastBartEncoderLayer, BartDecoderLayer: FastBartDecoderLayer}
-PACKING = {FastBartEncoderLayer}
+KEEPING = {BartEncoderLayer: PaddedBartEncoderLayer}

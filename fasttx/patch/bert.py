@@ -209,4 +209,4 @@ class FastBertEncoder(EncoderMixin, BertEncoder):
 
 
 SWAPS = {BertLayer: FastBertLayer, BertEncoder: FastBertEncoder}
-PACKING = {FastBertEncoder}
+KEEPING = {BertEncoder: BertEncoder}

@@ -134,4 +134,4 @@ def _can_pack(layer: Module) -> bool:
 
 
 SWAPS = {TransformerBlock: FastTransformerBlock, Transformer: FastTransformer}
-PACKING = {FastTransformer}
+KEEPING = {Transformer: Transformer}

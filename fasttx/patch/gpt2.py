@@ -238,7 +238,7 @@ class FastGPT2Block(GPT2Block):
 
 
 SWAPS = {Conv1D: FastConv1D, GPT2Block: FastGPT2Block}
-PACKING: set[type] = set()
+KEEPING: dict[type, type] = {}
 
 
 def _weights(conv: Module) -> tuple[Tensor, Tensor]:

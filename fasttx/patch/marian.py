@@ -11,6 +11,12 @@ class FastMarianEncoderLayer(EncoderLayerMixin, MarianEncoderLayer):
     attention_class, norm_first = MarianAttention, False
 
 
+class PaddedMarianEncoderLayer(FastMarianEncoderLayer):
+    """The same on padded batches as they are."""
+
+    removes_padding = False
+
+
 class FastMarianDecoderLayer(DecoderLayerMixin, MarianDecoderLayer):
     """MarianDecoderLayer with fused halves."""
 
@@ -18,4 +24,4 @@ class FastMarianDecoderLayer(DecoderLayerMixin, MarianDecoderLayer):
 
 
 SWAPS = {MarianEncoderLayer: FastMarianEncoderLayer, MarianDecoderLayer: FastMarianDecoderLayer}
-PACKING = {FastMarianEncoderLayer}
+KEEPING = {MarianEncoderLayer: PaddedMarianEncoderLayer}

@@ -26,4 +26,4 @@ class FastRobertaEncoder(EncoderMixin, RobertaEncoder):
 
 
 SWAPS = {RobertaLayer: FastRobertaLayer, RobertaEncoder: FastRobertaEncoder}
-PACKING = {FastRobertaEncoder}
+KEEPING = {RobertaEncoder: RobertaEncoder}

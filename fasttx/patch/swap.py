@@ -33,7 +33,7 @@ _PACKING = {
     torch.nn.TransformerDecoder: PackingTransformerDecoder,
 }
 # By module of Hugging Face's, what fasttx has for it: a module with SWAPS, by original class the one that it becomes,
-# and PACKING, those of the latter that remove padding.
+# and KEEPING, what those become instead that shall keep padding.
 _FAMILIES = {
     "transformers.modeling_utils": "fasttx.patch._hf",
     "transformers.models.bart.modeling_bart": "fasttx.patch.bart",
@@ -98,19 +98,16 @@ def restore(model: Module) -> Module:
 
 def original_classes() -> dict[type, type]:
     """By swapped class, the class that it is swapped in for."""
-    tables = (_SWAPS, _PACKING, *(family.SWAPS for family in _families()))
-    return {swapped: original for table in tables for original, swapped in table.items()}
+    tables = (_SWAPS, _PACKING, *(table for family in _families() for table in (family.SWAPS, family.KEEPING)))
+    pairs = (pair for table in tables for pair in table.items())
+    return {swapped: original for original, swapped in pairs if swapped is not original}
 
 
 def swaps_for(padding: str) -> dict[type, type]:
     """By original class, what it becomes: with padding="keep", nothing that packs where the original does not."""
     swaps = dict(_SWAPS)
     for family in _families():
-        swaps |= {
-            original: swapped
-            for original, swapped in family.SWAPS.items()
-            if padding == "remove" or swapped not in family.PACKING
-        }
+        swaps |= family.SWAPS if padding == "remove" else family.SWAPS | family.KEEPING
     return swaps | _PACKING if padding == "remove" else swaps
 
 

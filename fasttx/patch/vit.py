@@ -76,4 +76,4 @@ class FastViTLayer(ViTLayer):
 
 
 SWAPS = {ViTLayer: FastViTLayer}
-PACKING = set()
+KEEPING: dict[type, type] = {}

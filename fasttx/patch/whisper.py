@@ -19,4 +19,4 @@ class FastWhisperDecoderLayer(DecoderLayerMixin, WhisperDecoderLayer):
 
 SWAPS = {WhisperEncoderLayer: FastWhisperEncoderLayer, WhisperDecoderLayer: FastWhisperDecoderLayer}
 # Its encoder is given no mask.
-PACKING = set()
+KEEPING: dict[type, type] = {}
