@@ -62,7 +62,7 @@ Tensor cached_attention_block_fwd(const Tensor& input, const Tensor& weight_in, 
   Tensor joined = heads_of(*attended, 0, width);
   attention_forward(heads_of(*projected, 0, row), key, value,
                     {attn_mask, kNone, kNone, kNone, kNone, is_causal, appends ? length : 0, -1, -1, 0.0, kNone, scale},
-                    false, joined);
+                    false, Weights::none, joined);
   Intermediate sum(sizes_of(x), x, norm_first);
   linear_forward(*attended, weight_out, bias_out, packed_out, {x, 0.0, kNone}, *sum);
   return norm_first ? *sum : layer_norm_fwd(*sum, width_of(x), norm_weight, norm_bias, eps);
