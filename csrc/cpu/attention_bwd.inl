@@ -319,42 +319,11 @@ struct AttentionBwdKernel {
         live = !is_zero(queries_of<T>(g.shape, g.dout, g.dout_strides, sequence, head)[query], g.shape.value_width);
         if (g.dlse != nullptr)
           live |= !is_zero(static_cast<const A*>(g.dlse) + lse_index(g.shape, sequence, head, query), 1);
-        if (g.dweights != nullptr) live |= reaches_weights(g, sequence, head, query);
+        if (g.dweights != nullptr) live |= WeightGradients<T>::reach(g, sequence, head, query);
       }
       if (live) places[count++] = query;
     }
     return count;
-  }
-
-  // A query's gradient of the weights, in one head or in the mean over them.
-  static const T* weight_gradients(const AttentionBwd& g, const Sequence& sequence, int64_t head, int64_t query) {
-    const int64_t row = g.averages ? sequence.batch : sequence.batch * g.shape.heads + head;
-    return static_cast<const T*>(g.dweights) + (row * g.shape.queries + query) * g.shape.keys;
-  }
-  // Whether it has one at a key that takes part.
-  static bool reaches_weights(const AttentionBwd& g, const Sequence& sequence, int64_t head, int64_t query) {
-    const T* from = weight_gradients(g, sequence, head, query);
-    const Places& keys = sequence.keys;
-    if (keys.count > 0 && keys.adjoin(0, keys.count)) return !is_zero(from + keys[0], keys.count);
-    for (int64_t i = 0; i < keys.count; ++i)
-      if (!is_zero(from + keys[i], 1)) return true;
-    return false;
-  }
-  // Adds those of n keys to dP; without dO, they are all of it.
-  static void add_weight_gradients(const AttentionBwd& g, const Sequence& sequence, const TileRows& rows, int64_t key,
-                                   int64_t n, T* buffer, A* dp) {
-    const V share = V::set1(g.averages ? A(1) / static_cast<A>(g.shape.heads) : A(1));
-    const bool adjoin = sequence.keys.adjoin(key, n);
-    for (int64_t r = 0; r < rows.count; ++r) {
-      const T* from = weight_gradients(g, sequence, rows.rows[r].head, rows.rows[r].query);
-      for (int64_t i = 0; i < n && !adjoin; ++i) buffer[i] = from[sequence.keys[key + i]];
-      from = adjoin ? from + sequence.keys[key] : buffer;
-      A* to = dp + r * kKeys;
-      for_vectors<V>(n, [&](int64_t i, int lanes) {
-        const V added = load_lanes<V>(from + i, lanes) * share;
-        (g.dout == nullptr ? added : V::load(to + i) + added).store(to + i);
-      });
-    }
   }
 
   // dK and dV of one chunk of keys, and its share of dQ.
@@ -483,7 +452,7 @@ struct AttentionBwdKernel {
       tile.multiply_keys(tile.q, tile.keys, rows.count, n, tile.p);
     }
     if (g.dout != nullptr) tile.multiply_keys(tile.dout, tile.values, rows.count, n, tile.ds);
-    if (g.dweights != nullptr) add_weight_gradients(g, sequence, rows, key, n, buffer, tile.ds);
+    if (g.dweights != nullptr) WeightGradients<T>::add(g, sequence, rows, key, n, buffer, tile.ds, kKeys);
     mask.apply(tile.p, kKeys);
     return n;
   }

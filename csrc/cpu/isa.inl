@@ -18,6 +18,7 @@
 #include "attention_tile.inl"
 #include "attention_decode.inl"
 #include "attention.inl"
+#include "attention_dweights.inl"
 #include "attention_bwd.inl"
 #include "attention_dq.inl"
 #include "attention_bias.inl"
