@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import fasttx
 from fasttx.dispatch import extension
@@ -55,7 +56,7 @@ CHANGES = {
     "a parameter": lambda layer: setattr(layer.linear, "bias", nn.Parameter(torch.zeros(8))),
     "no bias": lambda layer: layer.linear.register_parameter("bias", None),
     "a parametrization": lambda layer: nn.utils.parametrizations.weight_norm(layer.linear),
-    "pruning": lambda layer: nn.utils.prune.random_unstructured(layer.linear, "weight", 0.5),
+    "pruning": lambda layer: prune.random_unstructured(layer.linear, "weight", 0.5),
     "a buffer": lambda layer: layer.register_buffer("table", torch.zeros(1)),
     "the config": lambda layer: setattr(layer.config, "implementation", "eager"),
     "weights in place": lambda layer: layer.linear.weight.data.mul_(2),
@@ -90,8 +91,16 @@ def test_what_is_no_change():
     assert recall(Layer()) is None
 
 
-def test_keeps_no_module_alive():
-    layer = remembered()
+@pytest.mark.parametrize("hooked", [False, True])
+def test_keeps_no_module_alive(hooked):
+    """Nor where a hook leads back to it."""
+    layer = Layer().eval()
+    if hooked:
+        for module in layer.modules():
+            module.register_forward_hook(lambda *_, layer=layer: None)
+        del module
+    remember(layer, "value", [layer.linear.weight], (layer.config,))
+    assert recall(layer) == "value"
     gone = weakref.ref(layer)
     del layer
     gc.collect()

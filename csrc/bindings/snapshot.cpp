@@ -1,5 +1,6 @@
 // Snapshots of modules: whether anything about them has changed since what was found out about them was found out.
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "host.h"
@@ -10,32 +11,59 @@ namespace {
 
 namespace py = pybind11;
 
-// What a dict holds, by identity, and the dicts among its values likewise: a module's attributes with its parameters,
-// children and hooks.
+// A reference that keeps nothing alive which could lead back to the object that a snapshot is kept for: weak where the
+// value can be referred to weakly. Numbers, names and tuples cannot, and are held, so that no other takes their address.
+class Reference {
+ public:
+  explicit Reference(PyObject* value) : value_(value), weak_(PyType_SUPPORTS_WEAKREFS(Py_TYPE(value))) {
+    held_ = weak_ ? py::reinterpret_steal<py::object>(PyWeakref_NewRef(value, nullptr))
+                  : py::reinterpret_borrow<py::object>(value);
+    if (!held_) throw py::error_already_set();
+  }
+  bool is(PyObject* value) const { return value == value_ && (!weak_ || get().ptr() == value); }
+  // None where it is gone.
+  py::object get() const { return weak_ ? held_() : held_; }
+
+ private:
+  const PyObject* value_;
+  bool weak_;
+  py::object held_;
+};
+
+// What a dict holds, by identity; of the dicts among its values, what they hold: a module's attributes with its
+// parameters, children and hooks.
 class DictState {
  public:
   DictState(PyObject* dict, bool with_dicts) {
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value);) {
-      entries_.emplace_back(py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value));
-      if (with_dicts && PyDict_Check(value)) dicts_.emplace_back(value, false);
+      Entry& entry = entries_.emplace_back(py::reinterpret_borrow<py::object>(key));
+      if (with_dicts && PyDict_Check(value)) {
+        entry.dict = std::make_unique<DictState>(value, false);
+      } else {
+        entry.value.emplace(value);
+      }
     }
   }
   bool holds(PyObject* dict) const {
     if (PyDict_GET_SIZE(dict) != static_cast<Py_ssize_t>(entries_.size())) return false;
     auto entry = entries_.begin();
-    auto inner = dicts_.begin();
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(dict, &at, &key, &value); ++entry) {
-      if (entry->first.ptr() != key || entry->second.ptr() != value) return false;
-      if (inner != dicts_.end() && PyDict_Check(value) && !(inner++)->holds(value)) return false;
+      if (!entry->key.is(py::handle(key))) return false;
+      if (entry->dict ? !PyDict_Check(value) || !entry->dict->holds(value) : !entry->value->is(value)) return false;
     }
     return true;
   }
 
  private:
-  std::vector<std::pair<py::object, py::object>> entries_;
-  std::vector<DictState> dicts_;
+  struct Entry {
+    explicit Entry(py::object name) : key(std::move(name)) {}
+    py::object key;
+    std::optional<Reference> value;
+    std::unique_ptr<DictState> dict;
+  };
+  std::vector<Entry> entries_;
 };
 
 // An object's own attributes: not those that its class may make up.
@@ -88,20 +116,20 @@ class WeightState {
   Values now_;
 };
 
-// The first object is not kept: a snapshot may live as long as that does.
+// Keeps none of the objects alive.
 class Snapshot {
  public:
   Snapshot(const py::list& objects, const py::list& weights) : isa_(table().isa) {
     for (const py::handle object : objects) {
       states_.emplace_back(object.ptr());
-      if (states_.size() > 1) others_.push_back(py::reinterpret_borrow<py::object>(object));
+      if (states_.size() > 1) others_.emplace_back(object.ptr());
     }
     for (const py::handle weight : weights) weights_.emplace_back(py::reinterpret_borrow<py::object>(weight));
   }
   bool holds(const py::object& first) const {
     if (table().isa != isa_ || !states_.front().holds(first.ptr())) return false;
     for (size_t i = 0; i < others_.size(); ++i)
-      if (!states_[i + 1].holds(others_[i].ptr())) return false;
+      if (!states_[i + 1].holds(others_[i].get().ptr())) return false;
     for (const WeightState& weight : weights_)
       if (!weight.holds()) return false;
     return true;
@@ -110,7 +138,7 @@ class Snapshot {
  private:
   const char* isa_;
   std::vector<ObjectState> states_;
-  std::vector<py::object> others_;
+  std::vector<Reference> others_;
   std::vector<WeightState> weights_;
 };
 
