@@ -8,8 +8,7 @@ _HEADER = ".version 8.5\n.target sm_90a\n.address_size 64\n"
 
 
 def module(body: str, parameters: int, threads: int, declarations: str = "") -> str:
-    """A kernel `k` whose parameters p0, p1, ... are pointers, in %rd0, %rd1, ...; %t is the thread and %m is p0's element
-    offset register of 64 bits that bodies may use."""
+    """A kernel `k` whose parameters p0, p1, ... are pointers, in %rd0, %rd1, ...; %t is the thread."""
     arguments = ",\n".join(f".param .u64 p{i}" for i in range(parameters))
     loads = "\n".join(f"ld.param.u64 %rd{i}, [p{i}];" for i in range(parameters))
     return f"""{_HEADER}
