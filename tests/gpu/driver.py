@@ -26,6 +26,7 @@ from triton.runtime.cache import get_cache_manager
 
 from .chips import shared_limit
 from .ptx import Allocation, Counts, Kernel, PTXError, launch, parse
+from .tensors import allocation
 
 # Triton keeps what it compiled by device number: one of ours for each architecture and pipeline.
 _FIRST_DEVICE = 1000
@@ -71,14 +72,6 @@ class Emulation:
         counts = launch(kernel, grid, (threads,), arguments, [*memory, *self._extra], shared, self.checks)
         seconds = time.perf_counter() - start
         self.launches.append(Launch(kernel.name, kernel, grid, threads, shared, counts, seconds))
-
-
-def allocation(tensor: torch.Tensor, name: str) -> Allocation:
-    """The bytes from a tensor's first element to its last."""
-    if tensor.numel() == 0:
-        return Allocation(tensor.data_ptr(), 0, name)
-    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    return Allocation(tensor.data_ptr(), span * tensor.element_size(), name)
 
 
 @dataclass

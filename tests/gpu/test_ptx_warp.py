@@ -123,9 +123,8 @@ def test_mma(kind: str, k: int, result: str) -> None:
         "{" + ", ".join(itertools.islice(names, len(part))) + "}" for part in (registers_a, registers_b, registers_c)
     ]
     target = "{" + ", ".join(f"%r{100 + i}" for i in range(len(registers_c))) + "}"
-    lines.append(
-        f"mma.sync.aligned.m16n8k{k}.row.col.{result}.{kind}.{kind}.{result} {target}, {parts[0]}, {parts[1]}, {parts[2]};"
-    )
+    opcode = f"mma.sync.aligned.m16n8k{k}.row.col.{result}.{kind}.{kind}.{result}"
+    lines.append(f"{opcode} {target}, {', '.join(parts)};")
     lines += [f"st.global.b32 [%rd12+{128 * i}], %r{100 + i};" for i in range(len(registers_c))]
     counts = run_module(module("\n".join(lines), 2, 32), [inputs, out], 32)
     expected = a @ b + c
