@@ -5,6 +5,7 @@ The product is computed when the instruction is issued. That is what the hardwar
 accumulators before the wait, and the machine checks that nothing does.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +15,8 @@ from .instructions import Mask, Operation, instruction
 from .parser import Immediate, Register, Vector
 from .tensor_core import a_fragment, accumulator, matrix_shape, require_lanes, tf32
 
-_SWIZZLE_BYTES = np.array([16, 128, 64, 32])  # by the descriptor's bits 62 and 63
-_SWIZZLE_MASK = np.array([0, 7, 3, 1])
+_SWIZZLE_BYTES = (16, 128, 64, 32)  # by the descriptor's bits 62 and 63
+_SWIZZLE_MASK = (0, 7, 3, 1)
 
 
 @dataclass
@@ -62,16 +63,11 @@ class WarpgroupProducts:
     def wait(self, groups: np.ndarray, pending: int) -> None:
         chosen, kept = set(groups.tolist()), []
         for product in self.products:
-            committed = product.committed
-            if (
-                product.group in chosen
-                and committed is not None
-                and committed < self.committed[product.group] - pending
-            ):
-                if self.machine.shadow:
-                    self.machine.shadow.end_wgmma(product.granules, product.group * 128)
-            else:
+            limit = self.committed[product.group] - pending
+            if product.group not in chosen or product.committed is None or product.committed >= limit:
                 kept.append(product)
+            elif self.machine.shadow:
+                self.machine.shadow.end_wgmma(product.granules, product.group * 128)
         self.products = kept
         self.busy = frozenset().union(*(p.results | p.inputs for p in kept))
 
@@ -174,6 +170,7 @@ def _multiply(machine, ins) -> Operation:
     def run(mask: Mask) -> None:
         groups = require_lanes(mask, machine.lanes, 128, "wgmma")
         lanes = groups * 128
+        products.check_touch(inputs, frozenset(), mask)
         late = products.unfenced & (results | inputs)
         if late:
             raise CheckFailed("wgmma fence", f"{min(late)} is used with no wgmma.fence since it was last touched")
@@ -198,45 +195,51 @@ def _multiply(machine, ins) -> Operation:
     return run
 
 
-def shared_operand(machine, lanes, descriptors, kind, rows, k, transposed) -> tuple[np.ndarray, list[np.ndarray]]:
-    """An operand (groups, rows, k) as float32 by its descriptor, and the granules that each group reads.
+@functools.lru_cache(maxsize=4096)
+def operand_offsets(descriptor: int, item: int, rows: int, k: int, transposed: bool) -> np.ndarray:
+    """Where the elements (rows, k) of an operand lie in shared memory, in bytes.
 
     The descriptor holds, in units of 16 bytes, the start, the leading and the stride byte offset, and the swizzle.
     K-major: 8 rows of one swizzle width each form a core, cores follow at the stride offset. Otherwise ("transposed"):
     rows of k hold one swizzle width of m or n, the next such block at the leading offset, the next 8 of k at the stride
     offset.
     """
-    item = 4 if kind == "tf32" else 2
-    descriptors = descriptors.astype(np.int64)
-    start = ((descriptors & 0x3FFF) << 4)[:, None, None]
-    leading = (((descriptors >> 16) & 0x3FFF) << 4)[:, None, None]
-    stride = (((descriptors >> 32) & 0x3FFF) << 4)[:, None, None]
-    swizzle = (descriptors >> 62) & 3
-    span = _SWIZZLE_BYTES[swizzle][:, None, None]
-    row, depth = np.arange(rows)[None, :, None], np.arange(k)[None, None, :]
+    start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
+    swizzle = descriptor >> 62 & 3
+    span = _SWIZZLE_BYTES[swizzle]
+    row, depth = np.arange(rows)[:, None], np.arange(k)[None, :]
     if transposed:
-        per_span = span // item
-        if (swizzle == 0).any():
+        if swizzle == 0:
             # Without swizzle the two offsets change places.
             leading, stride = stride, leading
-        offsets = start + row // per_span * leading + depth // 8 * stride + depth % 8 * span + row % per_span * item
+        across = span // item
+        offsets = start + row // across * leading + depth // 8 * stride + depth % 8 * span + row % across * item
     else:
-        flat = (swizzle == 0)[:, None, None]
-        column = np.where(flat, depth * item // 16 * leading + depth * item % 16, depth * item)
+        column = depth * item if swizzle else depth * item // 16 * leading + depth * item % 16
         offsets = start + row // 8 * stride + row % 8 * span + column
-    offsets = offsets ^ (((offsets >> 7) & _SWIZZLE_MASK[swizzle][:, None, None]) << 4)
+    return offsets ^ ((offsets >> 7 & _SWIZZLE_MASK[swizzle]) << 4)
+
+
+@functools.lru_cache(maxsize=4096)
+def operand_granules(granule: int, *layout) -> np.ndarray:
+    """The distinct granules of an operand."""
+    return np.unique(operand_offsets(*layout) // granule)
+
+
+def shared_operand(machine, lanes, descriptors, kind, rows, k, transposed) -> tuple[np.ndarray, list[np.ndarray]]:
+    """An operand (groups, rows, k) as float32 by each group's descriptor, and the granules that each group reads."""
+    item, shadow = 4 if kind == "tf32" else 2, machine.shadow
+    layouts = [(descriptor, item, rows, k, transposed) for descriptor in descriptors.tolist()]
+    offsets = np.stack([operand_offsets(*layout) for layout in layouts])
     machine.shared.check(offsets.ravel(), item, "wgmma")
-    places = offsets + machine.shared_base[lanes][:, None, None]
-    granules = []
-    for i, lane in enumerate(lanes.tolist() if machine.shadow else ()):
-        flat_places, _ = machine.shadow.granules(places[i].ravel(), item)
-        granules.append(np.unique(flat_places))
-        machine.shadow.read_by_wgmma(granules[-1], lane)
-    bits = machine.shared.rows(item, item)[places // item, 0]
+    granules = [np.empty(0, np.int64)] * len(lanes)
+    for i, lane in enumerate(lanes.tolist() if shadow else ()):
+        base = machine.shared_base[lane] // shadow.granule
+        granules[i] = operand_granules(shadow.granule, *layouts[i]) + base
+        shadow.read_by_wgmma(granules[i], lane)
+    bits = machine.shared.rows(item, item)[(offsets + machine.shared_base[lanes][:, None, None]) // item, 0]
     if kind == "tf32":
-        values = tf32(bits)
-    elif kind == "bf16":
-        values = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    else:
-        values = bits.view(np.float16).astype(np.float32)
-    return values, granules or [np.empty(0, np.int64)] * len(lanes)
+        return tf32(bits), granules
+    if kind == "bf16":
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32), granules
+    return bits.view(np.float16).astype(np.float32), granules
