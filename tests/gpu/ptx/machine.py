@@ -227,7 +227,7 @@ def _module_data(kernel: Kernel) -> dict[str, np.ndarray]:
 LANES = 2048  # lanes that a batch is filled up to: numpy's cost per call against what fits into the cache
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=16)
 def _machine(holder: "_Holder", block: tuple, ctas: int, shared: int, checks: bool) -> Machine:
     return Machine(holder.kernel, block, ctas, shared, checks)
 

@@ -175,13 +175,13 @@ class _Body:
                 self.at += 1
             self.line += self.text.count("\n", self.counted, self.at)
             self.counted = self.at
-            rest_starts = self.text[self.at]
-            if rest_starts == "}":
+            char = self.text[self.at]
+            if char == "}":
                 self.scopes.pop()
                 self.at += 1
                 if not self.scopes:
                     return
-            elif rest_starts == "{":
+            elif char == "{":
                 self.scopes.append({})
                 self.at += 1
             elif match := _LOCATION.match(self.text, self.at):
@@ -309,10 +309,10 @@ def _place_dynamic(kernel: Kernel) -> None:
         kernel.shared_size = max(kernel.shared_size, variable.offset)
 
 
-def _check_defined(kernel: Kernel) -> None:
-    for label in (i for i in kernel.code if i.name == "bra"):
-        if label.operands[0].name not in kernel.labels:
-            raise PTXError(f"line {label.line}: branch to the unknown label {label.operands[0].name}")
+def _check_labels(kernel: Kernel) -> None:
+    for branch in (i for i in kernel.code if i.name == "bra"):
+        if branch.operands[0].name not in kernel.labels:
+            raise PTXError(f"line {branch.line}: branch to the unknown label {branch.operands[0].name}")
 
 
 @functools.lru_cache(maxsize=256)
@@ -332,6 +332,6 @@ def parse(text: str) -> dict[str, Kernel]:
             _add_variable(kernel, Variable(**vars(variable)))
         _Body(kernel, clean, entry.end(), files).read()
         _place_dynamic(kernel)
-        _check_defined(kernel)
+        _check_labels(kernel)
         kernels[kernel.name] = kernel
     return kernels
