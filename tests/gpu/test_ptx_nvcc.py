@@ -1,0 +1,88 @@
+"""What nvcc compiles, on the same emulator."""
+
+import numpy as np
+import pytest
+import torch
+
+from gpu.nvcc import compile_ptx, find_nvcc
+from gpu.ptx import CheckFailed, launch, parse
+from gpu.tensors import allocation
+
+pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
+
+REDUCTION = r"""
+extern "C" __global__ void row_sums(const float* __restrict__ x, float* out, int rows, int width, double bias) {
+  __shared__ float partial[8];
+  int row = blockIdx.x;
+  if (row >= rows) return;
+  float sum = 0.f;
+  for (int i = threadIdx.x; i < width; i += blockDim.x) sum += x[row * (long)width + i];
+  for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
+  SYNC
+  if (threadIdx.x < 8) {
+    sum = partial[threadIdx.x];
+    for (int step = 4; step; step /= 2) sum += __shfl_xor_sync(0xff, sum, step);
+    if (threadIdx.x == 0) out[row GUARD] = sum + (float)bias;
+  }
+}
+"""
+
+HALF = r"""
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+struct Step { float scale; short shift; };
+extern "C" __global__ void mixed(const __nv_bfloat162* x, const __half* y, float* out, Step step, int n) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  float2 pair = __bfloat1622float2(__hmul2(x[i], x[i]));
+  float history[4];
+  #pragma unroll 1
+  for (int j = 0; j < 4; j++) history[j] = pair.x * j;
+  float late = history[(i * 7) & 3];
+  unsigned votes = __ballot_sync(__activemask(), i & 1);
+  out[i] = fmaf(pair.y, step.scale, __half2float(y[i])) + late + sinf(pair.x) + __popc(votes) * (float)step.shift;
+}
+"""
+
+
+def _reduction(sync: str = "__syncthreads();", guard: str = "") -> str:
+    return compile_ptx(REDUCTION.replace("SYNC", sync).replace("GUARD", guard), "sm_80")
+
+
+def _run_reduction(text: str) -> tuple[torch.Tensor, torch.Tensor]:
+    x, out = torch.randn(5, 1000), torch.zeros(5)
+    memory = [allocation(x, "x"), allocation(out, "out")]
+    arguments = [x.data_ptr(), out.data_ptr(), 5, 1000, 0.5]
+    launch(parse(text)["row_sums"], (5,), (256,), arguments, memory)
+    return out, x.double().sum(1) + 0.5
+
+
+def test_a_reduction() -> None:
+    out, expected = _run_reduction(_reduction())
+    torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-6)
+
+
+def test_its_mistakes_are_found_with_their_line() -> None:
+    with pytest.raises(CheckFailed, match=r"(shared race|uninitialised shared memory).*kernel.cu:\d+"):
+        _run_reduction(_reduction(sync=""))
+    with pytest.raises(CheckFailed, match=r"global bounds.*byte 20 of out \(20 bytes\).*kernel.cu:14"):
+        _run_reduction(_reduction(guard="+ 1"))
+    with pytest.raises(CheckFailed, match="warp divergence|divergent barrier"):
+        _run_reduction(_reduction(sync="if (threadIdx.x < 100) __syncthreads();"))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_half_precision_local_arrays_and_structures(target: str) -> None:
+    n = 200
+    x, y, out = torch.randn(n, 2).bfloat16(), torch.randn(n).half(), torch.zeros(n)
+    step = np.array([(1.5, 3, 0)], dtype=np.dtype([("scale", "<f4"), ("shift", "<i2"), ("pad", "<i2")])).tobytes()
+    memory = [allocation(t, name) for t, name in ((x, "x"), (y, "y"), (out, "out"))]
+    kernel = parse(compile_ptx(HALF, target))["mixed"]
+    launch(kernel, (2,), (128,), [x.data_ptr(), y.data_ptr(), out.data_ptr(), step, n], memory)
+    square = (x * x).double()
+    late = square[:, 0] * ((torch.arange(n) * 7) & 3)
+    # The last warp is cut off at n, and only the threads that are left vote.
+    votes = torch.tensor([sum(j & 1 for j in range(i // 32 * 32, min(i // 32 * 32 + 32, n))) for i in range(n)])
+    expected = square[:, 1] * 1.5 + y.double() + late + torch.sin(square[:, 0]) + votes * 3
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
