@@ -47,6 +47,7 @@ class Kernel:
         params = [param for param in function.params if not param.is_constexpr]
         self._free = tuple(i for i, param in enumerate(params) if not param.do_not_specialize)
         self._prepared: dict[tuple, _Prepared] = {}
+        self._configs: dict[tuple, Config] = {}
         self._forced: Config | None = None
         KERNELS[name] = self
 
@@ -84,8 +85,19 @@ class Kernel:
         key = tuple(key)
         prepared = self._prepared.get(key)
         if prepared is None:
-            prepared = self._prepared[key] = self._prepare(args, constants, problem, grid)
+            prepared = self._prepared[key] = self._prepare(args, constants, problem)
         self._launch(prepared, grid, args, active.get_current_stream(device))
+
+    def config(self, tensor: Tensor, problem: tuple[int, ...]) -> Config:
+        """The configuration that a launch on the tensor's device would have."""
+        if self._forced is not None:
+            return self._forced
+        key = tensor.get_device(), problem
+        known = self._configs.get(key)
+        if known is None:
+            values = dict(zip(self.problem, problem, strict=True))
+            known = self._configs[key] = configs.choose(self.name, current_arch(), values)
+        return known
 
     @contextlib.contextmanager
     def using(self, config: Config | None) -> Iterator[None]:
@@ -100,6 +112,7 @@ class Kernel:
     def forget(self) -> None:
         """Prepares every launch anew, as after a change of driver or of tuned configurations."""
         self._prepared.clear()
+        self._configs.clear()
 
     def _launch(self, prepared: _Prepared, grid: Callable, args: tuple, stream: int) -> None:
         sizes = grid(prepared.config.blocks)
@@ -115,16 +128,8 @@ class Kernel:
                 *args, *prepared.constants,
             )  # fmt: skip
 
-    def _prepare(self, args: tuple, constants: tuple, problem: tuple[int, ...], grid: Callable) -> _Prepared:
-        values = dict(zip(self.problem, problem, strict=True))
-        arch = current_arch()
-        if self._forced is not None:
-            config = self._forced
-        else:
-            config = configs.choose(self.name, arch, values)
-        return self._compile(config, args, constants)
-
-    def _compile(self, config: Config, args: tuple, constants: tuple) -> _Prepared:
+    def _prepare(self, args: tuple, constants: tuple, problem: tuple[int, ...]) -> _Prepared:
+        config = self.config(args[0], problem)
         names = [param.name for param in self.function.params][len(args) + len(constants) :]
         constants = (*constants, *(config.blocks[name] for name in names))
         compiled = self.function.warmup(
