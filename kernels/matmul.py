@@ -196,7 +196,7 @@ def multiply_backward(
     """
     sums = None
     if wants_sums:
-        block_m = _matmul.config(a, (a.element_size() * 8, _GRADIENT)).blocks["BLOCK_M"]
+        block_m = _matmul.config((a.element_size() * 8, _GRADIENT)).blocks["BLOCK_M"]
         parts = max(1, -(-a.shape[0] // block_m))
         allocate = a.new_empty if a.shape[0] else a.new_zeros
         sums = allocate((1, parts, b.shape[1]), dtype=torch.float32)
