@@ -134,7 +134,7 @@ class Kernel:
         constants = (*constants, *(config.blocks[name] for name in names))
         compiled = self.function.warmup(
             *args, *constants, grid=(1,),
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
         )  # fmt: skip
         return _Prepared(compiled, config, compiled.run, constants)
 
