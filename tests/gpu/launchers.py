@@ -3,8 +3,8 @@
     with on_triton("sm_90") as machine:
         ops.layer_norm.layer_norm(x, width, weight, bias, eps)  # forward, and its backward in autograd
 
-The launchers stand in for the C++ kernels meanwhile, so that schemas, gradient formulas and everything above them are those
-of a call on CUDA tensors.
+The launchers stand in for the C++ kernels meanwhile, so that schemas, gradient formulas and everything above them are
+those of a call on CUDA tensors.
 """
 
 import contextlib
@@ -16,10 +16,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from gpu.driver import Emulation, emulated  # noqa: E402
-
 from fasttx.kernels import configs, register  # noqa: E402
 from fasttx.kernels.launch import KERNELS  # noqa: E402
+from gpu.driver import Emulation, emulated  # noqa: E402
 
 TARGETS = ("sm_80", "sm_90")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

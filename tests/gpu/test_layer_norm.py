@@ -1,14 +1,14 @@
-"""Layer norm, alone and of residual + dropout(input), in Triton on the emulator, against float64 by the error budget."""
+"""Layer norm, alone and of residual + dropout(input), in Triton on the emulator, against float64 by the budget."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from budget import assert_op_within_budget
-from gpu.launchers import by_dtype, by_target, full, on_triton, shipped, using
 from properties import draw
 
 from fasttx import philox, reference
 from fasttx.ops import layer_norm as ops
+from gpu.launchers import by_dtype, by_target, full, on_triton, shipped, using
 
 P, SEED, EPS = 0.3, torch.tensor(2**62 + 12345), 1e-5
 # Rows by widths: less than a block, ragged, several programs, and what the looping kernels take.
