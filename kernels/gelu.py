@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import TABLES, Config, everywhere
-from .launch import Kernel, dense
+from .launch import Kernel, block_of, dense
 from .math import activation, activation_grad
 from .sums import PROGRAMS, sum_partials
 
@@ -82,7 +82,7 @@ def _as_matrix(input: Tensor, bias: Tensor | None) -> tuple[int, int, int]:
     """Rows, width, and the block of columns that a program takes; without a bias all values are one row."""
     width = input.numel() if bias is None else input.shape[-1]
     rows = input.numel() // width if width else 0
-    return rows, width, min(_WIDEST_BLOCK, max(16, triton.next_power_of_2(width)))
+    return rows, width, min(_WIDEST_BLOCK, block_of(width))
 
 
 def gelu_fwd(input: Tensor, bias: Tensor | None, activation: int) -> Tensor:

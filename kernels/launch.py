@@ -160,6 +160,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def block_of(width: int) -> int:
+    """The power of two that a row of this width fits in, 16 at least."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
 def dense(tensor: Tensor | None) -> Tensor | None:
     """The tensor as one block of memory, in the order of its dims."""
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .configs import TABLES, Config, everywhere
 from .dropout import Dropout
-from .launch import Kernel, dense
+from .launch import Kernel, block_of, dense
 from .math import matrix_dropout_keep
 from .sums import PROGRAMS, sum_partials
 
@@ -283,10 +283,6 @@ _bwd_wide = Kernel(_layer_norm_bwd_wide_kernel, "layer_norm_bwd_wide")
 _bwd_sums = Kernel(_layer_norm_bwd_sums_kernel, "layer_norm_bwd_sums")
 
 
-def _block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
-
-
 def _forward(
     input: Tensor, residual: Tensor | None, width: int, weight: Tensor | None, bias: Tensor | None, eps: float,
     dropout: Dropout, store_sum: bool,
@@ -298,7 +294,7 @@ def _forward(
     args = (
         x, residual, dense(weight), dense(bias), dropout.seed_ptr, y, total, rows, width, eps, *dropout.numbers
     )  # fmt: skip
-    block = _block(width)
+    block = block_of(width)
     if block <= _WIDEST_FWD:
         _fwd(lambda blocks: (-(-rows // blocks["BLOCK_M"]),), args, (dropout.active, block), (block,))
     else:
@@ -314,7 +310,7 @@ def _backward(
     rows = x.numel() // width
     dx = torch.empty_like(x) if needs_input else None
     dropped = torch.empty_like(x) if needs_dropped else None
-    block = _block(width)
+    block = block_of(width)
     programs = max(1, min(rows, PROGRAMS))
     partial = x.new_empty((needs_weight + needs_bias, programs, width), dtype=torch.float32)
     dweight_partial = partial[0] if needs_weight else None

@@ -49,7 +49,11 @@ def _product_tile(
         else:
             a_tile = tl.load(a, mask=in_m & (start + k < K)[None, :], other=0.0)
             b_tile = tl.load(b, mask=in_n & (start + k < K)[:, None], other=0.0)
-        sums = tl.dot(a_tile, b_tile, sums, input_precision=PRECISION)
+        if a_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee":
+            # Sums of sums: one long chain of additions would lose more digits than PyTorch's own product.
+            sums += tl.dot(a_tile, b_tile, input_precision=PRECISION)
+        else:
+            sums = tl.dot(a_tile, b_tile, sums, input_precision=PRECISION)
         a += step_a
         b += step_b
     return sums

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import TABLES, Config, everywhere
-from .launch import Kernel, dense
+from .launch import Kernel, block_of, dense
 from .math import LOG2E
 
 _WIDEST = 16384  # what a program holds in registers, in values
@@ -186,7 +186,7 @@ def softmax_fwd(input: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     if not x.numel():
         return y
     args = (x, mask, y, rows, heads, queries, width, *_strides(mask, sizes))
-    block = max(16, triton.next_power_of_2(width))
+    block = block_of(width)
     if block <= _WIDEST:
         _fwd(lambda blocks: (-(-rows // blocks["BLOCK_M"]),), args, (is_causal, block), (block,))
     else:
@@ -202,7 +202,7 @@ def softmax_bwd(grad: Tensor, output: Tensor) -> Tensor:
     if not y.numel():
         return dx
     rows = y.numel() // width
-    block = max(16, triton.next_power_of_2(width))
+    block = block_of(width)
     if block <= _WIDEST:
         _bwd(lambda blocks: (-(-rows // blocks["BLOCK_M"]),), (dy, y, dx, rows, width), (block,), (block,))
     else:
