@@ -5,6 +5,8 @@
 
 The launchers stand in for the C++ kernels meanwhile, so that schemas, gradient formulas and everything above them are
 those of a call on CUDA tensors.
+
+With FASTTX_TEST_DEVICE=cuda the same tests run on the GPU: tensors are made there, and the operators' own kernels taken.
 """
 
 import contextlib
@@ -31,8 +33,11 @@ by_dtype = pytest.mark.parametrize(
 
 
 @contextlib.contextmanager
-def on_triton(target: str, **options) -> Iterator[Emulation]:
-    """Within this context the operators run on their Triton launchers, compiled for `target`."""
+def on_triton(target: str, **options) -> Iterator[Emulation | None]:
+    """Within this context the operators run on their Triton launchers, compiled for `target`; "cuda" is the GPU."""
+    if target == "cuda":
+        yield None
+        return
     library = torch.library.Library("fasttx", "IMPL")
     with warnings.catch_warnings(), emulated(target, **options) as machine:
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel.*")
@@ -52,7 +57,7 @@ def shipped(kernel: str, **problem: int) -> list:
     """
     parameters = []
     for target in TARGETS:
-        for index, config in enumerate(configs.candidates(kernel, target, problem)):
+        for index, config in enumerate(configs.candidates(kernel, current_arch() if ON_GPU else target, problem)):
             blocks = "x".join(map(str, config.blocks.values()))
             name = f"{target}-{blocks}-w{config.num_warps}-s{config.num_stages}"
             parameters.append(pytest.param(target, config, id=name, marks=full if index else ()))
