@@ -6,10 +6,11 @@
 The launchers stand in for the C++ kernels meanwhile, so that schemas, gradient formulas and everything above them are
 those of a call on CUDA tensors.
 
-With FASTTX_TEST_DEVICE=cuda the same tests run on the GPU: tensors are made there, and the operators' own kernels taken.
+With FASTTX_TEST_DEVICE=cuda the same tests run on the GPU: tensors are made there, and the operators' own kernels run.
 """
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator
 
@@ -19,10 +20,13 @@ import torch
 pytest.importorskip("triton")
 
 from fasttx.kernels import configs, register  # noqa: E402
-from fasttx.kernels.launch import KERNELS  # noqa: E402
+from fasttx.kernels.launch import KERNELS, current_arch  # noqa: E402
 from gpu.driver import Emulation, emulated  # noqa: E402
 
-TARGETS = ("sm_80", "sm_90")
+ON_GPU = os.environ.get("FASTTX_TEST_DEVICE") == "cuda"
+TARGETS = ("cuda",) if ON_GPU else ("sm_80", "sm_90")
+if ON_GPU:
+    torch.set_default_device("cuda")
 full = pytest.mark.emulated_full
 by_target = pytest.mark.parametrize("target", TARGETS)
 by_dtype = pytest.mark.parametrize(
