@@ -1,0 +1,165 @@
+"""Launching Triton kernels: what a specialisation needs is worked out once, and then found by one dictionary look-up.
+
+`triton.JITFunction.run` binds, specialises and formats its arguments again on every call, which at the widths of small
+transformers costs more time than the kernel itself. A Kernel does so only for what it has not seen yet.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+
+from . import configs
+from .configs import Config
+
+_MISALIGNED = 15  # pointers are told to Triton to be multiples of 16 bytes, or not to be
+_INT32_MAX = 2**31 - 1
+driver = triton.runtime.driver
+_hooks = knobs.runtime
+
+
+class _Prepared(NamedTuple):
+    """A compiled kernel and what each launch of it passes on."""
+
+    compiled: triton.compiler.CompiledKernel
+    config: Config
+    run: Callable  # loads the kernel and launches it
+    constants: tuple
+
+
+class Kernel:
+    """A Triton function with its configurations, and its launches prepared.
+
+    The function's parameters come in three groups: tensors and numbers; constants; the names of its configurations'
+    blocks. Integers are specialised as Triton does (by 1, and by divisibility by 16) unless the function's decorator
+    says otherwise (`do_not_specialize`, then with an annotation of the type).
+
+    function: the triton.jit function. name: its entry in the tables of configs. problem: the names of the values that
+    its configuration is chosen by.
+    """
+
+    def __init__(self, function: triton.JITFunction, name: str, problem: tuple[str, ...] = ()):
+        self.function, self.name, self.problem = function, name, problem
+        params = [param for param in function.params if not param.is_constexpr]
+        self._free = tuple(i for i, param in enumerate(params) if not param.do_not_specialize)
+        self._prepared: dict[tuple, _Prepared] = {}
+        self._configs: dict[tuple, Config] = {}
+        self._forced: Config | None = None
+        KERNELS[name] = self
+
+    def __call__(
+        self,
+        grid: Callable[[dict[str, int]], tuple[int, ...]],
+        args: tuple[Tensor | int | float | None, ...],
+        constants: tuple = (),
+        problem: tuple[int, ...] = (),
+    ) -> None:
+        """Launches on the current stream of the first tensor's device.
+
+        grid: of the configuration's blocks, the number of programs along up to three axes; nothing is launched where
+        one is 0. args, constants: in the order of the function's parameters. problem: the values by which a
+        configuration is chosen, in the order of their names.
+        """
+        active = driver.active
+        device = active.get_current_device()
+        place = args[0].get_device()
+        if place != device and place >= 0 and args[0].is_cuda:
+            with torch.cuda.device(place):
+                return self(grid, args, constants, problem)
+        key, addresses = [device, constants, problem], 0
+        for i in self._free:
+            arg = args[i]
+            if isinstance(arg, Tensor):
+                key.append(arg.dtype)
+                addresses |= arg.data_ptr()
+            elif isinstance(arg, int):
+                key.append((arg == 1, arg % 16 == 0, abs(arg) > _INT32_MAX))
+            else:
+                key.append(None)
+        if addresses & _MISALIGNED:
+            key += [arg.data_ptr() & _MISALIGNED == 0 for arg in args if isinstance(arg, Tensor)]
+        key = tuple(key)
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            prepared = self._prepared[key] = self._prepare(args, constants, problem)
+        self._launch(prepared, grid, args, active.get_current_stream(device))
+
+    def config(self, tensor: Tensor, problem: tuple[int, ...]) -> Config:
+        """The configuration that a launch on the tensor's device would have."""
+        if self._forced is not None:
+            return self._forced
+        key = tensor.get_device(), problem
+        known = self._configs.get(key)
+        if known is None:
+            values = dict(zip(self.problem, problem, strict=True))
+            known = self._configs[key] = configs.choose(self.name, current_arch(), values)
+        return known
+
+    @contextlib.contextmanager
+    def using(self, config: Config | None) -> Iterator[None]:
+        """Within this context every launch has this configuration; None: the one that is chosen."""
+        before = self._forced, self._prepared
+        self._forced, self._prepared = config, {}
+        try:
+            yield
+        finally:
+            self._forced, self._prepared = before
+
+    def forget(self) -> None:
+        """Prepares every launch anew, as after a change of driver or of tuned configurations."""
+        self._prepared.clear()
+        self._configs.clear()
+
+    def _launch(self, prepared: _Prepared, grid: Callable, args: tuple, stream: int) -> None:
+        sizes = grid(prepared.config.blocks)
+        if 0 in sizes:
+            return
+        x, y, z = (*sizes, 1, 1)[:3]
+        compiled = prepared.compiled
+        if _hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls:
+            compiled[x, y, z](*args, *prepared.constants, stream=stream)  # a profiler listens
+        else:
+            prepared.run(
+                x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                *args, *prepared.constants,
+            )  # fmt: skip
+
+    def _prepare(self, args: tuple, constants: tuple, problem: tuple[int, ...]) -> _Prepared:
+        config = self.config(args[0], problem)
+        names = [param.name for param in self.function.params][len(args) + len(constants) :]
+        constants = (*constants, *(config.blocks[name] for name in names))
+        compiled = self.function.warmup(
+            *args, *constants, grid=(1,),
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        )  # fmt: skip
+        return _Prepared(compiled, config, compiled.run, constants)
+
+
+# Every kernel by its name in the tables: what is compiled for all architectures, and what is tuned.
+KERNELS: dict[str, Kernel] = {}
+
+
+def forget() -> None:
+    """Prepares every kernel's launches anew."""
+    for kernel in KERNELS.values():
+        kernel.forget()
+
+
+def current_arch() -> str:
+    """The architecture that kernels are compiled for now, as the tables name it: sm_90, gfx942."""
+    target = driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def processors(device: torch.device) -> int:
+    """How many multiprocessors a device has: the programs of a persistent grid."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """The tensor as one block of memory, in the order of its dims."""
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
