@@ -12,6 +12,9 @@ from ._attention_tile import ADDITIVE, BOOLEAN, NO_MASK
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256
+# What a configuration is chosen by: the padded width of rows, the bits of what is multiplied (TF32 has 19), and whether
+# each score is met by more than its place: a mask, or dropout.
+PROBLEM = ("width", "bits", "laden")
 _LOG2E = math.log2(math.e)
 # Positions further off than any tensor is long are all alike, and their differences must not overflow 32 bits.
 _FAR = 1 << 30
@@ -85,7 +88,8 @@ class Call:
             self.width, self.value_width, self.block_d, self.block_dv, has_lo, has_hi, kind, per_key,
             alibi_slopes is not None, self.scaled, dropout, _precision(query.dtype),
         )  # fmt: skip
-        self.problem = (max(self.block_d, self.block_dv), query.element_size())
+        bits = 16 if query.element_size() == 2 else 32 if self.constants[-1] == "ieee" else 19
+        self.problem = (max(self.block_d, self.block_dv), bits, dropout or kind != NO_MASK.value)
 
     def tiles(self, block: int, *, of_keys: bool = False) -> int:
         """Tiles of `block` tokens of one head: of each sequence, or of packed ones all together."""

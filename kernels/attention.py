@@ -13,7 +13,7 @@ from torch import Tensor
 from fasttx.ops import attention as ops
 
 from . import attention_decode
-from ._attention_call import Call, strides_of
+from ._attention_call import PROBLEM, Call, strides_of
 from ._attention_tile import (
     attend,
     inverse,
@@ -92,7 +92,7 @@ def _attention_fwd_kernel(
         store_statistics(lse_ptr, stats_ptr, at, rows < row_count, largest, total, scale, SCALED)
 
 
-_forward = Kernel(_attention_fwd_kernel, "attention_fwd", ("width", "bytes"))
+_forward = Kernel(_attention_fwd_kernel, "attention_fwd", PROBLEM, fp_fusion=False)
 
 
 def attention_fwd(

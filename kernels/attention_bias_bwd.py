@@ -10,7 +10,7 @@ from torch import Tensor
 from fasttx.ops import attention as ops
 
 from . import launch
-from ._attention_call import Call, strides_of, unit_rows
+from ._attention_call import PROBLEM, Call, strides_of, unit_rows
 from ._attention_tile import load_rows, mask_rows, row_index, tiles_seen, tokens_of
 from .attention_bwd import row_delta, score_gradient
 from .launch import Kernel
@@ -103,7 +103,7 @@ def _attention_bias_bwd_kernel(
     tl.store(dmask_ptr + at, total.to(dmask_ptr.dtype.element_ty), mask=(rows < mask_q) & (columns < mask_k))
 
 
-_bias = Kernel(_attention_bias_bwd_kernel, "attention_bias_bwd", ("width", "bytes"))
+_bias = Kernel(_attention_bias_bwd_kernel, "attention_bias_bwd", PROBLEM, fp_fusion=False)
 
 
 def attention_bias_bwd(

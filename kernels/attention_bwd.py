@@ -13,7 +13,7 @@ from torch import Tensor
 from fasttx.ops import attention as ops
 
 from . import launch
-from ._attention_call import Call, strides_of, unit_rows
+from ._attention_call import PROBLEM, Call, strides_of, unit_rows
 from ._attention_tile import (
     exponentials,
     load_rows,
@@ -231,8 +231,8 @@ def _attention_bwd_dkdv_kernel(
     store_rows(dv_ptr, stride_dvt, offsets, keys_here < present, dv * keep_scale, DV, BLOCK_DV)
 
 
-_dq = Kernel(_attention_bwd_dq_kernel, "attention_bwd_dq", ("width", "bytes"))
-_dkdv = Kernel(_attention_bwd_dkdv_kernel, "attention_bwd_dkdv", ("width", "bytes"))
+_dq = Kernel(_attention_bwd_dq_kernel, "attention_bwd_dq", PROBLEM, fp_fusion=False)
+_dkdv = Kernel(_attention_bwd_dkdv_kernel, "attention_bwd_dkdv", PROBLEM, fp_fusion=False)
 
 
 def attention_bwd(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention_call import Call, strides_of
+from ._attention_call import PROBLEM, Call, strides_of
 from ._attention_tile import (
     attend,
     finite,
@@ -130,8 +130,8 @@ def _attention_join_kernel(
         store_statistics(lse_ptr, stats_ptr, row + tl.arange(0, 1), one, largest, total, scale, SCALED)
 
 
-_split = Kernel(_attention_split_kernel, "attention_split", ("width", "bytes"))
-_join = Kernel(_attention_join_kernel, "attention_join")
+_split = Kernel(_attention_split_kernel, "attention_split", PROBLEM, fp_fusion=False)
+_join = Kernel(_attention_join_kernel, "attention_join", fp_fusion=False)
 
 
 def takes(call: Call) -> bool:
