@@ -15,6 +15,7 @@ from fasttx.ops import attention as ops
 from . import launch
 from ._attention_call import PROBLEM, Call, strides_of, unit_rows
 from ._attention_tile import (
+    NO_MASK,
     exponentials,
     load_rows,
     mask_rows,
@@ -136,6 +137,53 @@ def _attention_bwd_dq_kernel(
     store_rows(dq_ptr, stride_dqt, offsets, present, dq * scale, D, BLOCK_D)
 
 
+@triton.jit
+def key_gradients(
+    dk, dv, k, v, q_ptr, g_ptr, stride_qt, stride_gt, stats_ptr, delta_ptr, at, first, last, first_key, valid, bounds,
+    bias, dropout, scale, exponent, keep_scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, PER_KEY: tl.constexpr,
+    ALIBI: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Adds what the queries from first to last of one head give dk (BLOCK_N, BLOCK_D) and dv (BLOCK_N, BLOCK_DV).
+
+    Scores lie with the keys, which begin at first_key, down, and the queries across. at: the index of the head's first
+    row among the statistics. bias: (pointer to the head's mask, its strides of queries and keys, slope, origin).
+    """
+    mask_ptr, stride_mq, stride_mk, slope, origin = bias
+    offsets = tl.arange(0, BLOCK_M)
+    keys = first_key + tl.arange(0, BLOCK_N)
+    for row in range(first, last, BLOCK_M):
+        rows = row + offsets
+        present = rows < bounds[0]
+        loaded = present if MASKED else None
+        start = tl.cast(row, tl.int64)
+        q = load_rows(q_ptr + start * stride_qt, stride_qt, offsets, loaded, D, BLOCK_D)
+        g = load_rows(g_ptr + start * stride_gt, stride_gt, offsets, loaded, DV, BLOCK_DV)
+        base = tl.load(stats_ptr + 2 * (at + rows), mask=present, other=0.0)
+        factor = tl.load(stats_ptr + 2 * (at + rows) + 1, mask=present, other=0.0)
+        delta = tl.load(delta_ptr + at + rows, mask=present, other=0.0)
+        mask_at = mask_ptr
+        if MASK != NO_MASK:
+            mask_at = mask_rows(mask_ptr, stride_mq, rows[None, :], bounds[0], PER_KEY)
+        scores = scores_of(
+            tl.dot(k, tl.trans(q), input_precision=PRECISION), rows[None, :], keys[:, None], valid[:, None], bounds,
+            (mask_at, stride_mk, slope, origin), scale, HAS_LO, HAS_HI, MASK, ALIBI, SCALED, MASKED,
+        )  # fmt: skip
+        p = exponentials(scores, base[None, :], exponent, SCALED) * factor[None, :]
+        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+        applied = p
+        if DROPOUT:
+            seed, threshold, sequence, head = dropout
+            keep = tl.trans(dropout_keep(seed, None, threshold, sequence, head, rows, first_key, BLOCK_N))
+            applied = tl.where(keep, p, 0.0)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        dv = tl.dot(applied.to(g.dtype), g, dv, input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
 @triton.jit(do_not_specialize=["seed", "threshold", "queries", "keys", "sequences", "lo", "hi"])
 def _attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr,
@@ -187,7 +235,7 @@ def _attention_bwd_dkdv_kernel(
         head = kv_head * group + of_group
         head_at = head.to(tl.int64)
         at = row_index(sequence, head, heads, q_first, queries, cu_q_ptr)
-        mask_head = mask_ptr
+        mask_head = 0
         if mask_ptr is not None:
             mask_head = mask_ptr + head_at * stride_mh
         slope = 0.0
@@ -197,36 +245,13 @@ def _attention_bwd_dkdv_kernel(
             if phase != 0 or HAS_HI:
                 first = begin if phase == 0 else full if phase == 1 else ragged
                 last = full if phase == 0 else ragged if phase == 1 else end
-                MASKED: tl.constexpr = phase != 1
-                for row in range(first, last, BLOCK_M):
-                    row_offsets = tl.arange(0, BLOCK_M)
-                    rows = row + row_offsets
-                    exists = rows < row_count
-                    loaded = exists if MASKED else None
-                    start = tl.cast(row, tl.int64)
-                    q = load_rows(q_ptr + head_at * stride_qh + start * stride_qt, stride_qt, row_offsets, loaded, D,
-                                  BLOCK_D)
-                    g = load_rows(g_ptr + head_at * stride_gh + start * stride_gt, stride_gt, row_offsets, loaded, DV,
-                                  BLOCK_DV)
-                    base = tl.load(stats_ptr + 2 * (at + rows), mask=exists, other=0.0)
-                    factor = tl.load(stats_ptr + 2 * (at + rows) + 1, mask=exists, other=0.0)
-                    delta = tl.load(delta_ptr + at + rows, mask=exists, other=0.0)
-                    mask_at = mask_rows(mask_head, stride_mq, rows[None, :], row_count, PER_KEY)
-                    scores = scores_of(
-                        tl.dot(k, tl.trans(q), input_precision=PRECISION), rows[None, :], keys_here[:, None],
-                        valid[:, None], (row_count, key_count, lo, hi), (mask_at, stride_mk, slope, origin), scale,
-                        HAS_LO, HAS_HI, MASK, ALIBI, SCALED, MASKED,
-                    )  # fmt: skip
-                    p = exponentials(scores, base[None, :], exponent, SCALED) * factor[None, :]
-                    dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
-                    applied = p
-                    if DROPOUT:
-                        keep = tl.trans(dropout_keep(seed, None, threshold, sequence, head, rows, first_key, BLOCK_N))
-                        applied = tl.where(keep, p, 0.0)
-                        dp = tl.where(keep, dp * keep_scale, 0.0)
-                    dv = tl.dot(applied.to(g.dtype), g, dv, input_precision=PRECISION)
-                    ds = p * (dp - delta[None, :])
-                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                dk, dv = key_gradients(
+                    dk, dv, k, v, q_ptr + head_at * stride_qh, g_ptr + head_at * stride_gh, stride_qt, stride_gt,
+                    stats_ptr, delta_ptr, at, first, last, first_key, valid, (row_count, key_count, lo, hi),
+                    (mask_head, stride_mq, stride_mk, slope, origin), (seed, threshold, sequence, head), scale,
+                    exponent, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, HAS_LO, HAS_HI, MASK, PER_KEY,
+                    ALIBI, SCALED, DROPOUT, PRECISION, phase != 1,
+                )  # fmt: skip
     store_rows(dk_ptr, stride_dkt, offsets, keys_here < present, dk * scale, D, BLOCK_D)
     store_rows(dv_ptr, stride_dvt, offsets, keys_here < present, dv * keep_scale, DV, BLOCK_DV)
 
