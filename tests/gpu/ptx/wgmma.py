@@ -1,0 +1,241 @@
+"""wgmma: asynchronous matrix multiplication of a warpgroup, operands in shared memory (PTX ISA, "Asynchronous warpgroup
+level matrix instructions").
+
+The product is computed when the instruction is issued. That is what the hardware gives if nothing touches operands and
+accumulators before the wait, and the machine checks that nothing does.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import CheckFailed, PTXError
+from .instructions import Mask, Operation, instruction
+from .parser import Immediate, Register, Vector
+from .tensor_core import a_fragment, accumulator, matrix_shape, require_lanes, tf32
+
+_SWIZZLE_BYTES = np.array([16, 128, 64, 32])  # by the descriptor's bits 62 and 63
+_SWIZZLE_MASK = np.array([0, 7, 3, 1])
+
+
+@dataclass
+class _Product:
+    """A wgmma under way: its warpgroup, the accumulators, A's registers, and the granules it reads."""
+
+    group: int
+    results: frozenset
+    inputs: frozenset
+    granules: np.ndarray
+    committed: int | None = None
+
+
+class WarpgroupProducts:
+    """The wgmma that were issued and not waited for, and the registers written since the last wgmma.fence."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        self.products: list[_Product] = []
+        self.committed = np.zeros(machine.lanes // 128 + 1, np.int64)
+        self.unfenced: set[str] = set()
+        self.busy: frozenset = frozenset()
+
+    def reset(self) -> None:
+        self.products.clear()
+        self.committed.fill(0)
+        self.unfenced.clear()
+        self.busy = frozenset()
+
+    def begin(self, product: _Product) -> None:
+        if self.machine.shadow:
+            self.machine.shadow.reading[product.granules] += 1
+        self.products.append(product)
+        self.busy |= product.results | product.inputs
+
+    def commit(self, groups: np.ndarray) -> None:
+        chosen = set(groups.tolist())
+        for product in self.products:
+            if product.committed is None and product.group in chosen:
+                product.committed = int(self.committed[product.group])
+        self.committed[groups] += 1
+
+    def wait(self, groups: np.ndarray, pending: int) -> None:
+        chosen, kept = set(groups.tolist()), []
+        for product in self.products:
+            committed = product.committed
+            if (
+                product.group in chosen
+                and committed is not None
+                and committed < self.committed[product.group] - pending
+            ):
+                if self.machine.shadow:
+                    self.machine.shadow.reading[product.granules] -= 1
+            else:
+                kept.append(product)
+        self.products = kept
+        self.busy = frozenset().union(*(p.results | p.inputs for p in kept))
+
+    def check_touch(self, touched: frozenset, written: frozenset, mask: Mask) -> None:
+        """Raises where its own warpgroup reads or writes an accumulator, or writes an input, of a product under way."""
+        for product in self.products:
+            common = product.results & touched | product.inputs & written
+            lanes = slice(product.group * 128, product.group * 128 + 128)
+            if common and (mask is True or mask[lanes].any()):
+                raise CheckFailed("asynchronous product", f"{min(common)} is touched before the wgmma was waited for")
+
+
+def fragment_registers(ins) -> tuple[frozenset, frozenset]:
+    """The accumulators of a wgmma.mma_async, and A's registers if it is not in shared memory."""
+    if ins.name != "wgmma" or ins.modifiers[0] != "mma_async":
+        return frozenset(), frozenset()
+    a = ins.operands[1]
+    names = (item.name for item in a.items) if isinstance(a, Vector) else ()
+    return frozenset(item.name for item in ins.operands[0].items), frozenset(names)
+
+
+def touched_registers(ins) -> set[str]:
+    """The names of all registers of an instruction's operands."""
+    found, stack = set(), list(ins.operands)
+    while stack:
+        operand = stack.pop()
+        if isinstance(operand, Register):
+            found.add(operand.name)
+        elif isinstance(operand, Vector):
+            stack.extend(operand.items)
+        else:
+            stack.extend(value for value in vars(operand).values() if isinstance(value, Register))
+    return found
+
+
+def written_registers(ins) -> set[str]:
+    """The registers of the first operand, which all instructions but stores write."""
+    if ins.name in ("st", "red", "bra", "stmatrix", "cp") or not ins.operands:
+        return set()
+    first = ins.operands[0]
+    items = first.items if isinstance(first, Vector) else (first,)
+    return {item.name for item in items if isinstance(item, Register)}
+
+
+def guard_registers(machine, ins, operation: Operation, special: set[str]) -> Operation:
+    """Wraps an instruction that touches registers which some wgmma of the kernel uses."""
+    touched = frozenset(touched_registers(ins) & special)
+    written = frozenset(written_registers(ins) & special)
+    if ins.name == "wgmma" or not touched:
+        return operation
+    products = machine.products
+
+    def run(mask: Mask) -> None:
+        if products.busy and not products.busy.isdisjoint(touched):
+            products.check_touch(touched, written, mask)
+        products.unfenced.update(written)
+        operation(mask)
+
+    return run
+
+
+@instruction("wgmma")
+def _wgmma(machine, ins) -> Operation:
+    action, products = ins.modifiers[0], machine.products
+    if machine.threads % 128:
+        raise PTXError("wgmma needs whole warpgroups")
+    if action == "fence":
+        return lambda mask: products.unfenced.clear()
+    if action == "commit_group":
+        return lambda mask: products.commit(require_lanes(mask, machine.lanes, 128, "wgmma.commit_group"))
+    if action == "wait_group":
+        pending = int(ins.operands[0].text)
+        return lambda mask: products.wait(require_lanes(mask, machine.lanes, 128, "wgmma.wait_group"), pending)
+    return _multiply(machine, ins)
+
+
+def _multiply(machine, ins) -> Operation:
+    m, n, k = matrix_shape(ins)
+    result, kind, second = ins.modifiers[-3:]
+    if result != "f32" or kind != second or kind not in ("f16", "bf16", "tf32"):
+        raise PTXError("these types are not implemented")
+    destination, a, b, scale_d, *immediates = ins.operands
+    numbers = [int(operand.text, 0) for operand in immediates]
+    file, d = machine.registers.rows(destination.items)
+    fragments, accumulators = file.reshape(len(file), -1, 32), file.view(np.float32).reshape(len(file), -1, 32)
+    in_registers = isinstance(a, Vector)
+    transpose_a = not in_registers and kind != "tf32" and bool(numbers[2])
+    transpose_b = kind != "tf32" and bool(numbers[2 if in_registers else 3])
+    sign = np.float32(numbers[0] * numbers[1])
+    a_rows = machine.registers.rows(a.items)[1] if in_registers else None
+    a_descriptor = None if in_registers else machine.registers.read(a, "b64")
+    b_descriptor = machine.registers.read(b, "b64")
+    if isinstance(scale_d, Immediate):
+        accumulate, negated = np.broadcast_to(np.bool_(int(scale_d.text) != 0), machine.lanes), False
+    else:
+        accumulate, negated = machine.registers.predicate(scale_d)
+    results, inputs = fragment_registers(ins)
+    products = machine.products
+
+    def run(mask: Mask) -> None:
+        groups = require_lanes(mask, machine.lanes, 128, "wgmma")
+        lanes = groups * 128
+        late = products.unfenced & (results | inputs)
+        if late:
+            raise CheckFailed("wgmma fence", f"{min(late)} was written after the last wgmma.fence")
+        warps = (groups[:, None] * 4 + np.arange(4)).ravel()
+        if in_registers:
+            left = a_fragment(fragments[a_rows[:, None], warps], kind).reshape(len(groups), 64, k)
+            granules = [np.empty(0, np.int64)] * len(groups)
+        else:
+            left, granules = shared_operand(machine, lanes, a_descriptor[lanes], kind, 64, k, transpose_a)
+        right, more = shared_operand(machine, lanes, b_descriptor[lanes], kind, n, k, transpose_b)
+        product = np.matmul(left, right.swapaxes(1, 2)) * sign
+        product = accumulator(product.reshape(len(warps), 16, n))
+        keep = (~accumulate if negated else accumulate)[lanes]
+        if keep.any():
+            before = accumulators[d[:, None], warps]
+            product = np.where(np.repeat(keep, 4)[None, :, None], before + product, product)
+        accumulators[d[:, None], warps] = product
+        for i, group in enumerate(groups.tolist()):
+            reads = np.concatenate([granules[i], more[i]])
+            products.begin(_Product(group, results, inputs, reads))
+
+    return run
+
+
+def shared_operand(machine, lanes, descriptors, kind, rows, k, transposed) -> tuple[np.ndarray, list[np.ndarray]]:
+    """An operand (groups, rows, k) as float32 by its descriptor, and the granules that each group reads.
+
+    The descriptor holds, in units of 16 bytes, the start, the leading and the stride byte offset, and the swizzle.
+    K-major: 8 rows of one swizzle width each form a core, cores follow at the stride offset. Otherwise ("transposed"):
+    rows of k hold one swizzle width of m or n, the next such block at the leading offset, the next 8 of k at the stride
+    offset.
+    """
+    item = 4 if kind == "tf32" else 2
+    descriptors = descriptors.astype(np.int64)
+    start = ((descriptors & 0x3FFF) << 4)[:, None, None]
+    leading = (((descriptors >> 16) & 0x3FFF) << 4)[:, None, None]
+    stride = (((descriptors >> 32) & 0x3FFF) << 4)[:, None, None]
+    swizzle = (descriptors >> 62) & 3
+    span = _SWIZZLE_BYTES[swizzle][:, None, None]
+    row, depth = np.arange(rows)[None, :, None], np.arange(k)[None, None, :]
+    if transposed:
+        per_span = span // item
+        if (swizzle == 0).any():
+            # Without swizzle the two offsets change places.
+            leading, stride = stride, leading
+        offsets = start + row // per_span * leading + depth // 8 * stride + depth % 8 * span + row % per_span * item
+    else:
+        flat = (swizzle == 0)[:, None, None]
+        column = np.where(flat, depth * item // 16 * leading + depth * item % 16, depth * item)
+        offsets = start + row // 8 * stride + row % 8 * span + column
+    offsets = offsets ^ (((offsets >> 7) & _SWIZZLE_MASK[swizzle][:, None, None]) << 4)
+    machine.shared.check(offsets.ravel(), item, "wgmma")
+    places = offsets + machine.shared_base[lanes][:, None, None]
+    granules = []
+    for i, lane in enumerate(lanes.tolist() if machine.shadow else ()):
+        flat_places, _ = machine.shadow.granules(places[i].ravel(), item)
+        granules.append(np.unique(flat_places))
+        machine.shadow.read_by_wgmma(granules[-1], lane)
+    bits = machine.shared.rows(item, item)[places // item, 0]
+    if kind == "tf32":
+        values = tf32(bits)
+    elif kind == "bf16":
+        values = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    else:
+        values = bits.view(np.float16).astype(np.float32)
+    return values, granules or [np.empty(0, np.int64)] * len(lanes)
