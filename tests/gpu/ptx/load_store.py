@@ -87,13 +87,16 @@ class SharedSpace(_Space):
         machine, unit = self.machine, words.dtype.itemsize
         size = words.shape[1] * unit
         offsets = self._rows(addresses, size, index, "store")
+        shared_by_warps = False
         if machine.shadow:
             granules, count = machine.shadow.granules(offsets, size)
-            machine.shadow.write(granules, np.repeat(machine.lane_numbers[index], count))
+            shared_by_warps = machine.shadow.write(granules, np.repeat(machine.lane_numbers[index], count))
         rows = machine.shared.rows(size, unit)
         rows[offsets // size] = words
         lost = rows[offsets // size] != words
         if lost.any():
+            if shared_by_warps:
+                raise CheckFailed("shared race", "two warps write different values to the same bytes")
             machine.tally.conflict(machine.kernel.code[machine.at], int(lost.any(1).sum()))
 
 
