@@ -48,7 +48,7 @@ def _attention_bias_bwd_kernel(
     offsets = tl.arange(0, BLOCK_M)
     for sequence in range(first_sequence, end_sequence):
         wide = tl.cast(sequence, tl.int64)
-        _, key_count = tokens_of(sequence, keys, None, lengths_ptr)
+        first_token, key_count = tokens_of(sequence, keys, None, lengths_ptr)
         seen_here = seen_ptr
         if seen_ptr is not None:
             seen_here = seen_ptr + wide * stride_sb
@@ -78,9 +78,9 @@ def _attention_bias_bwd_kernel(
                     mask_ptr + wide * stride_mb + wide_head * stride_mh, stride_mq, rows[:, None], queries, PER_KEY
                 )
                 last_row = tl.minimum(row + BLOCK_M, queries) - 1
-                begin, _, _, end = tiles_seen(row, last_row, key_count, lo, hi, HAS_LO, HAS_HI, BLOCK_N)
+                begin, full, ragged, end = tiles_seen(row, last_row, key_count, lo, hi, HAS_LO, HAS_HI, BLOCK_N)
                 for key in range(tl.maximum(begin, tile_key), tl.minimum(end, end_key), BLOCK_N):
-                    ds, _ = score_gradient(
+                    ds, k = score_gradient(
                         q, g, base, factor, delta, k_at, v_at, stride_kt, stride_vt, key, rows,
                         (queries, key_count, lo, hi), seen_here, (mask_at, stride_mk, slope, origin),
                         (seed, threshold, tl.cast(sequence, tl.int32), tl.cast(head, tl.int32)), scale, exponent, keep_scale,

@@ -47,7 +47,7 @@ def _attention_split_kernel(
     split, pair = tl.program_id(0), tl.program_id(1)
     kv_heads = heads // group
     sequence, kv_head = pair // kv_heads, pair % kv_heads
-    _, key_count = tokens_of(sequence, keys, None, lengths_ptr)
+    first_key, key_count = tokens_of(sequence, keys, None, lengths_ptr)
     wide = sequence.to(tl.int64)
     k_ptr += wide * stride_kb + kv_head.to(tl.int64) * stride_kh
     v_ptr += wide * stride_vb + kv_head.to(tl.int64) * stride_vh
