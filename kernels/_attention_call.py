@@ -88,7 +88,7 @@ class Call:
             self.width, self.value_width, self.block_d, self.block_dv, has_lo, has_hi, kind, per_key,
             alibi_slopes is not None, self.scaled, dropout, _precision(query.dtype),
         )  # fmt: skip
-        bits = 16 if query.element_size() == 2 else 32 if self.constants[-1] == "ieee" else 19
+        bits = 16 if query.element_size() == 2 else 19 if self.constants[-1] == "tf32" else 32
         self.problem = (max(self.block_d, self.block_dv), bits, dropout or kind != NO_MASK.value)
 
     def tiles(self, block: int, *, of_keys: bool = False) -> int:
@@ -133,6 +133,10 @@ def _power_of_two(n: int) -> int:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How float32 matrices are multiplied: by TF32 only where PyTorch's own products may use it."""
-    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-    return "ieee" if exact else "tf32"
+    """How float32 matrices are multiplied: in TF32 only where PyTorch's own products may be, else as exactly as float32.
+
+    Three products of TF32 halves are that exact, and use the tensor cores.
+    """
+    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "tf32x3" if torch.version.hip is None else "ieee"

@@ -1,0 +1,51 @@
+"""Configurations of attention's kernels, by the padded width of rows, the bits of what is multiplied, and whether masks or
+dropout come in: tiles that leave no architecture short of registers or shared memory.
+"""
+
+from .configs import TABLES, Config, everywhere
+
+
+def _tile(rows: int, keys: int, warps: int, stages: int, *, width: int, bits: int = 16, laden: bool = True) -> Config:
+    """A tile for what is no wider, has no more bits, and is laden only if this is."""
+    up_to = {"width": width, "bits": bits, "laden": laden}
+    return Config({"BLOCK_M": rows, "BLOCK_N": keys}, warps, stages, up_to)
+
+
+TABLES["attention_fwd"] = everywhere(
+    _tile(128, 64, 8, 3, width=64),
+    _tile(128, 32, 8, 3, width=128, laden=False),
+    _tile(64, 32, 8, 2, width=128),
+    _tile(32, 32, 8, 2, width=256),
+    _tile(64, 32, 8, 1, width=64, bits=32),
+    _tile(32, 32, 8, 1, width=128, bits=32),
+    _tile(16, 16, 4, 1, width=256, bits=32),
+)
+TABLES["attention_split"] = everywhere(
+    _tile(16, 64, 4, 3, width=128),
+    _tile(16, 32, 4, 2, width=256),
+    _tile(16, 32, 4, 1, width=128, bits=32),
+    _tile(16, 16, 4, 1, width=256, bits=32),
+)
+TABLES["attention_join"] = everywhere(Config(num_warps=4))
+TABLES["attention_bwd_dq"] = everywhere(
+    _tile(64, 64, 8, 2, width=128),
+    _tile(32, 32, 8, 1, width=256),
+    _tile(32, 32, 8, 1, width=64, bits=32),
+    _tile(32, 16, 4, 1, width=128, bits=32),
+    _tile(16, 16, 4, 1, width=256, bits=32),
+)
+TABLES["attention_bwd_dkdv"] = everywhere(
+    _tile(32, 64, 8, 2, width=64),
+    _tile(32, 64, 8, 1, width=128),
+    _tile(16, 32, 8, 1, width=256),
+    _tile(32, 32, 8, 1, width=64, bits=32),
+    _tile(16, 32, 4, 1, width=128, bits=32),
+    _tile(16, 16, 4, 1, width=256, bits=32),
+)
+TABLES["attention_bias_bwd"] = everywhere(
+    _tile(64, 32, 8, 1, width=128),
+    _tile(32, 32, 8, 1, width=256),
+    _tile(32, 32, 8, 1, width=64, bits=32),
+    _tile(32, 16, 4, 1, width=128, bits=32),
+    _tile(16, 16, 4, 1, width=256, bits=32),
+)
