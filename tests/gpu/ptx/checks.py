@@ -143,17 +143,15 @@ class SharedShadow:
                 f"({int(race.any(1).sum()) * self.granule} bytes)",
             )
 
-    def write(self, granules: np.ndarray, lanes: np.ndarray) -> bool:
-        """Checks and records writes; whether two warps write the same bytes, which they may if the values agree."""
+    def write(self, granules: np.ndarray, lanes: np.ndarray) -> None:
+        """Checks and records writes, also against each other."""
         self.check_write(granules, lanes)
-        return self.record_write(granules, lanes)
+        self.record_write(granules, lanes)
 
-    def record_write(self, granules: np.ndarray, lanes: np.ndarray) -> bool:
-        key = self.key[lanes]
-        self.writer[granules] = key
+    def record_write(self, granules: np.ndarray, lanes: np.ndarray) -> None:
+        self.writer[granules] = self.key[lanes]
         self.writer_lane[granules] = self.lane[lanes]
         self.initialised[granules] = True
-        return bool((self.writer[granules] != key).any())
 
     def read_by_wgmma(self, granules: np.ndarray, lane: int) -> None:
         """Checks the operand of a wgmma, which lane's warp begins."""

@@ -87,17 +87,30 @@ class SharedSpace(_Space):
         machine, unit = self.machine, words.dtype.itemsize
         size = words.shape[1] * unit
         offsets = self._rows(addresses, size, index, "store")
-        shared_by_warps = False
         if machine.shadow:
             granules, count = machine.shadow.granules(offsets, size)
-            shared_by_warps = machine.shadow.write(granules, np.repeat(machine.lane_numbers[index], count))
+            machine.shadow.write(granules, np.repeat(machine.lane_numbers[index], count))
         rows = machine.shared.rows(size, unit)
         rows[offsets // size] = words
-        lost = rows[offsets // size] != words
-        if lost.any():
-            if shared_by_warps:
-                raise CheckFailed("shared race", "two warps write different values to the same bytes")
-            machine.tally.conflict(machine.kernel.code[machine.at], int(lost.any(1).sum()))
+        won = rows[offsets // size]
+        if machine.shadow and (won != words).any():
+            self._clash(offsets, words, won, machine.lane_numbers[index])
+
+    def _clash(self, offsets, words, won, lanes):
+        """Lanes wrote different values to the same bytes. Where whole warps repeat each other's work, as Triton lets
+        them, each value is written by all of them; else the warps race."""
+        machine = self.machine
+        warps = lanes // 32
+        written = set(zip(warps.tolist(), offsets.tolist(), map(bytes, words), strict=True))
+        winner = {at: warp for warp, at in zip(warps.tolist(), offsets.tolist(), strict=True)}
+        lost = np.flatnonzero((won != words).any(1)).tolist()
+        for i in lost:
+            at = int(offsets[i])
+            if (winner[at], at, bytes(words[i])) not in written:
+                raise CheckFailed(
+                    "shared race", f"warps {warps[i]} and {winner[at]} write different values to the same bytes"
+                )
+        machine.tally.conflict(machine.kernel.code[machine.at], len(lost))
 
 
 class LocalSpace(_Space):
