@@ -90,11 +90,11 @@ class Kernel:
             prepared = self._prepared[key] = self._prepare(args, constants, problem)
         self._launch(prepared, grid, args, active.get_current_stream(device))
 
-    def config(self, tensor: Tensor, problem: tuple[int, ...]) -> Config:
-        """The configuration that a launch on the tensor's device would have."""
+    def config(self, problem: tuple[int, ...]) -> Config:
+        """The configuration that a launch on the current device would have."""
         if self._forced is not None:
             return self._forced
-        key = tensor.get_device(), problem
+        key = driver.active.get_current_device(), problem
         known = self._configs.get(key)
         if known is None:
             values = dict(zip(self.problem, problem, strict=True))
@@ -131,7 +131,7 @@ class Kernel:
             )  # fmt: skip
 
     def _prepare(self, args: tuple, constants: tuple, problem: tuple[int, ...]) -> _Prepared:
-        config = self.config(args[0], problem)
+        config = self.config(problem)
         names = [param.name for param in self.function.params][len(args) + len(constants) :]
         constants = (*constants, *(config.blocks[name] for name in names))
         compiled = self.function.warmup(

@@ -70,7 +70,7 @@ def _matmul_kernel(
     dropout(activation(preact)) over again, and sums (tiles down, N) float32 the sum of each tile's columns.
     """
     down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    for tile in range(tl.program_id(0), down * across, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), disable_licm=True):
         # Tiles go in groups of GROUP_M down: neighbours in time share rows of a and columns of b in cache.
         group = tile // (GROUP_M * across)
         height = tl.minimum(down - group * GROUP_M, GROUP_M)
@@ -110,24 +110,35 @@ def _matmul_kernel(
             tl.store(sums_ptr + tile_m * N + column, tl.sum(tl.where(inside, value, 0.0), 0), mask=column < N)
 
 
-def _tiles(m: int, n: int, k: int, stages: int, warps: int, per_processor: int = 1, bits: int = 16) -> Config:
+def _tiles(
+    m: int, n: int, k: int, stages: int, warps: int, per_processor: int = 1, *, bits: int = 16, epilogue: int = 1
+) -> Config:
     blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "PER_PROCESSOR": per_processor}
-    return Config(blocks, num_warps=warps, num_stages=stages, up_to={"bits": bits})
+    return Config(blocks, num_warps=warps, num_stages=stages, up_to={"bits": bits, "epilogue": epilogue})
 
 
-_FLOAT32 = (_tiles(64, 64, 32, 2, 8, 2, bits=32), _tiles(64, 64, 16, 3, 8, 2, bits=32))
-_SMALL_MEMORY = (_tiles(128, 128, 32, 3, 8), _tiles(64, 128, 32, 4, 4, 2), *_FLOAT32)
-# By the bits of a value. PER_PROCESSOR: how many programs each multiprocessor is given.
+# By the bits of a value and by how many registers the epilogue takes: _PLAIN, _ACTIVATION or _GRADIENT.
+# PER_PROCESSOR: how many programs each multiprocessor is given.
+_PLAIN, _ACTIVATION, _GRADIENT = range(3)
+_LEAST = (
+    _tiles(128, 64, 32, 4, 8, epilogue=_GRADIENT), _tiles(64, 64, 32, 4, 4, 2, epilogue=_GRADIENT),
+    _tiles(64, 64, 16, 3, 8, 2, bits=32, epilogue=_GRADIENT),
+)  # fmt: skip
+_COMMON = (*_LEAST, _tiles(64, 64, 32, 2, 8, bits=32, epilogue=_GRADIENT))
+_SMALL_MEMORY = (_tiles(128, 128, 32, 3, 8), _tiles(64, 128, 32, 4, 4, 2), *_LEAST)
 TABLES["matmul"] = {
-    "sm_80": (_tiles(128, 128, 32, 4, 8), _tiles(128, 128, 64, 3, 8), _tiles(64, 128, 32, 4, 4, 2), *_FLOAT32),
+    "sm_80": (
+        _tiles(128, 128, 32, 4, 8), _tiles(128, 128, 64, 3, 8), _tiles(64, 128, 32, 4, 4, 2),
+        _tiles(128, 256, 32, 3, 8, epilogue=_PLAIN), *_COMMON,
+    ),
     "sm_86": _SMALL_MEMORY,
     "sm_89": _SMALL_MEMORY,
-    "sm_90": (_tiles(128, 128, 64, 4, 8), _tiles(128, 256, 64, 3, 8), _tiles(64, 128, 64, 4, 4, 2), *_FLOAT32),
-    "sm_100": (_tiles(128, 128, 64, 4, 8), _tiles(128, 64, 64, 4, 4, 2), *_FLOAT32),
+    "sm_90": (_tiles(128, 128, 64, 4, 8), _tiles(64, 128, 64, 4, 4, 2), *_COMMON),
+    "sm_100": (_tiles(128, 128, 64, 4, 8), _tiles(128, 64, 64, 4, 4, 2), *_COMMON),
     "sm_120": _SMALL_MEMORY,
-    "gfx942": (_tiles(128, 128, 32, 2, 8), _tiles(64, 128, 32, 2, 4, 2), *_FLOAT32),
-}
-_matmul = Kernel(_matmul_kernel, "matmul", ("bits",))
+    "gfx942": (_tiles(128, 128, 32, 2, 8), _tiles(64, 128, 32, 2, 4, 2), *_COMMON),
+}  # fmt: skip
+_matmul = Kernel(_matmul_kernel, "matmul", ("bits", "epilogue"))
 _processors = lru_cache(processors)
 
 
@@ -185,7 +196,7 @@ def multiply_backward(
     """
     sums = None
     if wants_sums:
-        block_m = _matmul.config(a, (a.element_size() * 8,)).blocks["BLOCK_M"]
+        block_m = _matmul.config((a.element_size() * 8, _GRADIENT)).blocks["BLOCK_M"]
         parts = max(1, -(-a.shape[0] // block_m))
         allocate = a.new_empty if a.shape[0] else a.new_zeros
         sums = allocate((1, parts, b.shape[1]), dtype=torch.float32)
@@ -201,6 +212,9 @@ def _launch(
     a, a_transposed, stride_a = _Operand.of(a)
     b, b_transposed, stride_b = _Operand.of(b)
 
+    is_plain = not (activation or dropout.active)
+    epilogue = _GRADIENT if is_backward else _PLAIN if is_plain else _ACTIVATION
+
     def grid(blocks: dict[str, int]) -> tuple[int]:
         tiles = -(-rows // blocks["BLOCK_M"]) * -(-columns // blocks["BLOCK_N"])
         return (min(tiles, _processors(a.device) * blocks["PER_PROCESSOR"]),)
@@ -210,5 +224,5 @@ def _launch(
         (a, b, bias, residual, preact, hidden, dropout.seed_ptr, out, sums, rows, columns, inner, stride_a, stride_b,
          *dropout.numbers),
         (a_transposed, b_transposed, inner % 128 == 0, _precision(a.dtype), activation, is_backward, dropout.active),
-        (a.element_size() * 8,),
+        (a.element_size() * 8, epilogue),
     )  # fmt: skip

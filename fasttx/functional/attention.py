@@ -117,7 +117,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """attention() of arguments that were checked, under a seed that the caller knows: output and, where asked, lse."""
     chosen = choose(
-        "attention", (query, key, value), backend, cpu_refusal=_refusal(alibi_slopes)
+        "attention", (query, key, value), backend, kernel_refusal=_refusal(alibi_slopes)
     )
     if chosen == "reference":
         output = reference.attention(
@@ -184,7 +184,7 @@ def attention_varlen(
 
     seed = draw_seed() if dropout_p > 0.0 else None
     refusal = _refusal(alibi_slopes)
-    if choose("attention_varlen", (query, key, value), backend, cpu_refusal=refusal) == "reference":
+    if choose("attention_varlen", (query, key, value), backend, kernel_refusal=refusal) == "reference":
         return reference.attention_varlen(
             query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal=is_causal, window=window,
             alibi_slopes=alibi_slopes, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa,

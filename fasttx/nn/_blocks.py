@@ -9,7 +9,7 @@ from torch.nn import Module
 from torch.nn import functional as F
 
 from fasttx import functional
-from fasttx.dispatch import takes_cpu
+from fasttx.dispatch import takes_kernel
 from fasttx.ops._library import wants_grad
 from fasttx.ops.attention_block import attention_block
 from fasttx.ops.feed_forward_block import feed_forward_block
@@ -304,7 +304,7 @@ def _can_fuse(
     # that of the steps which will have it.
     if norm_first and (norm.training or wants_grad(*tensors)):
         return False
-    return takes_cpu(op, tensors)
+    return takes_kernel(op, tensors)
 
 
 def _seed(p: float) -> Tensor | None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fasttx import functional
 from fasttx._weak import WeakCache
-from fasttx.dispatch import takes_cpu
+from fasttx.dispatch import takes_kernel
 from fasttx.functional.attention import attend
 from fasttx.functional.attention_weights import weigh
 from fasttx.ops.self_attention import self_attention
@@ -92,7 +92,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if x.dim() != 3 or not self.can_pack() or (mask is not None and mask.requires_grad and torch.is_grad_enabled()):
             return None
         tensors = (x, *self.parameters_of_projections())
-        if not takes_cpu("self_attention", tensors):
+        if not takes_kernel("self_attention", tensors):
             return None
         dropout_p = self.dropout if self.training else 0.0
         return self_attention(

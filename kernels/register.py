@@ -1,0 +1,17 @@
+"""Registers the launchers as the `fasttx` operators' kernels on CUDA tensors; imported when Triton is first chosen."""
+
+from fasttx.ops import _library
+
+from . import feed_forward, gelu, layer_norm, linear, softmax
+
+LAUNCHERS = (
+    gelu.gelu_fwd, gelu.gelu_bwd,
+    softmax.softmax_fwd, softmax.softmax_bwd,
+    layer_norm.layer_norm_fwd, layer_norm.layer_norm_bwd, layer_norm.add_layer_norm_fwd, layer_norm.add_layer_norm_bwd,
+    linear.linear_fwd, linear.linear_bwd,
+    feed_forward.feed_forward_fwd, feed_forward.feed_forward_bwd,
+    feed_forward.feed_forward_block_fwd, feed_forward.feed_forward_block_bwd,
+)  # fmt: skip
+# For eager calls, and for those that are traced.
+for _launcher in LAUNCHERS:
+    _library.implement(_launcher.__name__, _launcher, "CUDA")
