@@ -1,4 +1,4 @@
-"""A call of attention as its kernels take it: dense rows, strides, sizes, and what no kernel needs to work out again."""
+"""A call of attention as its kernels take it: dense rows, strides, sizes, and what no kernel has to find again."""
 
 import math
 
@@ -7,27 +7,39 @@ from torch import Tensor
 
 from fasttx.philox import drop_threshold
 
-from . import launch
+from . import availability, launch
 from ._attention_tile import ADDITIVE, BOOLEAN, NO_MASK
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDEST = 256
-# What a configuration is chosen by: the padded width of rows, the bits of what is multiplied (TF32 has 19), and whether
-# each score is met by more than its place: a mask, or dropout.
-PROBLEM = ("width", "bits", "laden")
 _LOG2E = math.log2(math.e)
 # Positions further off than any tensor is long are all alike, and their differences must not overflow 32 bits.
 _FAR = 1 << 30
 
 
-def refusal(query: Tensor, value: Tensor) -> str | None:
-    """Why the Triton kernels cannot attend with these, whatever the machine; or None."""
-    if query.dtype not in DTYPES:
-        return f"{query.dtype} is not float32, bfloat16 or float16"
-    widest = max(query.shape[-1], value.shape[-1])
-    if widest > WIDEST:
-        return f"heads are {widest} wide, and the kernels hold rows of up to {WIDEST}"
-    return None
+def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """What keeps memory safe; the functions that users call have more to say."""
+    if query.dtype not in availability.DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+        kinds = ", ".join(map(str, availability.DTYPES))
+        raise TypeError(
+            f"query, key and value must have one dtype of {kinds}, got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+    reason = availability.OPS["attention"]((query, key, value))
+    if reason is not None:
+        raise ValueError(f"attention's Triton kernels cannot take this: {reason}")
+    of_query, of_key, of_value = (tuple(x.shape) for x in (query, key, value))
+    batch = len(of_query) - 3
+    fits = (
+        len(of_query) == len(of_key) == len(of_value) == (3 if cu_seqlens is not None else 4)
+        and of_query[:batch] == of_key[:batch]
+        and of_key[:-1] == of_value[:-1]
+        and of_query[-1] == of_key[-1]
+        and (of_query[1] % of_key[1] == 0 if of_key[1] else of_query[1] == 0)
+    )
+    if not fits:
+        raise ValueError(f"query, key and value do not fit each other: {of_query}, {of_key}, {of_value}")
+    if mask is not None:
+        wanted = (*of_query[:3], of_key[2])
+        if mask.dim() != 4 or any(size not in (1, full) for size, full in zip(mask.shape, wanted, strict=True)):
+            raise ValueError(f"attn_mask must broadcast to {wanted}, got {tuple(mask.shape)}")
 
 
 def unit_rows(tensor: Tensor) -> Tensor:
@@ -46,16 +58,14 @@ class Call:
     """What one call of attention_fwd, attention_bwd or attention_bias_bwd hands to each of its kernels.
 
     shared: the arguments that end every kernel's; constants: those that end its constants; problem: what its
-    configuration is chosen by. Raises ValueError for what the kernels cannot take.
+    configuration is chosen by. Raises TypeError or ValueError for what the kernels cannot take.
     """
 
     def __init__(
         self, query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal,
         query_offset, window_left, window_right, dropout_p, seed, scale,
     ):  # fmt: skip
-        reason = refusal(query, value)
-        if reason is not None:
-            raise ValueError(f"attention's Triton kernels cannot take this: {reason}")
+        _check(query, key, value, attn_mask, cu_seqlens_q)
         self.query, self.key, self.value = (unit_rows(x) for x in (query, key, value))
         self.packed = cu_seqlens_q is not None
         self.heads, self.kv_heads = query.shape[1], key.shape[1]
@@ -120,7 +130,9 @@ class Call:
 
     @staticmethod
     def _mask_strides(mask: Tensor | None, seen: Tensor | None) -> tuple[int, ...]:
-        strides = [0] * 4 if mask is None else [s if n > 1 else 0 for s, n in zip(mask.stride(), mask.shape, strict=True)]
+        strides = (0,) * 4
+        if mask is not None:
+            strides = (stride if size > 1 else 0 for stride, size in zip(mask.stride(), mask.shape, strict=True))
         return (*strides, 0 if seen is None or seen.shape[0] == 1 else seen.stride(0))
 
 
@@ -133,7 +145,7 @@ def _power_of_two(n: int) -> int:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How float32 matrices are multiplied: in TF32 only where PyTorch's own products may be, else as exactly as float32.
+    """How float32 matrices are multiplied: in TF32 where PyTorch's own products may be, else as exactly as float32.
 
     Three products of TF32 halves are that exact, and use the tensor cores.
     """

@@ -1,8 +1,10 @@
-"""Configurations of attention's kernels, by the padded width of rows, the bits of what is multiplied, and whether masks or
-dropout come in: tiles that leave no architecture short of registers or shared memory.
-"""
+"""Configurations of attention's kernels: tiles that leave no architecture short of registers or shared memory."""
 
 from .configs import TABLES, Config, everywhere
+
+# What a configuration is chosen by: the padded width of rows, the bits of what is multiplied (TF32 has 19), and whether
+# scores are laden with more than their places: a mask, or dropout.
+PROBLEM = ("width", "bits", "laden")
 
 
 def _tile(rows: int, keys: int, warps: int, stages: int, *, width: int, bits: int = 16, laden: bool = True) -> Config:

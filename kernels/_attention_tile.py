@@ -1,8 +1,8 @@
 """What attention's kernels share on the device: where a program's rows lie, which tiles they see, and a tile's scores.
 
-Scores are kept in one of two ways. Plain ones as the products q k^T themselves, whose exponential is 2^(exponent * score),
-exponent = scale / ln 2: the scale costs nothing. With anything added to them (SCALED) they are scaled first, and
-exponent = 1 / ln 2: a mask's lowest finite number would overflow if it were multiplied by that.
+Scores are kept in one of two ways. Plain ones as the products q k^T themselves, whose exponential is
+2^(exponent * score), exponent = scale / ln 2: the scale costs nothing. With anything added to them (SCALED) they are
+scaled first, and exponent = 1 / ln 2: a mask's lowest finite number would overflow if it were multiplied by that.
 
 Fused multiply-adds are written out, and the compiler makes no others: a tile gives a row the same bits whether it is
 masked or not.
@@ -21,8 +21,8 @@ NO_MASK, BOOLEAN, ADDITIVE = (tl.constexpr(code) for code in range(3))
 def tile_of(program, count, heads, cu_ptr, sequences, BLOCK: tl.constexpr):
     """(sequence, head, first row in the sequence) of a program; programs of one head follow each other.
 
-    Packed sequences: tile t of sequence n is number cu[n] // BLOCK + n + t, so that each has numbers enough; its last may
-    be one too many, and begins beyond the sequence's end.
+    Packed sequences: tile t of sequence n is number cu[n] // BLOCK + n + t, so that each has numbers enough; its last
+    may be one too many, and begins beyond the sequence's end.
     """
     if cu_ptr is None:
         tiles = tl.cdiv(count, BLOCK)
@@ -206,7 +206,7 @@ def attend(
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Takes the keys from first to last, a tile at a time, into acc (M, BLOCK_DV), the largest score and the total (M,).
+    """Takes the keys from first to last, by tiles, into acc (M, BLOCK_DV), the largest score and the total (M,).
 
     rows (M,); bounds and bias as for scores_of. dropout: (seed, threshold, sequence, head), dropout_keep's.
     """

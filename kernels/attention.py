@@ -5,7 +5,6 @@ that all of them see without a mask of places, the others with one. So a row's r
 the padding, bit for bit.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +12,8 @@ from torch import Tensor
 from fasttx.ops import attention as ops
 
 from . import attention_decode
-from ._attention_call import PROBLEM, Call, strides_of
+from ._attention_call import Call, strides_of
+from ._attention_configs import PROBLEM
 from ._attention_tile import (
     attend,
     inverse,
@@ -92,7 +92,7 @@ def _attention_fwd_kernel(
         store_statistics(lse_ptr, stats_ptr, at, rows < row_count, largest, total, scale, SCALED)
 
 
-_forward = Kernel(_attention_fwd_kernel, "attention_fwd", PROBLEM, fp_fusion=False)
+_forward = Kernel(_attention_fwd_kernel, "attention_fwd", PROBLEM)
 
 
 def attention_fwd(

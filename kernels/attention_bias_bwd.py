@@ -1,6 +1,7 @@
 """The gradient of attention's additive mask: dS, summed over the axes that the mask has once for all, rounded once.
 
-A program owns a tile of the gradient and meets all that is added to it itself, in order: sequences, heads, queries, keys.
+A program owns a tile of the gradient and meets all that is added to it itself, in order: sequences, heads, queries and
+keys.
 """
 
 import triton
@@ -10,7 +11,8 @@ from torch import Tensor
 from fasttx.ops import attention as ops
 
 from . import launch
-from ._attention_call import PROBLEM, Call, strides_of, unit_rows
+from ._attention_call import Call, strides_of, unit_rows
+from ._attention_configs import PROBLEM
 from ._attention_tile import load_rows, mask_rows, row_index, tiles_seen, tokens_of
 from .attention_bwd import row_delta, score_gradient
 from .launch import Kernel
@@ -83,8 +85,9 @@ def _attention_bias_bwd_kernel(
                     ds, k = score_gradient(
                         q, g, base, factor, delta, k_at, v_at, stride_kt, stride_vt, key, rows,
                         (queries, key_count, lo, hi), seen_here, (mask_at, stride_mk, slope, origin),
-                        (seed, threshold, tl.cast(sequence, tl.int32), tl.cast(head, tl.int32)), scale, exponent, keep_scale,
-                        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LO, HAS_HI, MASK, ALIBI, SCALED, DROPOUT, PRECISION, True,
+                        (seed, threshold, tl.cast(sequence, tl.int32), tl.cast(head, tl.int32)), scale, exponent,
+                        keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LO, HAS_HI, MASK, ALIBI, SCALED, DROPOUT,
+                        PRECISION, True,
                     )  # fmt: skip
                     # So many are added one by one that what rounding leaves out is carried along: Knuth's TwoSum.
                     larger = total + ds
@@ -103,7 +106,7 @@ def _attention_bias_bwd_kernel(
     tl.store(dmask_ptr + at, total.to(dmask_ptr.dtype.element_ty), mask=(rows < mask_q) & (columns < mask_k))
 
 
-_bias = Kernel(_attention_bias_bwd_kernel, "attention_bias_bwd", PROBLEM, fp_fusion=False)
+_bias = Kernel(_attention_bias_bwd_kernel, "attention_bias_bwd", PROBLEM)
 
 
 def attention_bias_bwd(

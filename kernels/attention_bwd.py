@@ -1,8 +1,8 @@
 """Attention's backward: probabilities are computed again from the scores and the forward's statistics. Dao et al. 2022.
 
 Two kernels, both without atomic sums. The first owns BLOCK_M queries of one head, as the forward does: it finds
-delta = sum(grad * output) - grad_lse of each row, which it leaves for the second, and dq. The second owns BLOCK_N keys of
-one key head and meets, in order, the query heads that share it and the queries that see the keys: dk and dv.
+delta = sum(grad * output) - grad_lse of each row, which it leaves for the second, and dq. The second owns BLOCK_N keys
+of one key head and meets, in order, the query heads that share it and the queries that see the keys: dk and dv.
 """
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from fasttx.ops import attention as ops
 
 from . import launch
-from ._attention_call import PROBLEM, Call, strides_of, unit_rows
+from ._attention_call import Call, strides_of, unit_rows
+from ._attention_configs import PROBLEM
 from ._attention_tile import (
     NO_MASK,
     exponentials,
@@ -256,8 +257,8 @@ def _attention_bwd_dkdv_kernel(
     store_rows(dv_ptr, stride_dvt, offsets, keys_here < present, dv * keep_scale, DV, BLOCK_DV)
 
 
-_dq = Kernel(_attention_bwd_dq_kernel, "attention_bwd_dq", PROBLEM, fp_fusion=False)
-_dkdv = Kernel(_attention_bwd_dkdv_kernel, "attention_bwd_dkdv", PROBLEM, fp_fusion=False)
+_dq = Kernel(_attention_bwd_dq_kernel, "attention_bwd_dq", PROBLEM)
+_dkdv = Kernel(_attention_bwd_dkdv_kernel, "attention_bwd_dkdv", PROBLEM)
 
 
 def attention_bwd(

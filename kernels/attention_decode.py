@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention_call import PROBLEM, Call, strides_of
+from ._attention_call import Call, strides_of
+from ._attention_configs import PROBLEM
 from ._attention_tile import (
     attend,
     finite,
@@ -130,12 +131,12 @@ def _attention_join_kernel(
         store_statistics(lse_ptr, stats_ptr, row + tl.arange(0, 1), one, largest, total, scale, SCALED)
 
 
-_split = Kernel(_attention_split_kernel, "attention_split", PROBLEM, fp_fusion=False)
-_join = Kernel(_attention_join_kernel, "attention_join", fp_fusion=False)
+_split = Kernel(_attention_split_kernel, "attention_split", PROBLEM)
+_join = Kernel(_attention_join_kernel, "attention_join")
 
 
 def takes(call: Call) -> bool:
-    """Whether a call has so few queries that their keys are split. No matter how many keys: the bits would depend on it."""
+    """Whether a call has so few queries that their keys are split. Not by how many keys: bits would depend on padding."""
     return not call.packed and call.queries * call.group <= MOST_ROWS
 
 

@@ -39,13 +39,11 @@ class Kernel:
     says otherwise (`do_not_specialize`, then with an annotation of the type).
 
     function: the triton.jit function. name: its entry in the tables of configs. problem: the names of the values that
-    its configuration is chosen by. fp_fusion: whether the compiler may join products and sums to fused multiply-adds.
+    its configuration is chosen by.
     """
 
-    def __init__(
-        self, function: triton.JITFunction, name: str, problem: tuple[str, ...] = (), *, fp_fusion: bool = True
-    ):
-        self.function, self.name, self.problem, self.fp_fusion = function, name, problem, fp_fusion
+    def __init__(self, function: triton.JITFunction, name: str, problem: tuple[str, ...] = ()):
+        self.function, self.name, self.problem = function, name, problem
         params = [param for param in function.params if not param.is_constexpr]
         self._free = tuple(i for i, param in enumerate(params) if not param.do_not_specialize)
         self._prepared: dict[tuple, _Prepared] = {}
@@ -136,7 +134,7 @@ class Kernel:
         constants = (*constants, *(config.blocks[name] for name in names))
         compiled = self.function.warmup(
             *args, *constants, grid=(1,),
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=self.fp_fusion,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
         )  # fmt: skip
         return _Prepared(compiled, config, compiled.run, constants)
 
