@@ -136,7 +136,7 @@ _join = Kernel(_attention_join_kernel, "attention_join")
 
 
 def takes(call: Call) -> bool:
-    """Whether a call has so few queries that their keys are split. Not by how many keys: bits would depend on padding."""
+    """Whether a call has so few queries that their keys are split; how many those are must not count, for padding."""
     return not call.packed and call.queries * call.group <= MOST_ROWS
 
 
