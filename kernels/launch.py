@@ -90,24 +90,24 @@ class Kernel:
 
     def config(self, problem: tuple[int, ...]) -> Config:
         """The configuration that a launch on the current device would have."""
-        if self._forced is not None:
-            return self._forced
         key = driver.active.get_current_device(), problem
         known = self._configs.get(key)
         if known is None:
             values = dict(zip(self.problem, problem, strict=True))
-            known = self._configs[key] = configs.choose(self.name, current_arch(), values)
+            is_forced = self._forced is not None and self._forced.fits(values)
+            known = self._forced if is_forced else configs.choose(self.name, current_arch(), values)
+            self._configs[key] = known
         return known
 
     @contextlib.contextmanager
-    def using(self, config: Config | None) -> Iterator[None]:
-        """Within this context every launch has this configuration; None: the one that is chosen."""
-        before = self._forced, self._prepared
-        self._forced, self._prepared = config, {}
+    def using(self, config: Config) -> Iterator[None]:
+        """Within this context every launch that the configuration is meant for has it."""
+        before = self._forced, self._prepared, self._configs
+        self._forced, self._prepared, self._configs = config, {}, {}
         try:
             yield
         finally:
-            self._forced, self._prepared = before
+            self._forced, self._prepared, self._configs = before
 
     def forget(self) -> None:
         """Prepares every launch anew, as after a change of driver or of tuned configurations."""

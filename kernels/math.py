@@ -180,7 +180,9 @@ def dropout_keep(seed, seed_ptr, threshold, batch, head, rows, first_column, COL
         key = seed
     k0 = (key & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    w0, w1, w2, w3 = philox(quads, row, zero + head.to(tl.uint32), zero + batch.to(tl.uint32), k0, k1)
+    # Either may have been specialised to a constant.
+    head, batch = tl.to_tensor(head).to(tl.uint32), tl.to_tensor(batch).to(tl.uint32)
+    w0, w1, w2, w3 = philox(quads, row, zero + head, zero + batch, k0, k1)
     least = threshold.to(tl.uint32)
     even, odd = tl.join(w0 >= least, w2 >= least), tl.join(w1 >= least, w3 >= least)
     return tl.reshape(tl.join(even, odd), (rows.shape[0], COLUMNS))
@@ -189,5 +191,4 @@ def dropout_keep(seed, seed_ptr, threshold, batch, head, rows, first_column, COL
 @triton.jit
 def matrix_dropout_keep(seed, seed_ptr, threshold, rows, first_column, COLUMNS: tl.constexpr):
     """`dropout_keep` of a matrix: batch and head are 0."""
-    zero = tl.full((), 0, tl.int32)
-    return dropout_keep(seed, seed_ptr, threshold, zero, zero, rows, first_column, COLUMNS)
+    return dropout_keep(seed, seed_ptr, threshold, 0, 0, rows, first_column, COLUMNS)

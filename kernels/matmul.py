@@ -125,10 +125,10 @@ _LEAST = (
     _tiles(64, 64, 16, 3, 8, 2, bits=32, epilogue=_GRADIENT),
 )  # fmt: skip
 _COMMON = (*_LEAST, _tiles(64, 64, 32, 2, 8, bits=32, epilogue=_GRADIENT))
-_SMALL_MEMORY = (_tiles(128, 128, 32, 3, 8), _tiles(64, 128, 32, 4, 4, 2), *_LEAST)
+_SMALL_MEMORY = (_tiles(128, 128, 32, 3, 8), _tiles(64, 128, 32, 4, 8, 2), *_LEAST)
 TABLES["matmul"] = {
     "sm_80": (
-        _tiles(128, 128, 32, 4, 8), _tiles(128, 128, 64, 3, 8), _tiles(64, 128, 32, 4, 4, 2),
+        _tiles(128, 128, 32, 4, 8), _tiles(128, 128, 64, 3, 8), _tiles(64, 128, 32, 4, 8, 2),
         _tiles(128, 256, 32, 3, 8, epilogue=_PLAIN), *_COMMON,
     ),
     "sm_86": _SMALL_MEMORY,
