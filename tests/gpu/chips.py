@@ -31,5 +31,39 @@ LIMITS = {
 
 
 def shared_limit(arch: int) -> int:
-    """Bytes of shared memory that one block may have."""
-    return LIMITS[arch].block_shared
+    """Bytes of shared memory that one block may have; 64 KiB where the architecture is not listed, as on AMD's."""
+    return LIMITS[arch].block_shared if arch in LIMITS else 64 * _KIB
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A GPU's peak rates: dense, with float32 accumulation, at the boost clock (NVIDIA's data sheets).
+
+    matrix: tensor-core FLOP/s by operand type; vector: float32 FLOP/s; bandwidth: bytes/s of the device's memory.
+    Special functions: 16 per multiprocessor and clock.
+    """
+
+    name: str
+    arch: int
+    multiprocessors: int
+    clock: float
+    matrix: dict
+    vector: float
+    bandwidth: float
+
+    @property
+    def special(self) -> float:
+        return 16 * self.multiprocessors * self.clock
+
+
+def _rates(half: float, tf32: float) -> dict:
+    return {"bf16": half * 1e12, "f16": half * 1e12, "tf32": tf32 * 1e12}
+
+
+CHIPS = [
+    Chip("A100", 80, 108, 1.41e9, _rates(312, 156), 19.5e12, 2.039e12),
+    Chip("H100", 90, 132, 1.83e9, _rates(989.4, 494.7), 66.9e12, 3.35e12),
+    Chip("H200", 90, 132, 1.83e9, _rates(989.4, 494.7), 66.9e12, 4.8e12),
+    Chip("RTX 4090", 89, 128, 2.52e9, _rates(165.2, 82.6), 82.6e12, 1.008e12),
+    Chip("B200", 100, 148, 1.85e9, _rates(2250, 1125), 75e12, 8e12),
+]

@@ -15,17 +15,22 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import get_cache_manager
 
 from .chips import shared_limit
-from .ptx import Allocation, CheckFailed, Counts, Kernel, PTXError, launch, parse
+from .ptx import Allocation, Counts, Kernel, PTXError, launch, parse
 
-_FIRST_DEVICE = 1000  # Triton keeps what it compiled by device number: one of ours for each architecture
+# Triton keeps what it compiled by device number: one of ours for each architecture and pipeline.
+_FIRST_DEVICE = 1000
+_FIRST_CAPTURING = 2000
+_AMD = {"gfx942": 999}
 _STAGES_KEY = "ptx only"
 
 
@@ -76,7 +81,35 @@ def allocation(tensor: torch.Tensor, name: str) -> Allocation:
     return Allocation(tensor.data_ptr(), span * tensor.element_size(), name)
 
 
-_current: list[Emulation] = []
+@dataclass
+class Compiled:
+    """A kernel that was compiled all the way: its name, threads and shared bytes, and its binary and assembly text."""
+
+    name: str
+    threads: int
+    shared: int
+    binary: bytes
+    assembly: dict[str, str]
+
+
+class Capture:
+    """What `captured` yields: the kernels that would have been launched."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+        self.compiled: list[Compiled] = []
+
+    def add(self, name: str, binary: bytes, metadata) -> None:
+        if any(item.binary == binary for item in self.compiled):
+            return
+        paths = get_cache_manager(metadata.hash).get_group(f"{name[:150]}.json") or {}
+        texts = {Path(path).suffix[1:]: Path(path) for path in paths.values()}
+        assembly = {kind: path.read_text() for kind, path in texts.items() if kind in ("ptx", "amdgcn", "ttgir")}
+        threads = metadata.num_warps * metadata.target.warp_size
+        self.compiled.append(Compiled(name, threads, metadata.shared, binary, assembly))
+
+
+_current: list[Emulation | Capture] = []
 
 
 class _Utilities:
@@ -84,12 +117,12 @@ class _Utilities:
 
     @staticmethod
     def get_device_properties(device: int) -> dict:
-        limit = shared_limit(device - _FIRST_DEVICE)
+        limit = shared_limit(_arch_of_device(device))
         return {"max_shared_mem": limit, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
 
     @staticmethod
     def load_binary(name: str, binary: bytes, shared: int, device: int) -> tuple:
-        return None, (name, binary.decode()), 0, 0, 1024
+        return None, (name, binary), 0, 0, 1024
 
     @staticmethod
     def unload_module(module) -> None:
@@ -107,10 +140,14 @@ class _Launcher:
     def __call__(self, x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *values):
         if x * y * z == 0:
             return
+        emulation = _current[-1]
+        name, binary = function
+        if isinstance(emulation, Capture):
+            emulation.add(name, binary, self.metadata)
+            return
         if getattr(self.metadata, "num_ctas", 1) != 1:
             raise PTXError("clusters (num_ctas > 1) are not implemented")
-        emulation = _current[-1]
-        name, text = function
+        text = binary.decode()
         kernel = parse(emulation.transform(text) if emulation.transform else text)[name]
         arguments: list = []
         memory: list[Allocation] = []
@@ -157,19 +194,19 @@ def _flatten(name: str, kind, value, arguments: list, memory: list[Allocation]) 
 
 
 class _Driver:
-    """Stands in for CUDA's driver while `emulated` is entered."""
+    """Stands in for CUDA's driver, or ROCm's, while `emulated` or `captured` is entered."""
 
     launcher_cls = _Launcher
     utils = _Utilities()
 
-    def __init__(self, arch: int):
-        self.arch = arch
+    def __init__(self, target: GPUTarget, device: int):
+        self.target, self.device = target, device
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+        return self.target
 
     def get_current_device(self) -> int:
-        return _FIRST_DEVICE + self.arch
+        return self.device
 
     def set_current_device(self, device: int) -> None:
         """There is one."""
@@ -178,7 +215,7 @@ class _Driver:
         return 0
 
     def get_device_capability(self, device: int) -> tuple:
-        return divmod(self.arch, 10)
+        return divmod(_arch_of_device(device), 10)
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -204,6 +241,10 @@ class _Driver:
         """There is none."""
 
 
+def _arch_of_device(device: int) -> int:
+    return device % 1000
+
+
 def _ptx_only(backend=None, stages=None, options=None, language=None, capability=None):
     """Triton's hook into its pipeline: the binary that is stored and loaded is the PTX itself."""
     if stages is not None:
@@ -226,17 +267,33 @@ def emulated(
     how mutations are tried. Raises ptx.CheckFailed where a kernel breaks a rule.
     """
     emulation = Emulation(parse_arch(target), checks, transform)
-    driver, hook = triton.runtime.driver, knobs.runtime.add_stages_inspection_hook
-    previous = driver._active
-    driver.set_active(_Driver(emulation.arch))
-    knobs.runtime.add_stages_inspection_hook = _ptx_only
-    _current.append(emulation)
-    try:
+    target_ = GPUTarget("cuda", emulation.arch, 32)
+    with _standing_in(emulation, _Driver(target_, _FIRST_DEVICE + emulation.arch), _ptx_only):
         yield emulation
+
+
+@contextlib.contextmanager
+def captured(target: str | int) -> Iterator[Capture]:
+    """Compiles every Triton launch inside to a binary, for "sm_80" to "sm_120" or "gfx942", and runs none."""
+    if target in _AMD:
+        capture, device = Capture(GPUTarget("hip", target, 64)), _FIRST_CAPTURING + _AMD[target]
+    else:
+        arch = parse_arch(target)
+        capture, device = Capture(GPUTarget("cuda", arch, 32)), _FIRST_CAPTURING + arch
+    with _standing_in(capture, _Driver(capture.target, device), None):
+        yield capture
+
+
+@contextlib.contextmanager
+def _standing_in(session: Emulation | Capture, stub: _Driver, hook: Callable | None) -> Iterator[None]:
+    driver, previous_hook = triton.runtime.driver, knobs.runtime.add_stages_inspection_hook
+    previous = driver._active
+    driver.set_active(stub)
+    knobs.runtime.add_stages_inspection_hook = hook
+    _current.append(session)
+    try:
+        yield
     finally:
         _current.pop()
-        knobs.runtime.add_stages_inspection_hook = hook
+        knobs.runtime.add_stages_inspection_hook = previous_hook
         driver._active = previous
-
-
-__all__ = ["CheckFailed", "Emulation", "Launch", "PTXError", "emulated", "parse_arch"]

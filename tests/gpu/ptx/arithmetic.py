@@ -120,7 +120,8 @@ def _high_half(a, b, bits: int) -> np.ndarray:
     if bits == 64:
         # Beyond numpy's integers; rare (division by constants), so Python's will do.
         a, b = np.broadcast_arrays(a, b)
-        return np.array([int(x) * int(y) >> 64 for x, y in zip(a, b, strict=True)]).astype(a.dtype)
+        high = [(int(x) * int(y) >> 64) & (2**64 - 1) for x, y in zip(a, b, strict=True)]
+        return np.array(high, np.uint64).view(a.dtype)
     wide = (SIGNED if np.asarray(a).dtype.kind == "i" else UNSIGNED)[2 * bits]
     return np.right_shift(np.multiply(a, b, dtype=wide), wide.type(bits)).astype(np.asarray(a).dtype)
 

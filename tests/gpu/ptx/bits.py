@@ -68,26 +68,21 @@ def _funnel_shift(machine, ins) -> Operation:
 
 @instruction("bfe")
 def _extract(machine, ins) -> Operation:
+    """A field of bits; a signed one is filled up with its top bit, or the register's if it reaches beyond."""
     bits, signed = width(ins.kind), ins.kind[0] == "s"
-    source = machine.registers.read(ins.operands[1], f"u{bits}")
+    source = machine.registers.read(ins.operands[1], ins.kind)
     position, length = (machine.registers.read(operand, "u32") for operand in ins.operands[2:4])
     target = machine.registers.target(ins.operands[0], ins.kind)
-    unsigned = UNSIGNED[bits].type
+    final = source.dtype.type
 
     def run(mask: Mask) -> None:
         start, count = position & np.uint32(255), length & np.uint32(255)
-        kept = np.minimum(count, bits).astype(UNSIGNED[bits])
-        ones = np.where(
-            count >= bits, ~unsigned(0), (unsigned(1) << np.minimum(kept, unsigned(bits - 1))) - unsigned(1)
-        )
-        value = (
-            np.where(start >= bits, unsigned(0), source >> np.minimum(start, bits - 1).astype(UNSIGNED[bits])) & ones
-        )
-        if signed:
-            top = np.minimum(start + count - np.uint32(1), bits - 1).astype(UNSIGNED[bits])
-            negative = ((source >> top) & unsigned(1)).astype(bool) & (count > 0)
-            value = np.where(negative, value | ~ones, value)
-        store(target, value.view(target.dtype) if value.dtype.itemsize == target.dtype.itemsize else value, mask)
+        value = source >> np.minimum(start, bits - 1).astype(source.dtype)
+        if not signed:
+            value = np.where(start >= bits, final(0), value)
+        # Shifting the field to the top and back again cuts what is above it, and copies the sign.
+        above = (bits - np.clip(count, 1, bits)).astype(source.dtype)
+        store(target, np.where(count == 0, final(0), (value << above) >> above), mask)
 
     return run
 
