@@ -30,6 +30,8 @@ TABLES["attention_split"] = everywhere(
 )
 TABLES["attention_join"] = everywhere(Config(num_warps=4))
 TABLES["attention_bwd_dq"] = everywhere(
+    _tile(64, 64, 8, 2, width=64, laden=False),
+    _tile(64, 32, 4, 2, width=64),
     _tile(64, 64, 8, 2, width=128),
     _tile(32, 32, 8, 1, width=256),
     _tile(32, 32, 8, 1, width=64, bits=32),
@@ -37,7 +39,7 @@ TABLES["attention_bwd_dq"] = everywhere(
     _tile(16, 16, 4, 1, width=256, bits=32),
 )
 TABLES["attention_bwd_dkdv"] = everywhere(
-    _tile(32, 64, 8, 2, width=64),
+    _tile(32, 64, 8, 2, width=64, laden=False),
     _tile(32, 64, 8, 1, width=128),
     _tile(16, 32, 8, 1, width=256),
     _tile(32, 32, 8, 1, width=64, bits=32),
