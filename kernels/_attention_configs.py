@@ -17,6 +17,7 @@ TABLES["attention_fwd"] = everywhere(
     _tile(128, 64, 8, 3, width=64),
     _tile(128, 32, 8, 3, width=128, laden=False),
     _tile(64, 32, 8, 2, width=128),
+    _tile(64, 32, 8, 2, width=256, laden=False),
     _tile(32, 32, 8, 2, width=256),
     _tile(64, 32, 8, 1, width=64, bits=32),
     _tile(32, 32, 8, 1, width=128, bits=32),

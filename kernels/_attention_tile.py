@@ -155,10 +155,10 @@ def scores_of(
         scores = scores * scale
     if MASK != NO_MASK:
         at = mask_at + keys.to(tl.int64) * stride_mk
-        if MASKED:
-            mask = tl.load(at, mask=keys < key_count, other=0)
-        else:
+        if valid is None:
             mask = tl.load(at)
+        else:
+            mask = tl.load(at, mask=valid, other=0)
     if MASK == ADDITIVE:
         scores = scores + mask.to(tl.float32)
     if ALIBI:
