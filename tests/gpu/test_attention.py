@@ -407,7 +407,7 @@ def test_tiles_that_no_row_sees_are_skipped():
     inputs = {name: x.bfloat16() for name, x in draw_inputs(1, 1, 1, 512, 512, 64, 64).items()}
     flops = []
     for options in ({}, {"is_causal": True}, {"window": (63, 0)}, {"key_lengths": torch.tensor([128])}):
-        with on_triton("sm_80", checks=False) as machine:
+        with on_triton("sm_80") as machine:
             run_op(**inputs, **options)
         flops.append(sum(machine.counts.matrix_flops.values()))
     assert flops[1] <= 0.7 * flops[0] and flops[2] <= 0.5 * flops[0] and flops[3] <= 0.3 * flops[0]
