@@ -37,7 +37,8 @@ _FORWARD_SMALL = (
     *_FORWARD_WIDE,
 )
 TABLES["attention_fwd"] = everywhere(
-    _tile(128, 64, 8, 3, width=64),
+    _tile(128, 64, 8, 3, width=64, laden=False),
+    _tile(128, 64, 8, 2, width=64),
     _tile(128, 32, 8, 3, width=128, laden=False),
     _tile(64, 32, 8, 2, width=128),
     *_FORWARD_WIDE,
@@ -62,16 +63,28 @@ TABLES["attention_bwd_dq"] = everywhere(
     _tile(32, 16, 4, 1, width=128, bits=32),
     _tile(16, 16, 4, 1, width=256, bits=32),
 )
-TABLES["attention_bwd_dkdv"] = everywhere(
+_KEYS_LARGE = (
     _tile(32, 64, 8, 2, width=64, laden=False),
     _tile(32, 64, 8, 1, width=64),
     _tile(32, 64, 8, 1, width=128, laden=False),
     _tile(32, 32, 8, 1, width=128),
     _tile(16, 32, 8, 1, width=256, laden=False),
     _tile(16, 16, 4, 1, width=256),
+)
+_KEYS_EXACT = (
     _tile(32, 32, 8, 1, width=64, bits=32),
     _tile(16, 32, 4, 1, width=128, bits=32),
     _tile(16, 16, 4, 1, width=256, bits=32),
+)
+TABLES["attention_bwd_dkdv"] = everywhere(
+    _tile(32, 64, 8, 1, width=64, laden=False),
+    _tile(32, 32, 8, 2, width=64),
+    _tile(32, 64, 8, 1, width=128, laden=False),
+    _tile(32, 32, 8, 1, width=128),
+    _tile(16, 32, 8, 1, width=256),
+    *_KEYS_EXACT,
+    sm_90=(*_KEYS_LARGE, *_KEYS_EXACT),
+    sm_100=(*_KEYS_LARGE, *_KEYS_EXACT),
 )
 TABLES["attention_bias_bwd"] = everywhere(
     _tile(64, 32, 8, 1, width=64),
