@@ -8,6 +8,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
+WIDEST_HEAD = 256
 _DIMENSION = 2**31 - 1  # rows are counted in 32 bits
 
 # Of an op, why its kernels cannot take a call on these tensors, or None; the ops that are not here have no kernels.
@@ -24,6 +25,16 @@ OPS |= dict.fromkeys(
     ("softmax", "layer_norm", "add_layer_norm", "gelu", "bias_gelu", "linear", "feed_forward", "feed_forward_block"),
     _takes_any,
 )
+
+
+def _takes_attention(tensors: tuple[Tensor | None, ...]) -> str | None:
+    widest = max(x.shape[-1] for x in tensors if x is not None)
+    if widest > WIDEST_HEAD:
+        return f"heads are {widest} wide, and a kernel holds rows of up to {WIDEST_HEAD}"
+    return _takes_any(tensors)
+
+
+OPS |= dict.fromkeys(("attention", "attention_varlen"), _takes_attention)
 
 
 def refusal(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:

@@ -2,9 +2,10 @@
 
 from fasttx.ops import _library
 
-from . import feed_forward, gelu, layer_norm, linear, softmax
+from . import attention, attention_bias_bwd, attention_bwd, feed_forward, gelu, layer_norm, linear, softmax
 
 LAUNCHERS = (
+    attention.attention_fwd, attention_bwd.attention_bwd, attention_bias_bwd.attention_bias_bwd,
     gelu.gelu_fwd, gelu.gelu_bwd,
     softmax.softmax_fwd, softmax.softmax_bwd,
     layer_norm.layer_norm_fwd, layer_norm.layer_norm_bwd, layer_norm.add_layer_norm_fwd, layer_norm.add_layer_norm_bwd,
