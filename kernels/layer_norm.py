@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import require_input, require_like, require_values, require_width
 from .configs import TABLES, Config, everywhere
 from .dropout import Dropout
 from .launch import Kernel, block_of, dense
@@ -287,6 +288,11 @@ def _forward(
     input: Tensor, residual: Tensor | None, width: int, weight: Tensor | None, bias: Tensor | None, eps: float,
     dropout: Dropout, store_sum: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    require_input("input", input, 0)
+    require_width(input, width)
+    require_like("residual", residual, input)
+    require_values("weight", weight, input, width)
+    require_values("bias", bias, input, width)
     x, residual = dense(input), dense(residual)
     rows = x.numel() // width
     y = torch.empty_like(x)
@@ -306,6 +312,11 @@ def _backward(
     grad: Tensor, grad_sum: Tensor | None, input: Tensor, weight: Tensor | None, width: int, eps: float,
     dropout: Dropout, needs_input: bool, needs_dropped: bool, needs_weight: bool, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    require_input("input", input, 0)
+    require_width(input, width)
+    require_like("grad", grad, input)
+    require_like("grad_sum", grad_sum, input)
+    require_values("weight", weight, input, width)
     dy, dsum, x = dense(grad), dense(grad_sum), dense(input)
     rows = x.numel() // width
     dx = torch.empty_like(x) if needs_input else None
