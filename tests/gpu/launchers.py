@@ -13,12 +13,14 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from fasttx import packing  # noqa: E402
 from fasttx.kernels import configs, register  # noqa: E402
 from fasttx.kernels.launch import KERNELS, current_arch  # noqa: E402
 from gpu.driver import Emulation, emulated  # noqa: E402
@@ -43,7 +45,9 @@ def on_triton(target: str, **options) -> Iterator[Emulation | None]:
         yield None
         return
     library = torch.library.Library("fasttx", "IMPL")
-    with warnings.catch_warnings(), emulated(target, **options) as machine:
+    # CUDA weights are not packed.
+    no_packing = mock.patch.object(packing, "extension", None)
+    with warnings.catch_warnings(), no_packing, emulated(target, **options) as machine:
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel.*")
         for launcher in register.LAUNCHERS:
             for overload in (launcher.__name__, f"{launcher.__name__}.raw"):
