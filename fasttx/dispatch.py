@@ -325,14 +325,25 @@ def choose(
     raise UnsupportedError(f"{op} cannot run on the backend {name!r}: {refusals[0][1]}")
 
 
-def takes_kernel(op: str, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether one operation that joins several, and is no function of its own, is to run; else each chooses."""
+def _widest_head() -> int:
+    from fasttx.kernels import availability
+
+    return availability.WIDEST_HEAD
+
+
+def takes_kernel(op: str, tensors: tuple[Tensor | None, ...], head_width: int = 0) -> bool:
+    """Whether one operation that joins several, and is no function of its own, is to run; else each chooses.
+
+    head_width: where attention is among them, which Triton has kernels for up to some width.
+    """
     if runs_on_cpu(None, *tensors):
         return True
     # Autocast's casts come between the operations; and where a backend is named or the kernels refuse, each operation
     # says so itself.
     backend = "triton" if tensors[0].is_cuda else "cpu"
     if _autocast_enabled() or _requested.name not in ("auto", backend) or _REFUSALS[backend](op, tensors) is not None:
+        return False
+    if backend == "triton" and head_width > _widest_head():
         return False
     report(op, backend)
     return True

@@ -35,6 +35,7 @@ def _takes_attention(tensors: tuple[Tensor | None, ...]) -> str | None:
 
 
 OPS |= dict.fromkeys(("attention", "attention_varlen"), _takes_attention)
+OPS |= dict.fromkeys(("self_attention", "attention_block", "attention_block_varlen"), _takes_any)
 
 
 def refusal(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:

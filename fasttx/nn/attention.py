@@ -92,7 +92,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if x.dim() != 3 or not self.can_pack() or (mask is not None and mask.requires_grad and torch.is_grad_enabled()):
             return None
         tensors = (x, *self.parameters_of_projections())
-        if not takes_kernel("self_attention", tensors):
+        if not takes_kernel("self_attention", tensors, self.head_dim):
             return None
         dropout_p = self.dropout if self.training else 0.0
         return self_attention(
