@@ -97,7 +97,7 @@ def is_plain_tensor(tensor: Tensor) -> bool:
 _FUNCTION_IMPLS = (Tensor.__torch_function__.__func__, Parameter.__torch_function__)
 
 
-def _refusal_by_cpu(tensors: tuple[Tensor | None, ...]) -> str | None:
+def _refusal_by_cpu(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     if extension is None:
         return extension_missing
     dtype = tensors[0].dtype
@@ -121,22 +121,32 @@ def _refusal_by_cpu(tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
-def _refusal_by_triton(tensors: tuple[Tensor | None, ...]) -> str | None:
+def _refusal_by_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     from fasttx.kernels import availability
 
-    return availability.refusal()
+    reason = availability.refusal(op, tensors)
+    if reason is None and torch.is_autocast_enabled("cuda"):
+        return "autocast is on: PyTorch's casting rules apply, which the reference follows"
+    if reason is None:
+        for tensor in tensors:
+            if tensor is not None and not is_plain_tensor(tensor):
+                return f"a tensor is a {type(tensor).__name__}, which may know torch's operators only"
+        # Its import registers the kernels, and takes triton a second: not before they are wanted.
+        from fasttx.kernels import register  # noqa: F401
+    return reason
 
 
-def _refusal_by_cuda(tensors: tuple[Tensor | None, ...]) -> str | None:
+def _refusal_by_cuda(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     return "this version of fasttx contains no CUDA kernels"
 
 
-_REFUSALS: dict[str, Callable[[tuple[Tensor | None, ...]], str | None]] = {
+_REFUSALS: dict[str, Callable[[str, tuple[Tensor | None, ...]], str | None]] = {
     "cuda": _refusal_by_cuda,
     "triton": _refusal_by_triton,
     "cpu": _refusal_by_cpu,
-    "reference": lambda tensors: None,
+    "reference": lambda op, tensors: None,
 }
+# By the device of a call's first tensor: what `auto` tries, in this order. An op that Triton has no kernel for says so.
 _ORDER_CPU = ("cpu", "reference")
 _ORDER_GPU = ("cuda", "triton", "reference")
 
@@ -296,20 +306,20 @@ def choose(
     tensors: tuple[Tensor | None, ...],
     requested: str | None = None,
     *,
-    cpu_refusal: str | None = None,
+    kernel_refusal: str | None = None,
 ) -> str:
     """The backend for a call of `op` on these tensors (the first one decides dtype and device).
 
-    `cpu_refusal` is the op's own reason why the CPU kernels cannot take the call. Raises UnsupportedError where a
+    `kernel_refusal` is the op's own reason why no backend's kernels can take the call. Raises UnsupportedError where a
     backend was named and refuses, ValueError where it is unknown.
     """
     name = _requested.name if requested is None else _check_name(requested)
     order = (name,) if name != "auto" else _ORDER_CPU if tensors[0].is_cpu else _ORDER_GPU
     refusals = ()
     for candidate in order:
-        reason = _REFUSALS[candidate](tensors)
-        if reason is None and candidate == "cpu":
-            reason = cpu_refusal
+        reason = _REFUSALS[candidate](op, tensors)
+        if reason is None and candidate != "reference":
+            reason = kernel_refusal
         if reason is None:
             report(op, candidate, refusals)
             return candidate
@@ -317,13 +327,25 @@ def choose(
     raise UnsupportedError(f"{op} cannot run on the backend {name!r}: {refusals[0][1]}")
 
 
-def takes_cpu(op: str, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether one operation that joins several, and has a kernel on the CPU alone, is to run; else each chooses."""
+def _widest_head() -> int:
+    from fasttx.kernels import availability
+
+    return availability.WIDEST_HEAD
+
+
+def takes_kernel(op: str, tensors: tuple[Tensor | None, ...], head_width: int = 0) -> bool:
+    """Whether one operation that joins several, and is no function of its own, is to run; else each chooses.
+
+    head_width: where attention is among them, which Triton has kernels for up to some width.
+    """
     if runs_on_cpu(None, *tensors):
         return True
     # Autocast's casts come between the operations; and where a backend is named or the kernels refuse, each operation
     # says so itself.
-    if _autocast_enabled() or _requested.name not in ("auto", "cpu") or _refusal_by_cpu(tensors) is not None:
+    backend = "triton" if tensors[0].is_cuda else "cpu"
+    if _autocast_enabled() or _requested.name not in ("auto", backend) or _REFUSALS[backend](op, tensors) is not None:
         return False
-    report(op, "cpu")
+    if backend == "triton" and head_width > _widest_head():
+        return False
+    report(op, backend)
     return True

@@ -100,7 +100,7 @@ def _backend(name: str) -> str:
     gpu = name in ("cuda", "triton") and torch.cuda.is_available()
     probe = torch.empty(1, device="cuda" if gpu else "cpu")
     try:
-        dispatch.choose("a call", (probe,), name)
+        dispatch.choose("gelu", (probe,), name)
     except dispatch.UnsupportedError as error:
         return f"not available: {str(error).partition(': ')[2]}"
     return "available"

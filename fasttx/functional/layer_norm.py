@@ -44,7 +44,7 @@ def layer_norm(
             (input,), (weight, bias), wide_on_gpu=True,
         )  # fmt: skip
     tensors = (input, weight, bias)
-    if choose("layer_norm", tensors, backend, cpu_refusal=_refusal(dims)) == "reference":
+    if choose("layer_norm", tensors, backend, kernel_refusal=_refusal(dims)) == "reference":
         return reference.layer_norm(input, dims, weight, bias, eps)
     return ops.layer_norm(input, math.prod(dims), weight, bias, eps)
 
@@ -96,7 +96,7 @@ def add_layer_norm(
         )  # fmt: skip
     seed = draw_seed() if p > 0.0 else None
     tensors = (input, residual, weight, bias)
-    if choose("add_layer_norm", tensors, backend, cpu_refusal=_refusal(dims)) == "reference":
+    if choose("add_layer_norm", tensors, backend, kernel_refusal=_refusal(dims)) == "reference":
         return reference.add_layer_norm(
             input, residual, dims, weight, bias, eps,
             dropout_p=p, training=training, return_sum=return_sum, seed=seed,

@@ -9,7 +9,7 @@ from torch.nn import Module
 from torch.nn import functional as F
 
 from fasttx import functional
-from fasttx.dispatch import takes_cpu
+from fasttx.dispatch import takes_kernel
 from fasttx.ops._library import wants_grad
 from fasttx.ops.attention_block import attention_block
 from fasttx.ops.cached_attention_block import cached_attention_block
@@ -214,7 +214,7 @@ def attention_half(
         return None
     tensors = (x, *parameters, parameter(norm, "weight"), parameter(norm, "bias"))
     op = "attention_block" if cu_seqlens is None else "attention_block_varlen"
-    if not _can_fuse(op, tensors, norm, norm_first, mask):
+    if not _can_fuse(op, tensors, norm, norm_first, mask, parameters[0].shape[0] // (3 * heads)):
         return None
     p = dropout.p if dropout.training else 0.0
     return attention_block(
@@ -321,6 +321,7 @@ def _can_fuse(
     norm: Module,
     norm_first: bool,
     mask: Tensor | None = None,
+    head_width: int = 0,
 ) -> bool:
     """Whether a half of a layer may be one operation on these tensors."""
     if norm.normalized_shape != tensors[0].shape[-1:]:
@@ -331,7 +332,7 @@ def _can_fuse(
     # that of the steps which will have it.
     if norm_first and (norm.training or wants_grad(*tensors)):
         return False
-    return takes_cpu(op, tensors)
+    return takes_kernel(op, tensors, head_width)
 
 
 def _seed(p: float) -> Tensor | None:

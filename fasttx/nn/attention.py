@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fasttx import autocast, functional
 from fasttx._weak import WeakCache
-from fasttx.dispatch import takes_cpu
+from fasttx.dispatch import takes_kernel
 from fasttx.functional.attention import attend
 from fasttx.ops.attention import EACH, MEAN, NONE
 from fasttx.ops.self_attention import self_attention
@@ -106,7 +106,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool,
         weights: int,
     ) -> tuple[Tensor, Tensor | None] | None:
-        if not takes_cpu("self_attention", tensors):
+        if not takes_kernel("self_attention", tensors, self.head_dim):
             return None
         dropout_p = self.dropout if self.training else 0.0
         results = self_attention(

@@ -55,6 +55,12 @@ def define(schema: str, fake: Callable) -> Operator:
     return op
 
 
+def implement(name: str, kernel: Callable, key: str) -> None:
+    """Makes a Python function the op's kernel for a dispatch key, in both of its overloads."""
+    for overload in (name, f"{name}.raw"):
+        _LIBRARY.impl(overload, kernel, key)
+
+
 def map_rows(op: Operator, *rows: str, alone: tuple[str, ...] = ()) -> None:
     """Under torch.func.vmap, the samples of an op that works row by row become more rows: see `as_rows`."""
     names = [argument.name for argument in op.registered._schema.arguments]

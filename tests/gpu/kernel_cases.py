@@ -2,7 +2,7 @@
 
 import torch
 
-from gpu import sample_kernels
+from gpu import attention_cases, sample_kernels
 from gpu.compile_matrix import Case
 
 
@@ -30,4 +30,5 @@ CASES = [
     Case("sample matmul tf32", lambda: _matmul(torch.float32), matrix=("",)),
     Case("sample attention", _attention, matrix=("",)),
     Case("sample layer norm", _layer_norm),
+    *attention_cases.CASES,
 ]

@@ -1,0 +1,154 @@
+"""A call of attention as its kernels take it: dense rows, strides, sizes, and what no kernel has to find again."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fasttx.philox import drop_threshold
+
+from . import availability, launch
+from ._attention_tile import ADDITIVE, BOOLEAN, NO_MASK
+
+_LOG2E = math.log2(math.e)
+# Positions further off than any tensor is long are all alike, and their differences must not overflow 32 bits.
+_FAR = 1 << 30
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """What keeps memory safe; the functions that users call have more to say."""
+    if query.dtype not in availability.DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+        kinds = ", ".join(map(str, availability.DTYPES))
+        raise TypeError(
+            f"query, key and value must have one dtype of {kinds}, got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+    reason = availability.OPS["attention"]((query, key, value))
+    if reason is not None:
+        raise ValueError(f"attention's Triton kernels cannot take this: {reason}")
+    of_query, of_key, of_value = (tuple(x.shape) for x in (query, key, value))
+    batch = len(of_query) - 3
+    fits = (
+        len(of_query) == len(of_key) == len(of_value) == (3 if cu_seqlens is not None else 4)
+        and of_query[:batch] == of_key[:batch]
+        and of_key[:-1] == of_value[:-1]
+        and of_query[-1] == of_key[-1]
+        and (of_query[1] % of_key[1] == 0 if of_key[1] else of_query[1] == 0)
+    )
+    if not fits:
+        raise ValueError(f"query, key and value do not fit each other: {of_query}, {of_key}, {of_value}")
+    if mask is not None:
+        wanted = (*of_query[:3], of_key[2])
+        if mask.dim() != 4 or any(size not in (1, full) for size, full in zip(mask.shape, wanted, strict=True)):
+            raise ValueError(f"attn_mask must broadcast to {wanted}, got {tuple(mask.shape)}")
+
+
+def unit_rows(tensor: Tensor) -> Tensor:
+    """The tensor with its last dim dense."""
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def strides_of(tensor: Tensor) -> tuple[int, int, int]:
+    """Of sequence, head and token; packed sequences follow each other on the token axis."""
+    if tensor.dim() == 3:
+        return 0, tensor.stride(1), tensor.stride(0)
+    return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+
+
+class Call:
+    """What one call of attention_fwd, attention_bwd or attention_bias_bwd hands to each of its kernels.
+
+    shared: the arguments that end every kernel's; constants: those that end its constants; problem: what its
+    configuration is chosen by. Raises TypeError or ValueError for what the kernels cannot take.
+    """
+
+    def __init__(
+        self, query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal,
+        query_offset, window_left, window_right, dropout_p, seed, scale,
+    ):  # fmt: skip
+        _check(query, key, value, attn_mask, cu_seqlens_q)
+        self.query, self.key, self.value = (unit_rows(x) for x in (query, key, value))
+        self.packed = cu_seqlens_q is not None
+        self.heads, self.kv_heads = query.shape[1], key.shape[1]
+        self.group = self.heads // max(self.kv_heads, 1)
+        tokens = 0 if self.packed else 2
+        self.queries, self.keys = query.shape[tokens], key.shape[tokens]
+        self.sequences = cu_seqlens_q.numel() - 1 if self.packed else query.shape[0]
+
+        mask, seen, kind = self._mask(attn_mask)
+        added = kind == ADDITIVE.value or alibi_slopes is not None
+        self.scaled = added or scale <= 0.0
+        has_lo, has_hi = window_left >= 0, is_causal or window_right >= 0
+        ahead = 0 if window_right < 0 else min(0, window_right) if is_causal else window_right
+        dropout = dropout_p > 0.0
+        on_device = dropout and not seed.is_cpu
+        # The scale of scores, what their exponent is multiplied by, and what is kept by dropout.
+        self.units = float(scale), _LOG2E if self.scaled else scale * _LOG2E, 1.0 / (1.0 - dropout_p)
+        self.shared = (
+            mask, seen, launch.dense(key_lengths), launch.dense(cu_seqlens_q), launch.dense(cu_seqlens_k),
+            launch.dense(alibi_slopes), seed if on_device else None,
+            int(seed) if dropout and not on_device else 0, drop_threshold(dropout_p) if dropout else 0,
+            *self._mask_strides(mask, seen), self.heads, self.group, self.queries, self.keys, self.sequences,
+            _near(query_offset - window_left) if has_lo else 0, _near(query_offset + ahead) if has_hi else 0,
+            float(query_offset), *self.units,
+        )  # fmt: skip
+        per_key = mask is not None and mask.shape[2] == 1
+        self.width, self.value_width = query.shape[-1], value.shape[-1]
+        self.block_d, self.block_dv = (max(16, _power_of_two(x)) for x in (self.width, self.value_width))
+        self.constants = (
+            self.width, self.value_width, self.block_d, self.block_dv, has_lo, has_hi, kind, per_key,
+            alibi_slopes is not None, self.scaled, dropout, _precision(query.dtype),
+        )  # fmt: skip
+        bits = 16 if query.element_size() == 2 else 19 if self.constants[-1] == "tf32" else 32
+        self.problem = (max(self.block_d, self.block_dv), bits, dropout or kind != NO_MASK.value)
+
+    def tiles(self, block: int, *, of_keys: bool = False) -> int:
+        """Tiles of `block` tokens of one head: of each sequence, or of packed ones all together."""
+        tokens = self.keys if of_keys else self.queries
+        return tokens // block + self.sequences if self.packed else -(-tokens // block)
+
+    def programs(self, block: int, *, of_keys: bool = False) -> int:
+        """Programs that own one tile of one head each."""
+        heads = self.kv_heads if of_keys else self.heads
+        return self.tiles(block, of_keys=of_keys) * heads * (1 if self.packed else self.sequences)
+
+    def _mask(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
+        """The mask, broadcast dims being of size 1; which keys any query of a sequence sees; the mask's kind.
+
+        A boolean mask that is the same for all queries of a sequence says nothing but which keys they see.
+        """
+        if mask is None:
+            return None, None, NO_MASK.value
+        for dim, stride in enumerate(mask.stride()):
+            if stride == 0 and mask.shape[dim] > 1:
+                mask = mask.narrow(dim, 0, 1)
+        if mask.dtype != torch.bool:
+            return mask, None, ADDITIVE.value
+        alike = mask.shape[1] == 1 and mask.shape[2] == 1
+        seen = mask[:, 0, 0] if alike else mask.any(dim=1).any(dim=1)
+        seen = seen.expand(-1, self.keys).contiguous()
+        return (None, seen, NO_MASK.value) if alike else (mask, seen, BOOLEAN.value)
+
+    @staticmethod
+    def _mask_strides(mask: Tensor | None, seen: Tensor | None) -> tuple[int, ...]:
+        strides = (0,) * 4
+        if mask is not None:
+            strides = (stride if size > 1 else 0 for stride, size in zip(mask.stride(), mask.shape, strict=True))
+        return (*strides, 0 if seen is None or seen.shape[0] == 1 else seen.stride(0))
+
+
+def _near(position: int) -> int:
+    return max(-_FAR, min(_FAR, position))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 matrices are multiplied: in TF32 where PyTorch's own products may be, else as exactly as float32.
+
+    Three products of TF32 halves are that exact, and use the tensor cores.
+    """
+    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "tf32x3" if torch.version.hip is None else "ieee"

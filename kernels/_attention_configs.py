@@ -1,0 +1,95 @@
+"""Configurations of attention's kernels: tiles that leave no architecture short of registers or shared memory."""
+
+from .configs import TABLES, Config, everywhere
+
+# What a configuration is chosen by: the padded width of rows, the bits of what is multiplied (TF32 has 19), and whether
+# scores are laden with more than their places: a mask, or dropout.
+PROBLEM = ("width", "bits", "laden")
+# Architectures with less shared memory.
+_SMALL = ("sm_86", "sm_89", "sm_120", "gfx942")
+
+
+def _tile(rows: int, keys: int, warps: int, stages: int, *, width: int, bits: int = 16, laden: bool = True) -> Config:
+    """A tile for what is no wider, has no more bits, and is laden only if this is."""
+    up_to = {"width": width, "bits": bits, "laden": laden}
+    return Config({"BLOCK_M": rows, "BLOCK_N": keys}, warps, stages, up_to)
+
+
+_FORWARD_WIDE = (
+    _tile(64, 32, 8, 2, width=256, laden=False),
+    _tile(32, 32, 8, 2, width=256),
+    _tile(32, 32, 8, 1, width=64, bits=32, laden=False),
+    _tile(64, 16, 8, 1, width=64, bits=32),
+    _tile(32, 16, 8, 1, width=128, bits=32),
+    _tile(16, 16, 4, 1, width=256, bits=32),
+)
+_FORWARD_LARGE = (
+    _tile(128, 64, 8, 3, width=64),
+    _tile(128, 64, 8, 2, width=128, laden=False),
+    _tile(128, 32, 8, 3, width=128),
+    *_FORWARD_WIDE,
+)
+_FORWARD_SMALL = (
+    _tile(128, 64, 8, 2, width=64, laden=False),
+    _tile(64, 32, 8, 2, width=64),
+    _tile(128, 32, 8, 2, width=128, laden=False),
+    _tile(64, 32, 8, 2, width=128),
+    *_FORWARD_WIDE,
+)
+TABLES["attention_fwd"] = everywhere(
+    _tile(128, 64, 8, 3, width=64, laden=False),
+    _tile(128, 64, 8, 2, width=64),
+    _tile(128, 32, 8, 3, width=128, laden=False),
+    _tile(64, 32, 8, 2, width=128),
+    *_FORWARD_WIDE,
+    sm_90=_FORWARD_LARGE,
+    sm_100=_FORWARD_LARGE,
+    **dict.fromkeys(_SMALL, _FORWARD_SMALL),
+)
+TABLES["attention_split"] = everywhere(
+    _tile(16, 64, 4, 3, width=128),
+    _tile(16, 32, 4, 2, width=256),
+    _tile(16, 32, 4, 1, width=128, bits=32),
+    _tile(16, 16, 4, 1, width=256, bits=32),
+)
+TABLES["attention_join"] = everywhere(Config(num_warps=4))
+TABLES["attention_bwd_dq"] = everywhere(
+    _tile(64, 64, 8, 2, width=64, laden=False),
+    _tile(64, 32, 4, 2, width=64),
+    _tile(64, 64, 8, 2, width=128, laden=False),
+    _tile(64, 32, 8, 2, width=128),
+    _tile(32, 32, 8, 1, width=256),
+    _tile(32, 16, 8, 1, width=64, bits=32, laden=False),
+    _tile(32, 16, 4, 1, width=128, bits=32),
+    _tile(16, 16, 4, 1, width=256, bits=32),
+)
+_KEYS_LARGE = (
+    _tile(32, 64, 8, 2, width=64, laden=False),
+    _tile(32, 64, 8, 1, width=64),
+    _tile(32, 64, 8, 1, width=128, laden=False),
+    _tile(32, 32, 8, 1, width=128),
+    _tile(16, 32, 8, 1, width=256, laden=False),
+    _tile(16, 16, 4, 1, width=256),
+)
+_KEYS_EXACT = (
+    _tile(32, 32, 8, 1, width=64, bits=32),
+    _tile(16, 32, 4, 1, width=128, bits=32),
+    _tile(16, 16, 4, 1, width=256, bits=32),
+)
+TABLES["attention_bwd_dkdv"] = everywhere(
+    _tile(32, 64, 8, 1, width=64, laden=False),
+    _tile(32, 32, 8, 2, width=64),
+    _tile(32, 64, 8, 1, width=128, laden=False),
+    _tile(32, 32, 8, 1, width=128),
+    _tile(16, 32, 8, 1, width=256),
+    *_KEYS_EXACT,
+    sm_90=(*_KEYS_LARGE, *_KEYS_EXACT),
+    sm_100=(*_KEYS_LARGE, *_KEYS_EXACT),
+)
+TABLES["attention_bias_bwd"] = everywhere(
+    _tile(64, 32, 8, 1, width=64),
+    _tile(32, 16, 8, 1, width=256),
+    _tile(32, 16, 8, 1, width=64, bits=32),
+    _tile(32, 16, 4, 1, width=128, bits=32),
+    _tile(16, 16, 4, 1, width=256, bits=32),
+)

@@ -1,0 +1,62 @@
+"""Calls of attention for the compile matrix: every configuration, alone with what loads a tile least and most."""
+
+import torch
+
+from fasttx.kernels.attention import attention_fwd
+from fasttx.kernels.attention_bias_bwd import attention_bias_bwd
+from fasttx.kernels.attention_bwd import attention_bwd
+from gpu.compile_matrix import Case
+
+_TOKENS = 128
+
+
+def _options(queries: int, **given) -> tuple:
+    """The op's arguments after query, key and value: causal, unless a mask of each query comes in."""
+    return (
+        given.get("attn_mask"), None, None, None, given.get("alibi_slopes"), "attn_mask" not in given,
+        _TOKENS - queries, given.get("window_left", -1), -1, given.get("dropout_p", 0.0), given.get("seed"), 0.1,
+    )  # fmt: skip
+
+
+def _mask(queries: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(2, 4, queries, _TOKENS, dtype=dtype)
+
+
+# By name, what a call of so many queries is laden with.
+_LADEN = {
+    "": lambda queries: {},
+    ", dropout": lambda queries: {"dropout_p": 0.1, "seed": torch.tensor(1)},
+    ", mask": lambda queries: {"attn_mask": _mask(queries, torch.bool)},
+    ", bias": lambda queries: {
+        "attn_mask": _mask(queries, torch.float32), "alibi_slopes": torch.empty(4), "window_left": 5
+    },
+}  # fmt: skip
+
+
+def _inputs(width: int, queries: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [torch.empty(2, heads, n, width, dtype=dtype) for heads, n in ((4, queries), (2, _TOKENS), (2, _TOKENS))]
+
+
+def _train(width: int, dtype: torch.dtype, laden: str) -> None:
+    query, key, value = _inputs(width, _TOKENS, dtype)
+    options = _options(_TOKENS, **_LADEN[laden](_TOKENS))
+    output, _, stats = attention_fwd(query, key, value, *options)
+    arguments = (output, None, query, key, value, output, stats, *options)
+    attention_bwd(*arguments)
+    if laden == ", bias":
+        attention_bias_bwd(*arguments)
+
+
+def _decode(width: int, dtype: torch.dtype, laden: str) -> None:
+    attention_fwd(*_inputs(width, 1, dtype), *_options(1, **_LADEN[laden](1)))
+
+
+# Words in the names of the kernels that multiply matrices: all but the one that joins splits.
+_MATRIX = ("fwd", "bwd", "split")
+CASES = [
+    Case(f"attention{kind} {str(dtype)[6:]} {width}{laden}", lambda c=call, a=(width, dtype, laden): c(*a), _MATRIX)
+    for dtype in (torch.bfloat16, torch.float32)
+    for width in (64, 128, 256)
+    for kind, call in (("", _train), (" of one query", _decode))
+    for laden in (_LADEN if dtype == torch.bfloat16 else ("",))
+]

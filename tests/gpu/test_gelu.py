@@ -1,0 +1,88 @@
+"""GELU and bias + GELU in Triton on the emulator, against float64 by the error budget."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from budget import assert_op_within_budget
+from properties import draw
+
+from fasttx import reference
+from fasttx.ops import gelu as ops
+from gpu.launchers import by_dtype, by_target, full, on_triton, shipped, using
+
+by_variant = pytest.mark.parametrize("approximate", ["none", "tanh"])
+
+
+def check(target, dtype, shape, approximate, with_bias):
+    inputs = {"input": 3 * draw(*shape)}
+    if with_bias:
+        inputs["bias"] = draw(shape[-1])
+
+    def op(input, bias=None):
+        return ops.gelu(input, approximate) if bias is None else ops.bias_gelu(input, bias, approximate)
+
+    def eager(input, bias=None):
+        return F.gelu(input if bias is None else input + bias, approximate=approximate)
+
+    def truth(input, bias=None):
+        return reference.gelu(input, approximate) if bias is None else reference.bias_gelu(input, bias, approximate)
+
+    with on_triton(target):
+        assert_op_within_budget(op, eager=eager, reference=truth, inputs=inputs, dtype=dtype)
+
+
+@by_target
+@by_dtype
+@by_variant
+@pytest.mark.parametrize("shape", [(5, 3, 100), pytest.param((3, 3000), marks=full), pytest.param((7,), marks=full)])
+def test_bias_gelu(target, dtype, approximate, shape):
+    check(target, dtype, shape, approximate, with_bias=True)
+
+
+@by_target
+@by_dtype
+@by_variant
+@pytest.mark.parametrize("shape", [(2, 3000), pytest.param((4, 5, 33), marks=full), pytest.param((1,), marks=full)])
+def test_gelu(target, dtype, approximate, shape):
+    check(target, dtype, shape, approximate, with_bias=False)
+
+
+BLOCKS = (64, 512, 1024, 2048)
+
+
+@full
+@pytest.mark.parametrize(
+    ("block", "target", "config"),
+    [pytest.param(b, *p.values, id=f"{b}-{p.id}") for b in BLOCKS for p in shipped("gelu_fwd", block=b)],
+)
+def test_shipped_configurations(block, target, config):
+    with using(gelu_fwd=config, gelu_bwd=config):
+        check(target, torch.bfloat16, (40, block - 9), "none", with_bias=True)
+
+
+@by_target
+def test_more_rows_than_partial_sums(target):
+    check(target, torch.bfloat16, (700, 24), "none", with_bias=True)
+
+
+@by_target
+@by_variant
+def test_what_is_not_finite(target, approximate):
+    x = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e20, -1e20, 50.0, -50.0], requires_grad=True)
+    with on_triton(target):
+        y = ops.gelu(x, approximate)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    # -infinity gives 0, where PyTorch's formula is NaN.
+    torch.testing.assert_close(
+        y.detach(), torch.tensor([0.0, 0, torch.inf, 0, torch.nan, 1e20, 0, 50, 0]), equal_nan=True
+    )
+    torch.testing.assert_close(dx, torch.tensor([0.5, 0.5, 1, 0, torch.nan, 1, 0, 1, 0]), equal_nan=True)
+
+
+@by_target
+def test_nothing(target):
+    x, bias = torch.empty(0, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+    with on_triton(target):
+        ops.bias_gelu(x, bias, "none").sum().backward()
+        assert ops.gelu(torch.empty(3, 0), "none").shape == (3, 0)
+    assert x.grad.shape == (0, 4) and torch.equal(bias.grad, torch.zeros(4))
