@@ -65,9 +65,9 @@ TABLES["attention_bwd_dq"] = everywhere(
 )
 _KEYS_LARGE = (
     _tile(32, 64, 8, 2, width=64, laden=False),
-    _tile(32, 64, 8, 1, width=64),
-    _tile(32, 64, 8, 1, width=128, laden=False),
+    _tile(32, 32, 8, 2, width=64),
     _tile(32, 32, 8, 1, width=128),
+    _tile(32, 64, 8, 1, width=128, laden=False),
     _tile(16, 32, 8, 1, width=256, laden=False),
     _tile(16, 16, 4, 1, width=256),
 )
