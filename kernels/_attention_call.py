@@ -149,6 +149,6 @@ def _precision(dtype: torch.dtype) -> str:
 
     Three products of TF32 halves are that exact, and use the tensor cores.
     """
-    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
-    return "tf32x3" if torch.version.hip is None else "ieee"
+    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
