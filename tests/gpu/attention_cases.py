@@ -7,7 +7,7 @@ from fasttx.kernels.attention_bwd import attention_bwd
 
 from gpu.compile_matrix import Case
 
-_TOKENS = 128
+_TOKENS = 512
 
 
 def _options(queries: int, **given) -> tuple:
