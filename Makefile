@@ -5,13 +5,17 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test install lint bench clean
+.PHONY: demo test test-gpu-emulated install lint bench gpu clean
 
 demo: install
 	$(PY) -m fasttx demo
 
 test: install
 	$(PY) -m pytest
+
+# Every GPU kernel on the emulator and in the compile matrix, at full breadth; `make test` runs a sample of it.
+test-gpu-emulated: install
+	$(PY) -m pytest tests/gpu -m "emulated_full or not emulated_full"
 
 install: $(VENV)/.built
 
@@ -20,6 +24,10 @@ lint: install
 
 bench: install
 	$(PY) -m benchmarks --allocators both
+
+# On a machine with a GPU, in ten minutes: the kernels' tests on the device, tuning, benchmarks, a report in results/gpu.
+gpu: install
+	$(PY) -m benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) build *.egg-info fasttx/*.so

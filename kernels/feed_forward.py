@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .checks import require_activation, require_input, require_like, require_values, require_weight
 from .dropout import Dropout
 from .launch import dense
 from .layer_norm import add_layer_norm_bwd, layer_norm_fwd
@@ -10,11 +11,35 @@ from .matmul import NO_DROPOUT, multiply, multiply_backward
 from .sums import column_sums, sum_partials
 
 
+def _check(input: Tensor, weight1: Tensor, weight2: Tensor, activation: int) -> None:
+    require_input("input", input)
+    require_weight("weight1", weight1, input, input.shape[-1])
+    require_weight("weight2", weight2, input, weight1.shape[0])
+    require_activation(activation)
+
+
+def _check_gradient(
+    grad: Tensor, input: Tensor, preact: Tensor, weight1: Tensor, weight2: Tensor, activation: int
+) -> None:
+    _check(input, weight1, weight2, activation)
+    require_like("grad", grad, input, (*input.shape[:-1], weight2.shape[0]))
+    require_like("preact", preact, input, (*input.shape[:-1], weight1.shape[0]))
+
+
+def _refuse_packed(*packed: Tensor | None) -> None:
+    if any(weight is not None for weight in packed):
+        raise ValueError("packed1 and packed2 must be None: weights are packed for the CPU's kernels only")
+
+
 def _layers(
     input: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, activation: int,
     dropout: Dropout, preact: Tensor | None, *, residual: Tensor | None = None, dropout2: Dropout = NO_DROPOUT,
 ) -> Tensor:  # fmt: skip
     """residual + dropout2(linear2(dropout(activation(linear1(input)))))."""
+    _check(input, weight1, weight2, activation)
+    require_like("bias1", bias1, input, weight1.shape[:1])
+    require_like("bias2", bias2, input, weight2.shape[:1])
+    require_like("residual", residual, input, (*input.shape[:-1], weight2.shape[0]))
     x = as_rows(input)
     hidden = input.new_empty((x.shape[0], weight1.shape[0]))
     multiply(x, weight1.t(), hidden, bias=dense(bias1), activation=activation, preact=preact, dropout=dropout)
@@ -28,6 +53,7 @@ def feed_forward_fwd(
     dropout_p: float, seed: Tensor | None, store_preact: bool, packed1: Tensor | None, packed2: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """fasttx::feed_forward_fwd; weights are not packed here."""
+    _refuse_packed(packed1, packed2)
     preact = input.new_empty((*input.shape[:-1], weight1.shape[0]) if store_preact else (0,))
     dropout = Dropout.of(dropout_p, seed)
     y = _layers(input, weight1, bias1, weight2, bias2, activation, dropout, preact if store_preact else None)
@@ -44,6 +70,7 @@ def _backward(
     def empty(shape: tuple[int, ...], needed: bool) -> Tensor:
         return input.new_empty(shape if needed else (0,))
 
+    _check_gradient(grad, input, preact, weight1, weight2, activation)
     dy, x = as_rows(grad), as_rows(input)
     dx = empty(input.shape, needs_input)
     dweight1, dweight2 = empty(weight1.shape, needs_weight1), empty(weight2.shape, needs_weight2)
@@ -86,8 +113,12 @@ def feed_forward_block_fwd(
     packed1: Tensor | None, packed2: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """fasttx::feed_forward_block_fwd; weights are not packed here."""
+    _refuse_packed(packed1, packed2)
     none = input.new_empty((0,))
+    require_input("input", input)
     width = input.shape[-1]
+    require_values("norm_weight", norm_weight, input, width)
+    require_values("norm_bias", norm_bias, input, width)
     dropout1, dropout2 = Dropout.of(dropout1_p, seed1), Dropout.of(dropout2_p, seed2)
     layers = (weight1, bias1, weight2, bias2, activation, dropout1)
     if norm_first:
@@ -106,13 +137,14 @@ def feed_forward_block_bwd(
     needs_bias2: bool, needs_norm_weight: bool, needs_norm_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """fasttx::feed_forward_block_bwd."""
-    drops = dropout2_p > 0.0
+    _check_gradient(grad, input, preact, weight1, weight2, activation)
+    dropout1, drops = Dropout.of(dropout1_p, seed1), dropout2_p > 0.0
     dsum, dropped, dnorm_weight, dnorm_bias = add_layer_norm_bwd(
         grad, None, sum, norm_weight, input.shape[-1], eps, dropout2_p, seed2,
         drops, True, needs_norm_weight, needs_norm_bias,
     )  # fmt: skip
     gradients = _backward(
-        dropped if drops else dsum, input, preact, weight1, weight2, activation, Dropout.of(dropout1_p, seed1),
+        dropped if drops else dsum, input, preact, weight1, weight2, activation, dropout1,
         dsum, needs_input, needs_weight1, needs_bias1, needs_weight2, needs_bias2,
     )  # fmt: skip
     return (*gradients, dnorm_weight, dnorm_bias)

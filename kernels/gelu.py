@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import require_activation, require_input, require_like
 from .configs import TABLES, Config, everywhere
-from .launch import Kernel, dense
+from .launch import Kernel, block_of, dense
 from .math import activation, activation_grad
 from .sums import PROGRAMS, sum_partials
 
@@ -82,11 +83,18 @@ def _as_matrix(input: Tensor, bias: Tensor | None) -> tuple[int, int, int]:
     """Rows, width, and the block of columns that a program takes; without a bias all values are one row."""
     width = input.numel() if bias is None else input.shape[-1]
     rows = input.numel() // width if width else 0
-    return rows, width, min(_WIDEST_BLOCK, max(16, triton.next_power_of_2(width)))
+    return rows, width, min(_WIDEST_BLOCK, block_of(width))
+
+
+def _check(input: Tensor, bias: Tensor | None, activation: int) -> None:
+    require_input("input", input)
+    require_like("bias", bias, input, input.shape[-1:])
+    require_activation(activation)
 
 
 def gelu_fwd(input: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     """fasttx::gelu_fwd."""
+    _check(input, bias, activation)
     x = dense(input)
     y = torch.empty_like(x)
     rows, width, block = _as_matrix(x, bias)
@@ -101,6 +109,8 @@ def gelu_bwd(
     grad: Tensor, input: Tensor, bias: Tensor | None, activation: int, needs_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """fasttx::gelu_bwd."""
+    _check(input, bias, activation)
+    require_like("grad", grad, input)
     dy, x = dense(grad), dense(input)
     dx = torch.empty_like(x)
     rows, width, block = _as_matrix(x, bias)

@@ -5,6 +5,7 @@ transformers costs more time than the kernel itself. A Kernel does so only for w
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 
-from . import configs
+from . import configs, tune
 from .configs import Config
 
 _MISALIGNED = 15  # pointers are told to Triton to be multiples of 16 bytes, or not to be
@@ -85,7 +86,7 @@ class Kernel:
         key = tuple(key)
         prepared = self._prepared.get(key)
         if prepared is None:
-            prepared = self._prepared[key] = self._prepare(args, constants, problem)
+            prepared = self._prepared[key] = self._prepare(grid, args, constants, problem)
         self._launch(prepared, grid, args, active.get_current_stream(device))
 
     def config(self, problem: tuple[int, ...]) -> Config:
@@ -128,8 +129,32 @@ class Kernel:
                 *args, *prepared.constants,
             )  # fmt: skip
 
-    def _prepare(self, args: tuple, constants: tuple, problem: tuple[int, ...]) -> _Prepared:
-        config = self.config(problem)
+    def _prepare(self, grid: Callable, args: tuple, constants: tuple, problem: tuple[int, ...]) -> _Prepared:
+        _load_tuned()
+        if self._forced is None and tune.wanted() and not torch.cuda.is_current_stream_capturing():
+            self._tune(grid, args, constants, dict(zip(self.problem, problem, strict=True)))
+        return self._compile(self.config(problem), args, constants)
+
+    def _tune(self, grid: Callable, args: tuple, constants: tuple, problem: dict[str, int]) -> None:
+        """Finds the fastest configuration for the problem, unless it is known; launching is free of side effects."""
+        arch = current_arch()
+        candidates = configs.candidates(self.name, arch, problem)
+        if len(candidates) == 1 or (self.name, arch, tuple(problem.items())) in configs.tuned:
+            return
+        active = driver.active
+        stream = active.get_current_stream(active.get_current_device())
+        prepared = {}
+
+        def run(config: Config) -> None:
+            if config not in prepared:
+                prepared[config] = self._compile(config, args, constants)
+            self._launch(prepared[config], grid, args, stream)
+
+        best, _ = tune.fastest(candidates, run, active.get_device_interface().synchronize)
+        tune.save(self.name, arch, problem, best)
+        self._configs.clear()
+
+    def _compile(self, config: Config, args: tuple, constants: tuple) -> _Prepared:
         names = [param.name for param in self.function.params][len(args) + len(constants) :]
         constants = (*constants, *(config.blocks[name] for name in names))
         compiled = self.function.warmup(
@@ -138,6 +163,8 @@ class Kernel:
         )  # fmt: skip
         return _Prepared(compiled, config, compiled.run, constants)
 
+
+_load_tuned = functools.cache(tune.load)
 
 # Every kernel by its name in the tables: what is compiled for all architectures, and what is tuned.
 KERNELS: dict[str, Kernel] = {}
@@ -158,6 +185,11 @@ def current_arch() -> str:
 def processors(device: torch.device) -> int:
     """How many multiprocessors a device has: the programs of a persistent grid."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def block_of(width: int) -> int:
+    """The power of two that a row of this width fits in, 16 at least."""
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import require_input, require_like, require_values, require_width
 from .configs import TABLES, Config, everywhere
 from .dropout import Dropout
-from .launch import Kernel, dense
+from .launch import Kernel, block_of, dense
 from .math import matrix_dropout_keep
 from .sums import PROGRAMS, sum_partials
 
@@ -283,14 +284,15 @@ _bwd_wide = Kernel(_layer_norm_bwd_wide_kernel, "layer_norm_bwd_wide")
 _bwd_sums = Kernel(_layer_norm_bwd_sums_kernel, "layer_norm_bwd_sums")
 
 
-def _block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
-
-
 def _forward(
     input: Tensor, residual: Tensor | None, width: int, weight: Tensor | None, bias: Tensor | None, eps: float,
     dropout: Dropout, store_sum: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    require_input("input", input, 0)
+    require_width(input, width)
+    require_like("residual", residual, input)
+    require_values("weight", weight, input, width)
+    require_values("bias", bias, input, width)
     x, residual = dense(input), dense(residual)
     rows = x.numel() // width
     y = torch.empty_like(x)
@@ -298,7 +300,7 @@ def _forward(
     args = (
         x, residual, dense(weight), dense(bias), dropout.seed_ptr, y, total, rows, width, eps, *dropout.numbers
     )  # fmt: skip
-    block = _block(width)
+    block = block_of(width)
     if block <= _WIDEST_FWD:
         _fwd(lambda blocks: (-(-rows // blocks["BLOCK_M"]),), args, (dropout.active, block), (block,))
     else:
@@ -310,11 +312,16 @@ def _backward(
     grad: Tensor, grad_sum: Tensor | None, input: Tensor, weight: Tensor | None, width: int, eps: float,
     dropout: Dropout, needs_input: bool, needs_dropped: bool, needs_weight: bool, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    require_input("input", input, 0)
+    require_width(input, width)
+    require_like("grad", grad, input)
+    require_like("grad_sum", grad_sum, input)
+    require_values("weight", weight, input, width)
     dy, dsum, x = dense(grad), dense(grad_sum), dense(input)
     rows = x.numel() // width
     dx = torch.empty_like(x) if needs_input else None
     dropped = torch.empty_like(x) if needs_dropped else None
-    block = _block(width)
+    block = block_of(width)
     programs = max(1, min(rows, PROGRAMS))
     partial = x.new_empty((needs_weight + needs_bias, programs, width), dtype=torch.float32)
     dweight_partial = partial[0] if needs_weight else None

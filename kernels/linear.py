@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .checks import require_input, require_like, require_weight
 from .launch import dense
 from .matmul import multiply
 from .sums import column_sums
@@ -22,6 +23,11 @@ def _empty(tensor: Tensor) -> Tensor:
 
 def linear_fwd(input: Tensor, weight: Tensor, bias: Tensor | None, packed: Tensor | None) -> Tensor:
     """fasttx::linear_fwd; weights are not packed here."""
+    require_input("input", input)
+    require_weight("weight", weight, input, input.shape[-1])
+    require_like("bias", bias, input, weight.shape[:1])
+    if packed is not None:
+        raise ValueError("packed must be None: weights are packed for the CPU's kernels only")
     y = input.new_empty((*input.shape[:-1], weight.shape[0]))
     multiply(as_rows(input), weight.t(), y, bias=dense(bias))
     return y
@@ -31,6 +37,9 @@ def linear_bwd(
     grad: Tensor, input: Tensor, weight: Tensor, needs_input: bool, needs_weight: bool, needs_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """fasttx::linear_bwd."""
+    require_input("input", input)
+    require_weight("weight", weight, input, input.shape[-1])
+    require_like("grad", grad, input, (*input.shape[:-1], weight.shape[0]))
     dy, x = as_rows(grad), as_rows(input)
     dx = input.new_empty(input.shape if needs_input else (0,))
     dweight = input.new_empty(weight.shape if needs_weight else (0,))

@@ -49,7 +49,12 @@ def _product_tile(
         else:
             a_tile = tl.load(a, mask=in_m & (start + k < K)[None, :], other=0.0)
             b_tile = tl.load(b, mask=in_n & (start + k < K)[:, None], other=0.0)
-        sums = tl.dot(a_tile, b_tile, sums, input_precision=PRECISION)
+        if a_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee":
+            # Sums of sums: one long chain of additions would lose more digits than PyTorch's own product. Triton would
+            # make a chain of a plain addition.
+            sums = tl.fma(tl.dot(a_tile, b_tile, input_precision=PRECISION), 1.0, sums)
+        else:
+            sums = tl.dot(a_tile, b_tile, sums, input_precision=PRECISION)
         a += step_a
         b += step_b
     return sums
@@ -120,11 +125,14 @@ def _tiles(
 # By the bits of a value and by how many registers the epilogue takes: _PLAIN, _ACTIVATION or _GRADIENT.
 # PER_PROCESSOR: how many programs each multiprocessor is given.
 _PLAIN, _ACTIVATION, _GRADIENT = range(3)
+# What is summed of a gradient's columns at a time: in all configurations, so that the parts of a sum are known before.
+_GRADIENT_ROWS = 64
 _LEAST = (
-    _tiles(128, 64, 32, 4, 8, epilogue=_GRADIENT), _tiles(64, 64, 32, 4, 4, 2, epilogue=_GRADIENT),
-    _tiles(64, 64, 16, 3, 8, 2, bits=32, epilogue=_GRADIENT),
+    _tiles(_GRADIENT_ROWS, 128, 32, 4, 8, epilogue=_GRADIENT),
+    _tiles(_GRADIENT_ROWS, 64, 32, 4, 4, 2, epilogue=_GRADIENT),
+    _tiles(_GRADIENT_ROWS, 64, 16, 3, 8, 2, bits=32, epilogue=_GRADIENT),
 )  # fmt: skip
-_COMMON = (*_LEAST, _tiles(64, 64, 32, 2, 8, bits=32, epilogue=_GRADIENT))
+_COMMON = (*_LEAST, _tiles(_GRADIENT_ROWS, 64, 32, 2, 8, bits=32, epilogue=_GRADIENT))
 _SMALL_MEMORY = (_tiles(128, 128, 32, 3, 8), _tiles(64, 128, 32, 4, 8, 2), *_LEAST)
 TABLES["matmul"] = {
     "sm_80": (
@@ -196,8 +204,7 @@ def multiply_backward(
     """
     sums = None
     if wants_sums:
-        block_m = _matmul.config((a.element_size() * 8, _GRADIENT)).blocks["BLOCK_M"]
-        parts = max(1, -(-a.shape[0] // block_m))
+        parts = max(1, -(-a.shape[0] // _GRADIENT_ROWS))
         allocate = a.new_empty if a.shape[0] else a.new_zeros
         sums = allocate((1, parts, b.shape[1]), dtype=torch.float32)
     _launch(a, b, out, None, None, preact, hidden, sums, dropout, activation, True)

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import require_input, require_like
 from .configs import TABLES, Config, everywhere
-from .launch import Kernel, dense
+from .launch import Kernel, block_of, dense
 from .math import LOG2E
 
 _WIDEST = 16384  # what a program holds in registers, in values
@@ -171,13 +172,27 @@ def _strides(mask: Tensor | None, sizes: tuple[int, int, int, int]) -> tuple[int
     """The mask's strides over these sizes, 0 where it broadcasts. Raises ValueError where it does not."""
     if mask is None:
         return 0, 0, 0, 0
-    if mask.dim() > 4:
-        raise ValueError(f"mask must have at most 4 dimensions, got {mask.dim()}")
-    return mask.expand(sizes).stride()
+    try:
+        return mask.expand(sizes).stride()
+    except RuntimeError:
+        raise ValueError(f"mask of shape {tuple(mask.shape)} does not broadcast to {sizes}") from None
+
+
+def _check_mask(mask: Tensor | None, input: Tensor) -> None:
+    if mask is None:
+        return
+    if mask.dtype not in (torch.bool, input.dtype, torch.float32) or mask.device != input.device:
+        raise TypeError(
+            f"mask must be bool, {input.dtype} or float32 on {input.device}, got {mask.dtype} on {mask.device}"
+        )
+    if mask.dim() > min(4, input.dim()):
+        raise ValueError(f"mask must have at most {min(4, input.dim())} dimensions, got {mask.dim()}")
 
 
 def softmax_fwd(input: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     """fasttx::softmax_fwd."""
+    require_input("input", input, 2 if is_causal else 1)
+    _check_mask(mask, input)
     x = dense(input)
     y = torch.empty_like(x)
     sizes = _four_sizes(x)
@@ -186,7 +201,7 @@ def softmax_fwd(input: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     if not x.numel():
         return y
     args = (x, mask, y, rows, heads, queries, width, *_strides(mask, sizes))
-    block = max(16, triton.next_power_of_2(width))
+    block = block_of(width)
     if block <= _WIDEST:
         _fwd(lambda blocks: (-(-rows // blocks["BLOCK_M"]),), args, (is_causal, block), (block,))
     else:
@@ -196,13 +211,15 @@ def softmax_fwd(input: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
 
 def softmax_bwd(grad: Tensor, output: Tensor) -> Tensor:
     """fasttx::softmax_bwd."""
+    require_input("output", output)
+    require_like("grad", grad, output)
     dy, y = dense(grad), dense(output)
     dx = torch.empty_like(y)
     width = y.shape[-1]
     if not y.numel():
         return dx
     rows = y.numel() // width
-    block = max(16, triton.next_power_of_2(width))
+    block = block_of(width)
     if block <= _WIDEST:
         _bwd(lambda blocks: (-(-rows // blocks["BLOCK_M"]),), (dy, y, dx, rows, width), (block,), (block,))
     else:

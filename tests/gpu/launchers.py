@@ -5,9 +5,12 @@
 
 The launchers stand in for the C++ kernels meanwhile, so that schemas, gradient formulas and everything above them are
 those of a call on CUDA tensors.
+
+With FASTTX_TEST_DEVICE=cuda the same tests run on the GPU: tensors are made there, and the operators' own kernels run.
 """
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator
 
@@ -17,10 +20,13 @@ import torch
 pytest.importorskip("triton")
 
 from fasttx.kernels import configs, register  # noqa: E402
-from fasttx.kernels.launch import KERNELS  # noqa: E402
+from fasttx.kernels.launch import KERNELS, current_arch  # noqa: E402
 from gpu.driver import Emulation, emulated  # noqa: E402
 
-TARGETS = ("sm_80", "sm_90")
+ON_GPU = os.environ.get("FASTTX_TEST_DEVICE") == "cuda"
+TARGETS = ("cuda",) if ON_GPU else ("sm_80", "sm_90")
+if ON_GPU:
+    torch.set_default_device("cuda")
 full = pytest.mark.emulated_full
 by_target = pytest.mark.parametrize("target", TARGETS)
 by_dtype = pytest.mark.parametrize(
@@ -31,8 +37,11 @@ by_dtype = pytest.mark.parametrize(
 
 
 @contextlib.contextmanager
-def on_triton(target: str, **options) -> Iterator[Emulation]:
-    """Within this context the operators run on their Triton launchers, compiled for `target`."""
+def on_triton(target: str, **options) -> Iterator[Emulation | None]:
+    """Within this context the operators run on their Triton launchers, compiled for `target`; "cuda" is the GPU."""
+    if target == "cuda":
+        yield None
+        return
     library = torch.library.Library("fasttx", "IMPL")
     with warnings.catch_warnings(), emulated(target, **options) as machine:
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel.*")
@@ -52,7 +61,7 @@ def shipped(kernel: str, **problem: int) -> list:
     """
     parameters = []
     for target in TARGETS:
-        for index, config in enumerate(configs.candidates(kernel, target, problem)):
+        for index, config in enumerate(configs.candidates(kernel, current_arch() if ON_GPU else target, problem)):
             blocks = "x".join(map(str, config.blocks.values()))
             name = f"{target}-{blocks}-w{config.num_warps}-s{config.num_stages}"
             parameters.append(pytest.param(target, config, id=name, marks=full if index else ()))

@@ -45,7 +45,7 @@ def feed_forward_inputs(rows, width, hidden, with_bias=True):
 def dropped(x, seed, p):
     """Dropout of the last dim's columns over all rows, as eager PyTorch would apply a mask."""
     keep = philox.matrix_keep_mask(seed, x.numel() // x.shape[-1], x.shape[-1], p)
-    return x * keep.view(x.shape).to(x.dtype) / (1 - p) if p else x
+    return x * keep.view(x.shape).to(x) / (1 - p) if p else x
 
 
 def check_feed_forward(target, dtype, rows, width, hidden, activation="gelu", p=P, with_bias=True):
@@ -181,7 +181,8 @@ def test_float32_products_are_tf32_only_where_pytorch_allows_it(target):
             torch.backends.cuda.matmul.fp32_precision = precision
             with on_triton(target) as machine:
                 errors[precision] = (linear_ops.linear(x, weight, None) - truth).abs().max().item()
-            assert ("tf32" in str(machine.counts.matrix_flops)) == (precision == "tf32")
+            if machine is not None:
+                assert ("tf32" in str(machine.counts.matrix_flops)) == (precision == "tf32")
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     assert errors["ieee"] < 1e-5 < errors["tf32"] < 1e-1

@@ -48,7 +48,7 @@ def check_add_norm(target, dtype, shape, p, affine=True):
         return ops.add_layer_norm(input, residual, width, weight, bias, EPS, p, SEED if p else None, True)
 
     def eager(input, residual, weight=None, bias=None):
-        dropped = input * keep.to(input.dtype) / (1 - p) if p else input
+        dropped = input * keep.to(input) / (1 - p) if p else input
         total = residual + dropped
         return F.layer_norm(total, (width,), weight, bias, EPS), total
 

@@ -11,8 +11,7 @@ import triton.language as tl  # noqa: E402
 from fasttx import philox  # noqa: E402
 from fasttx.kernels.dropout import Dropout  # noqa: E402
 from fasttx.kernels.math import LOG2E, dropout_keep, online_softmax_step  # noqa: E402
-from gpu.driver import emulated  # noqa: E402
-from gpu.launchers import by_target  # noqa: E402
+from gpu.launchers import by_target, on_triton  # noqa: E402
 
 SEEDS = (0, 1, -1, 2**31, 2**63 - 1, -(2**63), 12345678901234567)
 
@@ -34,20 +33,19 @@ def kept(dropout, batch, head, first_row, first_column, rows=8, columns=64):
         out, dropout.seed_ptr, seed, threshold, batch, head, first_row, first_column, ROWS=rows, COLUMNS=columns,
         enable_fp_fusion=False,
     )  # fmt: skip
-    return out.bool()
+    return out.bool().cpu()
 
 
 def expected(seed, p, batch, head, first_row, first_column, rows=8, columns=64):
-    whole = philox.keep_mask(
-        seed, torch.tensor([batch]), torch.tensor([head]), first_row + rows, first_column + columns, p
-    )
+    batch, head = torch.tensor([batch], device="cpu"), torch.tensor([head], device="cpu")
+    whole = philox.keep_mask(seed, batch, head, first_row + rows, first_column + columns, p)
     return whole[0, 0, first_row:, first_column:]
 
 
 @by_target
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_mask_is_the_references(target, seed):
-    with emulated(target):
+    with on_triton(target):
         mask = kept(Dropout.of(0.3, torch.tensor(seed)), 3, 2, 5, 12)
     assert torch.equal(mask, expected(seed, 0.3, 3, 2, 5, 12))
 
@@ -55,7 +53,7 @@ def test_the_mask_is_the_references(target, seed):
 @by_target
 @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 1 - 1e-9])
 def test_every_probability(target, p):
-    with emulated(target):
+    with on_triton(target):
         mask = kept(Dropout.of(p, torch.tensor(7)), 0, 0, 0, 0, rows=16, columns=128)
     assert torch.equal(mask, expected(7, p, 0, 0, 0, 0, rows=16, columns=128))
 
@@ -64,7 +62,7 @@ def test_every_probability(target, p):
 def test_a_seed_in_memory(target):
     seed = torch.tensor(2**40 + 9)
     in_memory = Dropout.of(0.3, seed)._replace(seed_ptr=seed, numbers=(0, *Dropout.of(0.3, seed).numbers[1:]))
-    with emulated(target):
+    with on_triton(target):
         assert torch.equal(kept(in_memory, 1, 0, 0, 4), expected(2**40 + 9, 0.3, 1, 0, 0, 4))
 
 
@@ -108,9 +106,10 @@ def test_online_softmax(target):
     scores[1, :64] = -torch.inf
     scores[2, 64:] = -torch.inf
     out = torch.empty(3, 16)
-    with emulated(target):
+    with on_triton(target):
         _softmax_kernel[(1,)](scores, out, ROWS=16, WIDTH=128, BLOCK=32, enable_fp_fusion=False)
-    largest, total, again = out
+    largest, total, again = out.cpu()
+    scores = scores.cpu()
     assert largest[0] == -torch.inf and total[0] == again[0] == 0
     lse = (largest.double() + total.double().log2()) * torch.log(torch.tensor(2.0, dtype=torch.float64))
     torch.testing.assert_close(lse[1:], torch.logsumexp(scores[1:].double(), 1), atol=0, rtol=1e-6)

@@ -153,6 +153,12 @@ class SharedShadow:
         self.writer_lane[granules] = self.lane[lanes]
         self.initialised[granules] = True
 
+    def end_wgmma(self, granules: np.ndarray, first_lane: int) -> None:
+        """A wgmma was waited for: each warp of its group has read the operand by now, and knows so of itself only."""
+        self.reading[granules] -= 1
+        for lane in range(first_lane, first_lane + 128, 32):
+            self.reads[granules, self.warp[lane]] = self.own[lane]
+
     def read_by_wgmma(self, granules: np.ndarray, lane: int) -> None:
         """Checks the operand of a wgmma, which lane's warp begins."""
         lanes = np.full(granules.size, lane)

@@ -30,19 +30,20 @@ class _Product:
 
 
 class WarpgroupProducts:
-    """The wgmma that were issued and not waited for, and the registers written since the last wgmma.fence."""
+    """The wgmma that were issued and not waited for, and the fragments touched since the last wgmma.fence."""
 
     def __init__(self, machine):
         self.machine = machine
         self.products: list[_Product] = []
         self.committed = np.zeros(machine.lanes // 128 + 1, np.int64)
+        self.fragments: set[str] = set()  # every register that some wgmma of the kernel uses as a fragment
         self.unfenced: set[str] = set()
         self.busy: frozenset = frozenset()
 
     def reset(self) -> None:
         self.products.clear()
         self.committed.fill(0)
-        self.unfenced.clear()
+        self.unfenced = set(self.fragments)
         self.busy = frozenset()
 
     def begin(self, product: _Product) -> None:
@@ -68,7 +69,7 @@ class WarpgroupProducts:
                 and committed < self.committed[product.group] - pending
             ):
                 if self.machine.shadow:
-                    self.machine.shadow.reading[product.granules] -= 1
+                    self.machine.shadow.end_wgmma(product.granules, product.group * 128)
             else:
                 kept.append(product)
         self.products = kept
@@ -126,7 +127,7 @@ def guard_registers(machine, ins, operation: Operation, special: set[str]) -> Op
     def run(mask: Mask) -> None:
         if products.busy and not products.busy.isdisjoint(touched):
             products.check_touch(touched, written, mask)
-        products.unfenced.update(written)
+        products.unfenced |= touched
         operation(mask)
 
     return run
@@ -175,7 +176,7 @@ def _multiply(machine, ins) -> Operation:
         lanes = groups * 128
         late = products.unfenced & (results | inputs)
         if late:
-            raise CheckFailed("wgmma fence", f"{min(late)} was written after the last wgmma.fence")
+            raise CheckFailed("wgmma fence", f"{min(late)} is used with no wgmma.fence since it was last touched")
         warps = (groups[:, None] * 4 + np.arange(4)).ravel()
         if in_registers:
             left = a_fragment(fragments[a_rows[:, None], warps], kind).reshape(len(groups), 64, k)

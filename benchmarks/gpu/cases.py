@@ -1,0 +1,202 @@
+"""What is measured on a GPU: each op at sizes of real models, forward and forward + backward, beside its rivals.
+
+A variant is a function of the case's tensors. Every variant of a case computes the same, which is checked before it is
+timed; a rival that is not installed, or that cannot take the case, is left out with the reason.
+"""
+
+import contextlib
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fasttx import functional
+
+Variant = Callable[..., Tensor]
+
+
+@dataclass
+class Case:
+    """One op on one input: `inputs` by name, floating ones differentiated where `backward`; the least flops and bytes.
+
+    bytes: every input, result and gradient moved once. rivals: by name, a function of the inputs, or the reason why
+    there is none.
+    """
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    backward: bool
+    inputs: dict[str, Tensor]
+    flops: float
+    bytes: float
+    fasttx: Variant
+    eager: Variant
+    rivals: dict[str, Variant | str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """op, shape, dtype and direction."""
+        direction = "fwd+bwd" if self.backward else "fwd"
+        return f"{self.op} {self.shape} {str(self.dtype).removeprefix('torch.')} {direction}"
+
+    def call(self, variant: Variant) -> Callable[[], object]:
+        """The variant, and its gradients where they are measured, on the case's own tensors."""
+        if not self.backward:
+            return torch.no_grad()(lambda: variant(**self.inputs))
+        leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in self.inputs.items()}
+        wanted = [x for x in leaves.values() if x.requires_grad]
+        slope = torch.randn_like(variant(**leaves))
+        return lambda: torch.autograd.grad(variant(**leaves), wanted, slope)
+
+
+def _bytes(inputs: dict[str, Tensor], result: Tensor, backward: bool) -> float:
+    moved = sum(x.nbytes for x in inputs.values())
+    # Backward: inputs again, the result's slope, and every input's gradient.
+    return float(moved + result.nbytes + (2 * moved + result.nbytes if backward else 0))
+
+
+def _case(op: str, shape: str, dtype: torch.dtype, backward: bool, inputs: dict[str, Tensor], flops: float, **variants):
+    with torch.no_grad():
+        result = variants["eager"](**inputs)
+    rivals = {"torch.compile": _compiled(variants["eager"]), **variants.pop("rivals", {})}
+    moved = _bytes(inputs, result, backward)
+    return Case(op, shape, dtype, backward, inputs, flops * (3 if backward else 1), moved, rivals=rivals, **variants)
+
+
+def _compiled(function: Variant) -> Variant:
+    return torch.compile(function, dynamic=False)
+
+
+def _installed(module: str, make: Callable[[object], Variant]) -> Variant | str:
+    try:
+        return make(importlib.import_module(module))
+    except Exception as error:  # a rival that fails to import, in whatever way, is only left out
+        return f"{module}: {error}"
+
+
+def _draw(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+    return lambda *shape: torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
+
+
+def layer_norms(device: str, dtype: torch.dtype, backward: bool, rows: int, widths: tuple[int, ...]) -> Iterator[Case]:
+    """Layer norm, alone and of residual + input."""
+    draw = _draw(device, dtype)
+    liger = _installed(
+        "liger_kernel.ops.layer_norm",
+        lambda m: lambda input, weight, bias: m.LigerLayerNormFunction.apply(input, weight, bias, 1e-5),
+    )
+    for width in widths:
+        shape = (width,)
+        inputs = {"input": draw(rows, width), "weight": draw(width), "bias": draw(width)}
+        yield _case(
+            "layer_norm", f"{rows}x{width}", dtype, backward, inputs, 8.0 * rows * width,
+            fasttx=lambda input, weight, bias, s=shape: functional.layer_norm(input, s, weight, bias),
+            eager=lambda input, weight, bias, s=shape: F.layer_norm(input, s, weight, bias),
+            rivals={"liger": liger},
+        )  # fmt: skip
+        yield _case(
+            "add_layer_norm", f"{rows}x{width}", dtype, backward, {**inputs, "residual": draw(rows, width)},
+            9.0 * rows * width,
+            fasttx=lambda input, weight, bias, residual, s=shape: functional.add_layer_norm(
+                input, residual, s, weight, bias
+            ),
+            eager=lambda input, weight, bias, residual, s=shape: F.layer_norm(residual + input, s, weight, bias),
+        )  # fmt: skip
+
+
+def elementwise(device: str, dtype: torch.dtype, backward: bool, rows: int, width: int) -> Iterator[Case]:
+    """Bias + GELU, and softmax."""
+    draw = _draw(device, dtype)
+    yield _case(
+        "bias_gelu", f"{rows}x{width}", dtype, backward, {"input": draw(rows, width), "bias": draw(width)},
+        20.0 * rows * width, fasttx=functional.bias_gelu, eager=lambda input, bias: F.gelu(input + bias),
+    )  # fmt: skip
+    yield _case(
+        "softmax", f"{rows}x{width}", dtype, backward, {"input": draw(rows, width)}, 5.0 * rows * width,
+        fasttx=functional.softmax, eager=lambda input: torch.softmax(input, -1),
+    )  # fmt: skip
+
+
+def feed_forwards(
+    device: str, dtype: torch.dtype, backward: bool, rows: int, widths: tuple[int, ...]
+) -> Iterator[Case]:
+    """linear, GELU, linear, the hidden dim four times the width."""
+    draw = _draw(device, dtype)
+    for width in widths:
+        hidden = 4 * width
+        inputs = {
+            "input": draw(rows, width), "weight1": draw(hidden, width) / width**0.5, "bias1": draw(hidden),
+            "weight2": draw(width, hidden) / hidden**0.5, "bias2": draw(width),
+        }  # fmt: skip
+        yield _case(
+            "feed_forward", f"{rows}x{width}x{hidden}", dtype, backward, inputs, 4.0 * rows * width * hidden,
+            fasttx=functional.feed_forward,
+            eager=lambda input, weight1, bias1, weight2, bias2: F.linear(
+                F.gelu(F.linear(input, weight1, bias1)), weight2, bias2
+            ),
+        )  # fmt: skip
+
+
+def attentions(device: str, dtype: torch.dtype, backward: bool, shapes: tuple[tuple[int, ...], ...]) -> Iterator[Case]:
+    """Attention, causal and not, beside every backend of scaled_dot_product_attention and flash-attn."""
+    draw = _draw(device, dtype)
+
+    def sdpa(causal: bool, *backends: SDPBackend) -> Variant:
+        def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            with sdpa_kernel(list(backends)) if backends else contextlib.nullcontext():
+                return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+
+        return run
+
+    for batch, heads, tokens, width in shapes:
+        for causal in (False, True):
+            inputs = {name: draw(batch, heads, tokens, width) for name in ("query", "key", "value")}
+            flash = _installed(
+                "flash_attn",
+                lambda m, c=causal: (
+                    lambda query, key, value: m.flash_attn_func(
+                        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), causal=c
+                    ).transpose(1, 2)
+                ),
+            )
+            backends = {
+                "sdpa math": SDPBackend.MATH, "sdpa flash": SDPBackend.FLASH_ATTENTION,
+                "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+            }  # fmt: skip
+            shape = f"{batch}x{heads}x{tokens}x{width}{' causal' if causal else ''}"
+            flops = 4.0 * batch * heads * tokens * tokens * width * (0.5 if causal else 1)
+            yield _case(
+                "attention", shape, dtype, backward, inputs, flops * (3.5 / 3 if backward else 1),
+                fasttx=lambda query, key, value, c=causal: functional.attention(query, key, value, is_causal=c),
+                eager=sdpa(causal),
+                rivals={"flash-attn": flash, **{name: sdpa(causal, b) for name, b in backends.items()}},
+            )  # fmt: skip
+
+
+def all_cases(device: str, quick: bool = False) -> Iterator[Case]:
+    """Every case; quick: tiny ones of each kind, to see that all of it runs."""
+    rows = 64 if quick else 16384
+    for backward in (False, True):
+        for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
+            yield from layer_norms(device, dtype, backward, rows, (64,) if quick else (768, 1024, 4096))
+            yield from elementwise(device, dtype, backward, rows, 128 if quick else 3072)
+        for few in (rows,) if quick else (512, rows):
+            yield from feed_forwards(device, torch.bfloat16, backward, few, (64,) if quick else (768, 1024))
+        shapes = ((1, 2, 64, 32),) if quick else ((8, 12, 512, 64), (2, 16, 4096, 64), (1, 16, 4096, 128))
+        yield from attentions(device, torch.bfloat16, backward, shapes)
+
+
+def agrees(case: Case, variant: Variant) -> float:
+    """The variant's largest error against eager in float64, in units of eager's own (in its dtype)."""
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in case.inputs.items()}
+    with torch.no_grad():
+        truth = case.eager(**wide)
+        own = (case.eager(**case.inputs).double() - truth).abs().max().item()
+        error = (variant(**case.inputs).double() - truth).abs().max().item()
+    return error / max(own, math.ulp(truth.abs().max().item()))

@@ -1,0 +1,191 @@
+"""Breaks compiled kernels on purpose, to see that the emulator's checks and a test's own comparison notice.
+
+    left, outcomes = mutations.survivors("sm_90", [Trial(call, agrees)])
+
+A mutation is caught if the emulator raises, or the result is wrong. One that survives both must be listed by the test
+as equivalent, with the reason: nothing that the kernel computes depends on what was changed.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from gpu.driver import emulated
+from gpu.ptx import CheckFailed, PTXError
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One change: its kind, the line of the PTX it touches, and the text before and after."""
+
+    kind: str
+    line: int
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} at PTX line {self.line}: {' '.join(self.before.split())[:100]}"
+
+    def __call__(self, text: str) -> str:
+        lines = text.split("\n")
+        if lines[self.line - 1] != self.before:
+            raise ValueError(f"line {self.line} is not what the mutation was made from")
+        lines[self.line - 1] = self.after
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`check` names the check that raised, "result" is a wrong result, None means that the mutation survived."""
+
+    mutation: Mutation
+    check: str | None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A call that launches one kernel, and whether what it returns is right."""
+
+    call: Callable[[], object]
+    agrees: Callable[[object], bool]
+
+
+def _drop(pattern: str) -> Callable[[str], list[str]]:
+    compiled = re.compile(pattern)
+    return lambda line: [compiled.sub("", line)] if compiled.search(line) else []
+
+
+def _replace(pattern: str, replacement: str) -> Callable[[str], list[str]]:
+    compiled = re.compile(pattern)
+
+    def change(line: str) -> list[str]:
+        changed = compiled.sub(replacement, line, count=1)
+        return [changed] if changed != line else []
+
+    return change
+
+
+def _nudge(line: str) -> list[str]:
+    """An immediate of an integer comparison off by one: a mask that lets one element too many, or too few, through."""
+    match = re.search(r"(setp\.(?:lt|gt|le|ge)\.[su](?:32|64)\s+%p\d+, %r[sd]?\d+, )(-?\d+);", line)
+    if match:
+        return [line.replace(match[0], f"{match[1]}{int(match[2]) + 1};")]
+    return []
+
+
+_STRICTNESS = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
+
+
+def _loosen(line: str) -> list[str]:
+    """A comparison with a register off by one: < for <= and the like."""
+    match = re.search(r"setp\.(lt|le|gt|ge)(\.[su](?:32|64)\s+%p\d+, %r[sd]?\d+, %r)", line)
+    return [line.replace(match[0], f"setp.{_STRICTNESS[match[1]]}{match[2]}")] if match else []
+
+
+def _stride(line: str) -> list[str]:
+    """A step between addresses that is twice what it should be."""
+    match = re.search(r"(mul\.wide\.[su]32\s+%rd\d+, %r\d+, )(\d+);", line)
+    if match:
+        return [line.replace(match[0], f"{match[1]}{2 * int(match[2])};")]
+    match = re.search(r"(shl\.b(?:32|64)\s+%r[d]?\d+, %r[d]?\d+, )(\d+);", line)
+    return [line.replace(match[0], f"{match[1]}{int(match[2]) + 1};")] if match else []
+
+
+def _swap(line: str) -> list[str]:
+    """Two registers of a fragment changed over."""
+    match = re.search(r"(mma\.sync[^{]*\{[^}]*\},\s*\{\s*)(%r\d+),(\s*)(%r\d+)", line)
+    if not match or match[2] == match[4]:
+        return []
+    return [line.replace(match[0], f"{match[1]}{match[4]},{match[3]}{match[2]}")]
+
+
+def _distant(line: str) -> list[str]:
+    """A shuffle with another lane than the one meant: one that another step of a reduction already reads."""
+    match = re.search(r"(shfl\.sync\.bfly\.b32\s+%r\d+, %r\d+, )(\d+),", line)
+    return [line.replace(match[0], f"{match[1]}{int(match[2]) // 2 or 2},")] if match else []
+
+
+KINDS: dict[str, Callable[[str], list[str]]] = {
+    "dropped barrier": _drop(r"\bbar\.sync\s+\d+;"),
+    "dropped warp barrier": _drop(r"\bbar\.warp\.sync\s+-?\w+;"),
+    "dropped wait": _drop(r"\bcp\.async\.wait_(?:group\s+\d+|all\s*);"),
+    "late wait": _replace(r"\b(cp\.async\.wait_group\s+)(\d+);", r"\g<1>3;"),
+    "dropped commit": _drop(r"\bcp\.async\.commit_group;"),
+    "whole copy": _replace(r"(cp\.async\.c[ag][^;]*, (?:0x)?\d+), %r\d+;", r"\1;"),
+    "dropped wgmma wait": _drop(r"\bwgmma\.wait_group\.sync\.aligned\s+\d+;"),
+    "dropped wgmma fence": _drop(r"\bwgmma\.fence\.sync\.aligned;"),
+    "dropped proxy fence": _drop(r"\bfence\.proxy\.async\S*;"),
+    "unguarded store": _replace(r"@!?%p\d+\s+(st\.global)", r"\1"),
+    "unguarded load": _replace(r"@!?%p\d+\s+(ld\.global)", r"\1"),
+    "inverted guard": _replace(r"@(%p\d+)\s+(st\.global)", r"@!\1 \2"),
+    "off by one": _nudge,
+    "off by one (register)": _loosen,
+    "wrong stride": _stride,
+    "swapped fragment": _swap,
+    "wrong lane": _distant,
+    "transposed matrix": _replace(r"(ldmatrix\.sync\.aligned\.m8n8\.x4)\.shared", r"\1.trans.shared"),
+}
+# What a kernel does wrong whatever its input; the others need inputs that reach the edge in question.
+SYNCHRONISATION = [kind for kind in KINDS if kind.startswith(("dropped", "late"))]
+DATA = ["swapped fragment", "transposed matrix", "wrong lane", "inverted guard", "wrong stride"]
+EDGES = ["whole copy", "unguarded store", "unguarded load", "off by one", "off by one (register)"]
+
+
+def of(text: str, kinds: Iterable[str] | None = None, most: int | None = None) -> Iterator[Mutation]:
+    """Every mutation of a module, or of some kinds; `most` spreads that many of each kind over the kernel."""
+    lines = text.split("\n")
+    for kind in kinds or KINDS:
+        found = [
+            Mutation(kind, number, line, changed)
+            for number, line in enumerate(lines, 1)
+            for changed in KINDS[kind](line)
+        ]
+        step = 1 if most is None else max(-(-len(found) // most), 1)
+        yield from found[::step]
+
+
+def compiled(target: str, call: Callable[[], object]) -> str:
+    """The PTX of the one kernel that a call launches."""
+    texts = []
+
+    def keep(text: str) -> str:
+        texts.append(text)
+        return text
+
+    with emulated(target, transform=keep):
+        call()
+    if len(set(texts)) != 1:
+        raise ValueError(f"the call launches {len(set(texts))} kernels, expected one")
+    return texts[0]
+
+
+def judge(mutation: Mutation, target: str, trial: Trial) -> Outcome:
+    """Runs a call with its kernel changed."""
+    try:
+        with emulated(target, transform=mutation):
+            result = trial.call()
+    except CheckFailed as error:
+        return Outcome(mutation, error.check, error.message)
+    except PTXError as error:
+        return Outcome(mutation, "malformed", str(error))
+    return Outcome(mutation, None if trial.agrees(result) else "result")
+
+
+def survivors(
+    target: str, trials: list[Trial], kinds: Iterable[str] | None = None, most: int | None = None
+) -> tuple[list[Mutation], list[Outcome]]:
+    """Judges the mutations of a kernel: those that no trial noticed, and all outcomes.
+
+    All trials must launch the same PTX: sizes that Triton specialises alike.
+    """
+    text = compiled(target, trials[0].call)
+    for trial in trials[1:]:
+        if compiled(target, trial.call) != text:
+            raise ValueError("the trials do not launch the same PTX")
+    left, outcomes = list(of(text, kinds, most)), []
+    for trial in trials:
+        judged = [judge(mutation, target, trial) for mutation in left]
+        outcomes += [outcome for outcome in judged if outcome.check is not None]
+        left = [outcome.mutation for outcome in judged if outcome.check is None]
+    return left, outcomes + [Outcome(mutation, None) for mutation in left]

@@ -1,0 +1,111 @@
+"""Calls of every kernel but attention's for the compile matrix: each configuration, laden with most that it can be."""
+
+import torch
+
+from fasttx.kernels import configs, gelu, layer_norm, matmul, softmax
+from fasttx.kernels.configs import Config
+from fasttx.kernels.dropout import Dropout
+from fasttx.kernels.launch import KERNELS
+from gpu.compile_matrix import Case
+
+_ROWS = 64
+_SEED = torch.tensor(1)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def _layer_norm_fwd(width: int) -> None:
+    x, weight = _empty(_ROWS, width), _empty(width)
+    layer_norm.add_layer_norm_fwd(x, x, width, weight, weight, 1e-5, 0.1, _SEED, True)
+
+
+def _layer_norm_bwd(width: int) -> None:
+    x, weight = _empty(_ROWS, width), _empty(width)
+    layer_norm.add_layer_norm_bwd(x, x, x, weight, width, 1e-5, 0.1, _SEED, True, True, True, True)
+
+
+def _gelu_fwd(width: int) -> None:
+    gelu.gelu_fwd(_empty(_ROWS, width), _empty(width), 2)
+
+
+def _gelu_bwd(width: int) -> None:
+    x = _empty(_ROWS, width)
+    gelu.gelu_bwd(x, x, _empty(width), 2, True)
+
+
+def _softmax_fwd(width: int) -> None:
+    softmax.softmax_fwd(_empty(1, 1, _ROWS, width), _empty(1, 1, _ROWS, width, dtype=torch.float32), True)
+
+
+def _softmax_bwd(width: int) -> None:
+    softmax.softmax_bwd(_empty(_ROWS, width), _empty(_ROWS, width))
+
+
+def _row_cases(name: str, call) -> list[Case]:
+    """A case for each entry of a table that goes by the width of a row, the same on every architecture."""
+
+    def run(config: Config) -> None:
+        with KERNELS[name].using(config):
+            call(config.up_to["block"])
+
+    return [
+        Case(f"{name} {c.up_to['block']}, {c.blocks['BLOCK_M']} rows, {c.num_warps} warps", lambda c=c: run(c))
+        for c in configs.TABLES[name]["sm_80"]
+    ]
+
+
+def _product(dtype: torch.dtype, epilogue: int) -> None:
+    """A linear layer's product; its gradients'; with activation and dropout; with a residual and dropout; and so on."""
+    rows, width, hidden = 256, 256, 512
+    x, h, y = _empty(rows, width, dtype=dtype), _empty(rows, hidden, dtype=dtype), _empty(rows, hidden, dtype=dtype)
+    weight, bias = _empty(hidden, width, dtype=dtype), _empty(hidden, dtype=dtype)
+    dropout = Dropout.of(0.1, _SEED)
+    matmul.multiply(x, weight.t(), h, bias=bias, residual=y)
+    matmul.multiply(h, weight, x)
+    matmul.multiply(h.t(), x, weight)
+    if epilogue >= 1:
+        matmul.multiply(x, weight.t(), h, bias=bias, activation=2, preact=y, dropout=dropout)
+        matmul.multiply(x, weight.t(), h, bias=bias, activation=3, preact=y, dropout=dropout)
+        matmul.multiply(x, weight.t(), h, bias=bias, residual=y, dropout=dropout)
+    if epilogue >= 2:
+        for activation in (2, 3):
+            matmul.multiply_backward(
+                x, weight.t(), h, activation=activation, preact=y, dropout=dropout, hidden=y, wants_sums=True
+            )
+
+
+def _matmul_cases() -> list[Case]:
+    """A case for each entry, on the architectures that have it."""
+    found: dict[str, tuple[Config, list[str]]] = {}
+    for architecture, table in configs.TABLES["matmul"].items():
+        for config in table:
+            blocks, up_to = "x".join(str(config.blocks[f"BLOCK_{axis}"]) for axis in "MNK"), config.up_to
+            name = f"matmul {blocks}, {config.num_warps} warps, {config.num_stages} stages, {up_to['bits']} bits"
+            found.setdefault(name, (config, []))[1].append(architecture)
+
+    def run(config: Config) -> None:
+        with KERNELS["matmul"].using(config):
+            _product(torch.bfloat16 if config.up_to["bits"] == 16 else torch.float32, config.up_to["epilogue"])
+
+    return [
+        # float32 is multiplied by the vector units, unless PyTorch allows TF32.
+        Case(name, lambda c=c: run(c), ("matmul",) if c.up_to["bits"] == 16 else (), tuple(architectures))
+        for name, (c, architectures) in found.items()
+    ]
+
+
+CASES = [
+    *_row_cases("layer_norm_fwd", _layer_norm_fwd),
+    *_row_cases("layer_norm_bwd", _layer_norm_bwd),
+    Case("layer_norm_fwd wide", lambda: _layer_norm_fwd(20000)),
+    Case("layer_norm_bwd wide", lambda: _layer_norm_bwd(20000)),
+    *_row_cases("gelu_fwd", _gelu_fwd),
+    *_row_cases("gelu_bwd", _gelu_bwd),
+    *_row_cases("softmax_fwd", _softmax_fwd),
+    *_row_cases("softmax_bwd", _softmax_bwd),
+    Case("softmax_fwd wide", lambda: _softmax_fwd(20000)),
+    Case("softmax_bwd wide", lambda: _softmax_bwd(20000)),
+    *_matmul_cases(),
+]

@@ -1,0 +1,111 @@
+"""The logic of `make gpu`, on CPU tensors."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks.gpu import __main__ as program
+from benchmarks.gpu import limits, report
+from benchmarks.gpu.cases import Case, agrees, all_cases
+
+LIMITS = limits.Limits(1e10, {torch.bfloat16: 1e12, torch.float32: 1e11})
+
+
+def a_case(**changes):
+    x = torch.randn(8, 16)
+    values = {
+        "op": "double", "shape": "8x16", "dtype": torch.float32, "backward": False, "inputs": {"input": x},
+        "flops": 128.0, "bytes": 1024.0, "fasttx": lambda input: input + input, "eager": lambda input: 2 * input,
+        "rivals": {"absent": "not installed", "broken": lambda input: input @ input},
+    }  # fmt: skip
+    return Case(**values | changes)
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch):
+    """torch.compile would take a minute for all of the cases."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+    for name in ("FASTTX_TUNE", "FASTTX_TUNING"):
+        monkeypatch.setenv(name, "")
+
+
+def test_every_case_agrees_with_eager_and_states_its_work():
+    names = []
+    for case in all_cases("cpu", quick=True):
+        names.append(case.name)
+        assert agrees(case, case.fasttx) < 8, case.name
+        assert case.flops > 0 and case.bytes > 0
+        case.call(case.fasttx)()
+    assert len(set(names)) == len(names)
+    assert {name.split()[0] for name in names} >= {"layer_norm", "feed_forward", "attention", "softmax", "bias_gelu"}
+    assert {name.split()[-1] for name in names} == {"fwd", "fwd+bwd"}
+
+
+def test_a_rival_that_is_missing_or_fails_is_left_out_with_the_reason():
+    row = program.measure(a_case(), "cpu", LIMITS, 0.01)
+    assert set(row["variants"]) == {"fasttx", "eager"} and row["best_rival"] == "eager"
+    assert row["left_out"]["absent"] == "not installed"
+    assert row["left_out"]["broken"].startswith("RuntimeError")
+
+
+def test_a_failure_of_ours_is_a_failure():
+    def fail(input):
+        raise RuntimeError("ours")
+
+    with pytest.raises(RuntimeError, match="ours"):
+        program.measure(a_case(fasttx=fail), "cpu", LIMITS, 0.01)
+
+
+def test_a_row_states_rates_and_shares():
+    row = program.measure(a_case(), "cpu", LIMITS, 0.01)
+    ours = row["variants"]["fasttx"]
+    seconds = ours["seconds"][0]
+    assert ours["tflops"] == pytest.approx(128 / seconds / 1e12)
+    assert ours["gigabytes_per_second"] == pytest.approx(1024 / seconds / 1e9)
+    assert ours["share_of_limit"] == pytest.approx(1024 / 1e10 / seconds)
+    assert ours["error_of_eager"] == 0.0
+    low, high = row["speed_against_best"][1:]
+    assert low <= row["speed_against_best"][0] <= high
+
+
+def test_gradients_are_those_of_every_floating_input():
+    case = a_case(backward=True)
+    (gradient,) = case.call(case.fasttx)()
+    assert gradient.shape == (8, 16) and case.inputs["input"].grad is None
+
+
+def test_what_is_not_reached_in_time_is_named(tmp_path):
+    rows = program.run(tmp_path, "cpu", [a_case(), a_case(op="late")], LIMITS, time.monotonic() - 1, 0.01)
+    assert rows == []
+    assert "late 8x16" in (tmp_path / "results.md").read_text()
+
+
+def test_the_limits_are_rates():
+    measured = limits.measure("cpu", lambda: None, size=2**16, side=32, seconds=0.01)
+    assert measured.copy > 1e6 and set(measured.matmul) == {torch.bfloat16, torch.float32}
+    assert measured.least_seconds(measured.matmul[torch.float32], 0, torch.float32) == pytest.approx(1.0)
+
+
+def test_the_whole_program(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(program, "all_cases", lambda device, quick: [a_case(), a_case(backward=True)])
+    assert program.main(["--device", "cpu", "--quick", "--out", str(tmp_path / "out")]) == 0
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["case"] for row in content["rows"]] == ["double 8x16 float32 fwd", "double 8x16 float32 fwd+bwd"]
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "| double 8x16 float32 fwd |" in text and "absent: not installed" in text
+    assert "results in" in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    assert program.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_the_report_of_nothing(tmp_path):
+    report.write(tmp_path, {"device": "cpu"}, LIMITS, [])
+    assert "copy: 10 GB/s" in (tmp_path / "results.md").read_text()
