@@ -193,7 +193,7 @@ def _flatten(name: str, kind, value, arguments: list, memory: list[Allocation]) 
         arguments.append(int(value))
 
 
-class _Driver:
+class StubDriver:
     """Stands in for CUDA's driver, or ROCm's, while `emulated` or `captured` is entered."""
 
     launcher_cls = _Launcher
@@ -268,7 +268,7 @@ def emulated(
     """
     emulation = Emulation(parse_arch(target), checks, transform)
     target_ = GPUTarget("cuda", emulation.arch, 32)
-    with _standing_in(emulation, _Driver(target_, _FIRST_DEVICE + emulation.arch), _ptx_only):
+    with _standing_in(emulation, StubDriver(target_, _FIRST_DEVICE + emulation.arch), _ptx_only):
         yield emulation
 
 
@@ -280,12 +280,12 @@ def captured(target: str | int) -> Iterator[Capture]:
     else:
         arch = parse_arch(target)
         capture, device = Capture(GPUTarget("cuda", arch, 32)), _FIRST_CAPTURING + arch
-    with _standing_in(capture, _Driver(capture.target, device), None):
+    with _standing_in(capture, StubDriver(capture.target, device), None):
         yield capture
 
 
 @contextlib.contextmanager
-def _standing_in(session: Emulation | Capture, stub: _Driver, hook: Callable | None) -> Iterator[None]:
+def _standing_in(session: Emulation | Capture, stub: StubDriver, hook: Callable | None) -> Iterator[None]:
     driver, previous_hook = triton.runtime.driver, knobs.runtime.add_stages_inspection_hook
     previous = driver._active
     driver.set_active(stub)
