@@ -6,7 +6,9 @@ import pytest
 import torch
 from attention_calls import SEED, draw_inputs, run_eager, run_op, run_reference
 from budget import assert_op_within_budget, poisoned
+from fasttx.kernels import register
 from properties import assert_same_bits, draw, results, same_bits
+from test_raw_ops import RAW, f32
 from torch import Tensor
 
 from fasttx import philox, reference
@@ -401,14 +403,25 @@ def test_tf32_only_where_pytorch_may_use_it():
     assert errors[0] < 2e-6 and 1e-5 < errors[1] < 1e-2
 
 
-def test_what_the_kernels_do_not_take_is_refused():
-    wide = [torch.zeros(1, 1, 4, 257) for _ in range(3)]
-    double = [torch.zeros(1, 1, 4, 16, dtype=torch.float64) for _ in range(3)]
+def _shows(change: dict) -> bool:
+    """Whether what is wrong shows without a look at values, which would wait for the GPU."""
+    indices = [change[name] for name in ("key_lengths", "cu_seqlens_k") if name in change]
+    return not any(x.dtype == torch.int64 and x.shape == (2,) for x in indices)
+
+
+@pytest.mark.parametrize("name", ("attention_fwd", "attention_bwd", "attention_bias_bwd"))
+def test_arguments_that_do_not_fit_are_refused(name):
+    launcher = next(x for x in register.LAUNCHERS if x.__name__ == name)
+    good, changes = RAW[name]
     with on_triton("sm_80") as machine:
+        for change in filter(_shows, changes):
+            with pytest.raises((TypeError, ValueError)):
+                launcher(**good | change)
+        wide = {n: f32(*x.shape[:-1], 257) if n in ("query", "key", "value") else x for n, x in good.items()}
         with pytest.raises(ValueError, match="257 wide"):
-            run_op(*wide)
+            launcher(**wide)
         with pytest.raises(TypeError, match="float64"):
-            run_op(*double)
+            launcher(**good | {n: good[n].double() for n in ("query", "key", "value")})
     assert not machine.launches
 
 
