@@ -58,7 +58,7 @@ CASES = [
         f"attention{kind} {str(dtype)[6:]} {width}{laden}",
         lambda call=call, width=width, dtype=dtype, laden=laden: call(width, dtype, laden),
         _MATRIX,
-        ("sm_80", "sm_90"),
+        ("sm_90",),
     )
     for dtype in (torch.bfloat16, torch.float32)
     for width in (64, 128, 256)
