@@ -1,10 +1,10 @@
 """Calls of attention for the compile matrix: every configuration, alone with what loads a tile least and most."""
 
 import torch
-
 from fasttx.kernels.attention import attention_fwd
 from fasttx.kernels.attention_bias_bwd import attention_bias_bwd
 from fasttx.kernels.attention_bwd import attention_bwd
+
 from gpu.compile_matrix import Case
 
 _TOKENS = 512
