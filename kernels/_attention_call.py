@@ -5,41 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-from fasttx.philox import drop_threshold
-
-from . import availability, launch
+from . import launch
+from ._attention_checks import require_call
 from ._attention_tile import ADDITIVE, BOOLEAN, NO_MASK
+from .dropout import Dropout
 
 _LOG2E = math.log2(math.e)
 # Positions further off than any tensor is long are all alike, and their differences must not overflow 32 bits.
 _FAR = 1 << 30
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """What keeps memory safe; the functions that users call have more to say."""
-    if query.dtype not in availability.DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
-        kinds = ", ".join(map(str, availability.DTYPES))
-        raise TypeError(
-            f"query, key and value must have one dtype of {kinds}, got {query.dtype}, {key.dtype}, {value.dtype}"
-        )
-    reason = availability.OPS["attention"]((query, key, value))
-    if reason is not None:
-        raise ValueError(f"attention's Triton kernels cannot take this: {reason}")
-    of_query, of_key, of_value = (tuple(x.shape) for x in (query, key, value))
-    batch = len(of_query) - 3
-    fits = (
-        len(of_query) == len(of_key) == len(of_value) == (3 if cu_seqlens is not None else 4)
-        and of_query[:batch] == of_key[:batch]
-        and of_key[:-1] == of_value[:-1]
-        and of_query[-1] == of_key[-1]
-        and (of_query[1] % of_key[1] == 0 if of_key[1] else of_query[1] == 0)
-    )
-    if not fits:
-        raise ValueError(f"query, key and value do not fit each other: {of_query}, {of_key}, {of_value}")
-    if mask is not None:
-        wanted = (*of_query[:3], of_key[2])
-        if mask.dim() != 4 or any(size not in (1, full) for size, full in zip(mask.shape, wanted, strict=True)):
-            raise ValueError(f"attn_mask must broadcast to {wanted}, got {tuple(mask.shape)}")
 
 
 def unit_rows(tensor: Tensor) -> Tensor:
@@ -65,7 +38,7 @@ class Call:
         self, query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal,
         query_offset, window_left, window_right, dropout_p, seed, scale,
     ):  # fmt: skip
-        _check(query, key, value, attn_mask, cu_seqlens_q)
+        require_call(query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
         self.query, self.key, self.value = (unit_rows(x) for x in (query, key, value))
         self.packed = cu_seqlens_q is not None
         self.heads, self.kv_heads = query.shape[1], key.shape[1]
@@ -79,27 +52,26 @@ class Call:
         self.scaled = added or scale <= 0.0
         has_lo, has_hi = window_left >= 0, is_causal or window_right >= 0
         ahead = 0 if window_right < 0 else min(0, window_right) if is_causal else window_right
-        dropout = dropout_p > 0.0
-        on_device = dropout and not seed.is_cpu
+        dropout = Dropout.of(dropout_p, seed)
+        seed, threshold, keep_scale = dropout.numbers
         # The scale of scores, what their exponent is multiplied by, and what is kept by dropout.
-        self.units = float(scale), _LOG2E if self.scaled else scale * _LOG2E, 1.0 / (1.0 - dropout_p)
+        self.units = float(scale), _LOG2E if self.scaled else scale * _LOG2E, keep_scale
         self.shared = (
             mask, seen, launch.dense(key_lengths), launch.dense(cu_seqlens_q), launch.dense(cu_seqlens_k),
-            launch.dense(alibi_slopes), seed if on_device else None,
-            int(seed) if dropout and not on_device else 0, drop_threshold(dropout_p) if dropout else 0,
-            *self._mask_strides(mask, seen), self.heads, self.group, self.queries, self.keys, self.sequences,
+            launch.dense(alibi_slopes), dropout.seed_ptr, seed, threshold, *self._mask_strides(mask, seen),
+            self.heads, self.group, self.queries, self.keys, self.sequences,
             _near(query_offset - window_left) if has_lo else 0, _near(query_offset + ahead) if has_hi else 0,
             float(query_offset), *self.units,
         )  # fmt: skip
         per_key = mask is not None and mask.shape[2] == 1
         self.width, self.value_width = query.shape[-1], value.shape[-1]
-        self.block_d, self.block_dv = (max(16, _power_of_two(x)) for x in (self.width, self.value_width))
+        self.block_d, self.block_dv = (launch.block_of(max(x, 1)) for x in (self.width, self.value_width))
         self.constants = (
             self.width, self.value_width, self.block_d, self.block_dv, has_lo, has_hi, kind, per_key,
-            alibi_slopes is not None, self.scaled, dropout, _precision(query.dtype),
+            alibi_slopes is not None, self.scaled, dropout.active, _precision(query.dtype),
         )  # fmt: skip
         bits = 16 if query.element_size() == 2 else 19 if self.constants[-1] == "tf32" else 32
-        self.problem = (max(self.block_d, self.block_dv), bits, dropout or kind != NO_MASK.value)
+        self.problem = (max(self.block_d, self.block_dv), bits, dropout.active or kind != NO_MASK.value)
 
     def tiles(self, block: int, *, of_keys: bool = False) -> int:
         """Tiles of `block` tokens of one head: of each sequence, or of packed ones all together."""
@@ -140,15 +112,11 @@ def _near(position: int) -> int:
     return max(-_FAR, min(_FAR, position))
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def _precision(dtype: torch.dtype) -> str:
     """How float32 matrices are multiplied: in TF32 where PyTorch's own products may be, else as exactly as float32.
 
     Three products of TF32 halves are that exact, and use the tensor cores.
     """
-    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32":
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
-    return "tf32x3" if torch.version.hip is None else "ieee"
+    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"

@@ -4,6 +4,7 @@ A program owns a tile of the gradient and meets all that is added to it itself, 
 keys.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,6 +13,7 @@ from fasttx.ops import attention as ops
 
 from . import launch
 from ._attention_call import Call, strides_of, unit_rows
+from ._attention_checks import require_results
 from ._attention_configs import PROBLEM
 from ._attention_tile import load_rows, mask_rows, row_index, tiles_seen, tokens_of
 from .attention_bwd import row_delta, score_gradient
@@ -135,6 +137,9 @@ def attention_bias_bwd(
         query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, query_offset,
         window_left, window_right, dropout_p, seed, scale,
     )  # fmt: skip
+    require_results(query, value, grad, grad_lse, output, stats)
+    if attn_mask is None or attn_mask.dtype == torch.bool:
+        raise ValueError("attn_mask must be floating to have a gradient")
     dmask = ops._attention_bias_bwd(None, None, query, key, value, output, stats, attn_mask)
     if dmask.numel() == 0:
         return dmask

@@ -14,6 +14,7 @@ from fasttx.ops import attention as ops
 
 from . import launch
 from ._attention_call import Call, strides_of, unit_rows
+from ._attention_checks import require_results
 from ._attention_configs import PROBLEM
 from ._attention_tile import (
     NO_MASK,
@@ -287,6 +288,7 @@ def attention_bwd(
         query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, query_offset,
         window_left, window_right, dropout_p, seed, scale,
     )  # fmt: skip
+    require_results(query, value, grad, grad_lse, output, stats)
     gradients = dq, dk, dv = ops._attention_bwd(None, None, query, key, value)
     inputs, (grad, output) = (call.query, call.key, call.value), (unit_rows(x) for x in (grad, output))
     delta = torch.empty(stats.shape[:-1], dtype=stats.dtype, device=stats.device)

@@ -45,7 +45,8 @@ def _attention_split_kernel(
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    split, pair = tl.program_id(0), tl.program_id(1)
+    splits = tl.maximum(tl.cdiv(keys, SPLIT), 1)
+    split, pair = tl.program_id(0) % splits, tl.program_id(0) // splits
     kv_heads = heads // group
     sequence, kv_head = pair // kv_heads, pair % kv_heads
     first_key, key_count = tokens_of(sequence, keys, None, lengths_ptr)
@@ -151,7 +152,7 @@ def attend_split(call: Call, output: Tensor, lse: Tensor, stats: Tensor, with_ls
         part = torch.empty((*rows, call.value_width), dtype=torch.float32, device=output.device)
         part_stats = torch.empty((*rows, 2), dtype=torch.float32, device=output.device)
     _split(
-        lambda blocks: (splits, call.sequences * call.kv_heads),
+        lambda blocks: (splits * call.sequences * call.kv_heads,),
         (*tensors, output, lse, stats, part, part_stats, *(s for x in (*tensors, output) for s in strides_of(x)),
          *call.shared),
         (with_lse, alone, MOST_ROWS, SPLIT, *call.constants),

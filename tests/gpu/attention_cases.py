@@ -1,13 +1,13 @@
 """Calls of attention for the compile matrix: every configuration, alone with what loads a tile least and most."""
 
 import torch
-
 from fasttx.kernels.attention import attention_fwd
 from fasttx.kernels.attention_bias_bwd import attention_bias_bwd
 from fasttx.kernels.attention_bwd import attention_bwd
+
 from gpu.compile_matrix import Case
 
-_TOKENS = 128
+_TOKENS = 512
 
 
 def _options(queries: int, **given) -> tuple:
@@ -54,9 +54,14 @@ def _decode(width: int, dtype: torch.dtype, laden: str) -> None:
 # Words in the names of the kernels that multiply matrices: all but the one that joins splits.
 _MATRIX = ("fwd", "bwd", "split")
 CASES = [
-    Case(f"attention{kind} {str(dtype)[6:]} {width}{laden}", lambda c=call, a=(width, dtype, laden): c(*a), _MATRIX)
+    Case(
+        f"attention{kind} {str(dtype)[6:]} {width}{laden}",
+        lambda call=call, width=width, dtype=dtype, laden=laden: call(width, dtype, laden),
+        _MATRIX,
+        ("sm_90",),
+    )
     for dtype in (torch.bfloat16, torch.float32)
     for width in (64, 128, 256)
     for kind, call in (("", _train), (" of one query", _decode))
-    for laden in (_LADEN if dtype == torch.bfloat16 else ("",))
+    for laden in (_LADEN if call is _train and dtype == torch.bfloat16 else ("",))
 ]

@@ -6,7 +6,9 @@ import pytest
 import torch
 from attention_calls import SEED, draw_inputs, run_eager, run_op, run_reference
 from budget import assert_op_within_budget, poisoned
+from fasttx.kernels import register
 from properties import assert_same_bits, draw, results, same_bits
+from test_raw_ops import RAW, f32
 from torch import Tensor
 
 from fasttx import philox, reference
@@ -60,14 +62,21 @@ CASES = {
 }  # fmt: skip
 
 
-def each_once(cases, marks=full) -> list:
-    """All cases on every target in every dtype; one way for each runs by default, the others with `full`."""
+# What runs by default, each in one of the ways.
+QUICK = ("several tiles", "odd widths", "causal", "window", "lengths", "dropout", "everything", "decoding, laden")
+
+
+def each_way(cases, quick) -> list:
+    """All cases on every target in every dtype; of those in `quick` one way runs by default, all else with `full`."""
     ways = [(target, dtype) for target in TARGETS for dtype in DTYPES]
     return [
-        pytest.param(case, *way, id=f"{case}-{way[0]}-{str(way[1])[6:]}", marks=() if at == i % len(ways) else marks)
-        for i, case in enumerate(cases)
+        pytest.param(
+            case, *way, id=f"{case}-{way[0]}-{str(way[1])[6:]}",
+            marks=() if case in quick and at == quick.index(case) % len(ways) else full,
+        )
+        for case in cases
         for at, way in enumerate(ways)
-    ]
+    ]  # fmt: skip
 
 
 def check(target: str, dtype: torch.dtype, inputs: dict[str, Tensor], **options) -> None:
@@ -82,7 +91,7 @@ def check(target: str, dtype: torch.dtype, inputs: dict[str, Tensor], **options)
         )
 
 
-@pytest.mark.parametrize(("case", "target", "dtype"), each_once(CASES))
+@pytest.mark.parametrize(("case", "target", "dtype"), each_way(CASES, QUICK))
 def test_attention(case, target, dtype):
     shape, options = CASES[case]
     check(target, dtype, draw_inputs(*shape), **options)
@@ -90,7 +99,7 @@ def test_attention(case, target, dtype):
 
 @pytest.mark.parametrize(
     ("shape", "target", "dtype"),
-    each_once([(2, 4, 50, 90), (1, 4, 50, 90), (2, 1, 1, 90), (1, 1, 50, 1), (1, 1, 1, 90)]),
+    each_way([(2, 4, 50, 90), (1, 4, 50, 90), (2, 1, 1, 90), (1, 1, 50, 1), (1, 1, 1, 90)], [(1, 4, 50, 90)]),
 )
 def test_the_gradient_of_a_mask(shape, target, dtype):
     options = {"is_causal": True, "query_offset": 40, "dropout_p": 0.2, "seed": SEED}
@@ -148,12 +157,12 @@ def eager_packed(offsets, query, key, value, **options):
     return torch.cat(outputs), torch.cat(lses, -1)
 
 
-@pytest.mark.parametrize(
-    ("options", "target", "dtype"),
-    [pytest.param(o, *p.values[1:], id=f"{list(o)}-{p.id}", marks=p.marks)
-     for o in ({}, {"is_causal": True}, {"window": (9, 2)}) for p in each_once(["packed"])],
-)  # fmt: skip
-def test_packed_sequences(options, target, dtype):
+PACKED = {"plain": {}, "causal": {"is_causal": True}, "window": {"window": (9, 2)}}
+
+
+@pytest.mark.parametrize(("case", "target", "dtype"), each_way(PACKED, ["causal"]))
+def test_packed_sequences(case, target, dtype):
+    options = PACKED[case]
     inputs, offsets = packed([150, 1, 131], [160, 1, 140])
     with on_triton(target):
         assert_op_within_budget(
@@ -168,7 +177,8 @@ def test_packed_sequences(options, target, dtype):
 
 
 @pytest.mark.parametrize(
-    ("lengths_q", "lengths_k"), (([], []), ([0, 5, 0], [3, 0, 0]), ([0], [0]), ([4, 0, 70], [9, 8, 7]))
+    ("lengths_q", "lengths_k"),
+    (([], []), ([0, 5, 0], [3, 0, 0]), ([0], [0]), pytest.param([4, 0, 70], [9, 8, 7], marks=full)),
 )
 def test_packed_empty_sequences(lengths_q, lengths_k):
     inputs, offsets = packed(lengths_q, lengths_k)
@@ -199,7 +209,7 @@ def test_packed_dropout_is_that_of_the_padded_batch(target):
 
 
 @by_target
-@pytest.mark.parametrize("queries", (70, 2))
+@pytest.mark.parametrize("queries", (pytest.param(70, marks=full), 2))
 def test_dropout_regenerates_its_mask(target, queries):
     # With an identity for values, a row's output is the probabilities that were kept, and dV those by its slope.
     query, key = torch.zeros(2, 1, queries, 16), torch.zeros(2, 1, 150, 16)
@@ -229,7 +239,7 @@ def differentiate(inputs: dict[str, Tensor], slope: Tensor, **options) -> list[T
 
 @by_target
 @pytest.mark.parametrize("options", INVARIANT)
-@pytest.mark.parametrize("queries", (None, 2))
+@pytest.mark.parametrize("queries", (None, pytest.param(2, marks=full)))
 def test_padding_and_the_batch_do_not_change_a_bit(target, options, queries):
     lengths = [330, 7, 200, 1]
     full_inputs = {name: x.bfloat16() for name, x in draw_inputs(4, 2, 1, queries or 330, 330, 16, 24).items()}
@@ -273,18 +283,19 @@ def _sees_nothing() -> list:
     early, short = dead.clone(), dead.clone()
     dead[:, [5, 50]], early[:, :30], short[0] = True, True, True
     minus = torch.zeros(keep.shape).masked_fill(~keep, -math.inf)
-    return [
-        ("bool", {"attn_mask": keep}, dead),
-        ("float", {"attn_mask": minus}, dead),
-        ("causal", {"is_causal": True, "query_offset": -30}, early),
-        ("lengths", {"key_lengths": torch.tensor([0, 9])}, short),
-        ("all", {"attn_mask": torch.zeros(1, 1, 1, 150, dtype=torch.bool)}, ~torch.zeros_like(dead)),
-    ]
+    cases = {
+        "bool": ({"attn_mask": keep}, dead),
+        "float": ({"attn_mask": minus}, dead),
+        "causal": ({"is_causal": True, "query_offset": -30}, early),
+        "lengths": ({"key_lengths": torch.tensor([0, 9])}, short),
+        "all": ({"attn_mask": torch.zeros(1, 1, 1, 150, dtype=torch.bool)}, ~torch.zeros_like(dead)),
+    }
+    return [pytest.param(*case, id=name, marks=() if name == "bool" else full) for name, case in cases.items()]
 
 
 @by_target
-@pytest.mark.parametrize(("name", "options", "dead"), _sees_nothing(), ids=lambda x: x if isinstance(x, str) else "")
-def test_rows_that_see_nothing_give_zeros(target, name, options, dead):
+@pytest.mark.parametrize(("options", "dead"), _sees_nothing())
+def test_rows_that_see_nothing_give_zeros(target, options, dead):
     inputs = {n: x.bfloat16() for n, x in draw_inputs(2, 2, 2, 60, 150, 16, 16).items()}
     with on_triton(target), poisoned():
         found = results(lambda **x: run_op(**x, **options), inputs)
@@ -331,7 +342,7 @@ def test_large_scores_do_not_overflow(target):
 
 
 @by_target
-@pytest.mark.parametrize("kind", ("bool", "float"))
+@pytest.mark.parametrize("kind", ("bool", pytest.param("float", marks=full)))
 def test_masks_of_any_stride(target, kind):
     inputs = {name: x.bfloat16() for name, x in draw_inputs(2, 3, 3, 50, 37, 8, 8).items()}
     values = torch.rand(37, 50, 3, 4) - 0.3
@@ -392,14 +403,25 @@ def test_tf32_only_where_pytorch_may_use_it():
     assert errors[0] < 2e-6 and 1e-5 < errors[1] < 1e-2
 
 
-def test_what_the_kernels_do_not_take_is_refused():
-    wide = [torch.zeros(1, 1, 4, 257) for _ in range(3)]
-    double = [torch.zeros(1, 1, 4, 16, dtype=torch.float64) for _ in range(3)]
+def _shows(change: dict) -> bool:
+    """Whether what is wrong shows without a look at values, which would wait for the GPU."""
+    indices = [change[name] for name in ("key_lengths", "cu_seqlens_k") if name in change]
+    return not any(x.dtype == torch.int64 and x.shape == (2,) for x in indices)
+
+
+@pytest.mark.parametrize("name", ("attention_fwd", "attention_bwd", "attention_bias_bwd"))
+def test_arguments_that_do_not_fit_are_refused(name):
+    launcher = next(x for x in register.LAUNCHERS if x.__name__ == name)
+    good, changes = RAW[name]
     with on_triton("sm_80") as machine:
+        for change in filter(_shows, changes):
+            with pytest.raises((TypeError, ValueError)):
+                launcher(**good | change)
+        wide = {n: f32(*x.shape[:-1], 257) if n in ("query", "key", "value") else x for n, x in good.items()}
         with pytest.raises(ValueError, match="257 wide"):
-            run_op(*wide)
+            launcher(**wide)
         with pytest.raises(TypeError, match="float64"):
-            run_op(*double)
+            launcher(**good | {n: good[n].double() for n in ("query", "key", "value")})
     assert not machine.launches
 
 
