@@ -62,6 +62,12 @@ def require_results(
             raise ValueError(f"{name} must be float32 of shape {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
 
 
+def refuse_weights(weights: int, grad_weights: Tensor | None) -> None:
+    """There is no Triton kernel for the weights that attention applies, nor for what their gradient adds."""
+    if weights or grad_weights is not None:
+        raise ValueError("attention's Triton kernels do not give its weights: weights must be 0, grad_weights None")
+
+
 def _require_indices(name: str, tensor: Tensor | None, query: Tensor, count: int) -> None:
     if tensor is not None and (
         tensor.dtype != torch.int64 or tensor.device != query.device or tuple(tensor.shape) != (count,)

@@ -13,6 +13,7 @@ from fasttx.ops import attention as ops
 
 from . import attention_decode
 from ._attention_call import Call, strides_of
+from ._attention_checks import refuse_weights
 from ._attention_configs import PROBLEM
 from ._attention_tile import (
     attend,
@@ -112,8 +113,9 @@ def attention_fwd(
     seed: Tensor | None,
     scale: float,
     with_lse: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`fasttx::attention_fwd`: output, lse and stats.
+    weights: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`fasttx::attention_fwd`: output, lse and stats; no weights.
 
     stats (..., 2): a row's largest score, as the kernels keep scores, and 1 / the sum of exponentials relative to it; 0
     and 0 where a row has nothing to attend to.
@@ -122,13 +124,14 @@ def attention_fwd(
         attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, query_offset, window_left,
         window_right, dropout_p, seed, scale,
     )  # fmt: skip
+    refuse_weights(weights, None)
     call = Call(query, key, value, *options)
-    output, lse, stats = ops._attention_fwd(query, key, value, *options, with_lse)
+    results = output, lse, stats, _ = ops._attention_fwd(query, key, value, *options, with_lse, weights)
     if call.sequences * call.heads * call.queries == 0:
-        return output, lse, stats
+        return results
     if attention_decode.takes(call):
         attention_decode.attend_split(call, output, lse, stats, with_lse)
-        return output, lse, stats
+        return results
     tensors = (call.query, call.key, call.value)
     _forward(
         lambda blocks: (call.programs(blocks["BLOCK_M"]),),
@@ -136,4 +139,4 @@ def attention_fwd(
         (with_lse, *call.constants),
         call.problem,
     )
-    return output, lse, stats
+    return results

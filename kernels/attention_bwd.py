@@ -14,7 +14,7 @@ from fasttx.ops import attention as ops
 
 from . import launch
 from ._attention_call import Call, strides_of, unit_rows
-from ._attention_checks import require_results
+from ._attention_checks import refuse_weights, require_results
 from ._attention_configs import PROBLEM
 from ._attention_tile import (
     NO_MASK,
@@ -282,8 +282,10 @@ def attention_bwd(
     dropout_p: float,
     seed: Tensor | None,
     scale: float,
+    grad_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fasttx::attention_bwd`: the gradients of query, key and value."""
+    refuse_weights(0, grad_weights)
     call = Call(
         query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, query_offset,
         window_left, window_right, dropout_p, seed, scale,

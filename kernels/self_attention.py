@@ -6,6 +6,7 @@ q, k and v are read where the joined projection left them, and attention leaves 
 import torch
 from torch import Tensor
 
+from ._attention_checks import refuse_weights
 from .attention import attention_fwd
 from .attention_bwd import attention_bwd
 from .checks import require_input, require_like, require_values, require_weight
@@ -59,7 +60,7 @@ def _forward(
     _check(input, weight_in, weight_out, heads, options[2])
     require_like("bias_out", bias_out, input, weight_out.shape[:1])
     qkv = linear_fwd(input, weight_in, bias_in, None)
-    attended, _, stats = attention_fwd(*_split(qkv, heads, batch_first), *options, store)
+    attended, _, stats, _ = attention_fwd(*_split(qkv, heads, batch_first), *options, store)
     attended = _joined(attended, batch_first)
     y = input.new_empty((*input.shape[:-1], weight_out.shape[0]))
     require_like("residual", residual, y)
@@ -115,23 +116,26 @@ def self_attention_fwd(
     input: Tensor, weight_in: Tensor, bias_in: Tensor | None, weight_out: Tensor, bias_out: Tensor | None, heads: int,
     batch_first: bool, attn_mask: Tensor | None, cu_seqlens: Tensor | None, is_causal: bool, scale: float,
     attention_p: float, attention_seed: Tensor | None, store: bool, packed_in: Tensor | None,
-    packed_out: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    packed_out: Tensor | None, weights: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """fasttx::self_attention_fwd; weights are not packed here."""
     _refuse_packed(packed_in, packed_out)
+    refuse_weights(weights, None)
     Dropout.of(attention_p, attention_seed)
     options = _options(attn_mask, cu_seqlens, is_causal, attention_p, attention_seed, scale)
     y, *stored = _forward(input, weight_in, bias_in, weight_out, bias_out, heads, batch_first, options, store)
-    return (y, *stored) if store else (y, *(x.new_empty((0,)) for x in stored))
+    kept = stored if store else [x.new_empty((0,)) for x in stored]
+    return y, *kept, input.new_empty((0,))
 
 
 def self_attention_bwd(
     grad: Tensor, input: Tensor, weight_in: Tensor, weight_out: Tensor, qkv: Tensor, attended: Tensor, stats: Tensor,
     heads: int, batch_first: bool, attn_mask: Tensor | None, cu_seqlens: Tensor | None, is_causal: bool, scale: float,
     attention_p: float, attention_seed: Tensor | None, needs_input: bool, needs_weight_in: bool, needs_bias_in: bool,
-    needs_weight_out: bool, needs_bias_out: bool,
+    needs_weight_out: bool, needs_bias_out: bool, grad_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """fasttx::self_attention_bwd."""
+    refuse_weights(0, grad_weights)
     _check(input, weight_in, weight_out, heads, cu_seqlens)
     _check_stored(input, weight_in, qkv, attended, stats, heads)
     Dropout.of(attention_p, attention_seed)

@@ -189,7 +189,7 @@ def test_explain_a_run(model, inputs):
     assert {
         ("encoder.layers.0", "attention_block_varlen"), ("encoder.layers.1", "feed_forward_block"),
         ("encoder.norm", "layer_norm"),
-        ("cross", "attention"), ("head.1", "gelu"),
+        ("cross", "self_attention"), ("head.1", "gelu"),
     } <= ran  # fmt: skip
     assert {row.status for row in rows} == {"ran"} and not fasttx.explain(model, *inputs).slow
     assert {row.kernel for row in rows if row.op == "attention_block_varlen"} == {"attention_block_fwd"}

@@ -5,11 +5,11 @@ CUDA tensors are fake ones here, and the CUDA device is one that PyTorch is told
 
 import pytest
 import torch
+from fasttx.kernels import availability
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fasttx
 from fasttx import dispatch, functional
-from fasttx.kernels import availability
 
 pytest.importorskip("triton")
 

@@ -92,9 +92,8 @@ def test_a_problem_that_nothing_is_meant_for_is_an_error():
 
 
 def test_kernels_are_tuned_as_they_are_met(monkeypatch):
-    from gpu.driver import emulated
-
     from fasttx.kernels.gelu import gelu_fwd
+    from gpu.driver import emulated
 
     monkeypatch.setenv("FASTTX_TUNE", "1")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

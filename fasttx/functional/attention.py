@@ -128,7 +128,8 @@ def attend(
     if autocast.acts_on(query):
         call = partial(attend, **options, return_lse=return_lse, weights=weights, op=op, backend=backend)
         return autocast.lowered(call, query, key, value)
-    if choose(op, (query, key, value), backend) == "reference":
+    refusal = _refusal_on_gpu(query, alibi_slopes, weights)
+    if choose(op, (query, key, value), backend, kernel_refusal=refusal) == "reference":
         options["enable_gqa"] = True
         output, lse = reference.attention(query, key, value, **options, return_lse=True)
         applied = None if weights == ops.NONE else reference.attention_weights(query, key, **options)
@@ -141,6 +142,17 @@ def attend(
         query_offset, *(window or (-1, -1)), dropout_p, seed, scale_of(scale, query), return_lse, weights,
     )  # fmt: skip
     return output, lse, *(applied or (None,))
+
+
+def _refusal_on_gpu(query: Tensor, alibi_slopes: Tensor | None, weights: int) -> str | None:
+    """What the GPU kernels do not do of what the CPU's do."""
+    if query.is_cpu:
+        return None
+    if weights != ops.NONE:
+        return "no GPU kernel gives the weights that attention applies"
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        return "no GPU kernel has a gradient for alibi_slopes"
+    return None
 
 
 def attention_varlen(
@@ -191,7 +203,8 @@ def attention_varlen(
     checks.require_same_device("query", query, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
 
     seed = draw_seed() if dropout_p > 0.0 else None
-    if choose("attention_varlen", (query, key, value), backend) == "reference":
+    refusal = _refusal_on_gpu(query, alibi_slopes, ops.NONE)
+    if choose("attention_varlen", (query, key, value), backend, kernel_refusal=refusal) == "reference":
         return reference.attention_varlen(
             query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal=is_causal, window=window,
             alibi_slopes=alibi_slopes, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa,

@@ -106,7 +106,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool,
         weights: int,
     ) -> tuple[Tensor, Tensor | None] | None:
-        if not takes_kernel("self_attention", tensors, self.head_dim):
+        on_gpu_too = weights == NONE  # else attention itself says that only the CPU's kernels give weights
+        if not (on_gpu_too or tensors[0].is_cpu) or not takes_kernel("self_attention", tensors, self.head_dim):
             return None
         dropout_p = self.dropout if self.training else 0.0
         results = self_attention(

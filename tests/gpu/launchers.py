@@ -20,9 +20,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from fasttx import packing  # noqa: E402
 from fasttx.kernels import configs, register  # noqa: E402
 from fasttx.kernels.launch import KERNELS, current_arch  # noqa: E402
+
+from fasttx import packing  # noqa: E402
 from gpu.driver import Emulation, emulated  # noqa: E402
 
 ON_GPU = os.environ.get("FASTTX_TEST_DEVICE") == "cuda"

@@ -1,11 +1,11 @@
 """Calls of every kernel but attention's for the compile matrix: each configuration, laden with most that it can be."""
 
 import torch
-
 from fasttx.kernels import configs, gelu, layer_norm, matmul, softmax
 from fasttx.kernels.configs import Config
 from fasttx.kernels.dropout import Dropout
 from fasttx.kernels.launch import KERNELS
+
 from gpu.compile_matrix import Case
 
 _ROWS = 64

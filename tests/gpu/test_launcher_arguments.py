@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from fasttx.kernels import register
 from test_raw_ops import RAW
 
-from fasttx.kernels import register
 from gpu.launchers import on_triton
 
 OPS = [name for name in RAW if not name.startswith(("attention", "self_attention", "pack_weight"))]

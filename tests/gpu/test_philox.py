@@ -7,10 +7,10 @@ pytest.importorskip("triton")
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-
-from fasttx import philox  # noqa: E402
 from fasttx.kernels.dropout import Dropout  # noqa: E402
 from fasttx.kernels.math import LOG2E, dropout_keep, online_softmax_step  # noqa: E402
+
+from fasttx import philox  # noqa: E402
 from gpu.launchers import by_target, on_triton  # noqa: E402
 
 SEEDS = (0, 1, -1, 2**31, 2**63 - 1, -(2**63), 12345678901234567)
