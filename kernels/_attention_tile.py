@@ -178,12 +178,9 @@ def scores_of(
 
 
 @triton.jit
-def exponentials(scores, base, exponent, SCALED: tl.constexpr):
-    """2^(exponent * (scores - base)), base finite."""
-    if SCALED:
-        return tl.exp2((scores - base) * exponent)
-    else:
-        return tl.exp2(tl.fma(scores, exponent, -(base * exponent)))
+def exponentials(scores, base, exponent):
+    """2^(exponent * (scores - base)), base finite; the difference first: multiplied out, large scores would round it."""
+    return tl.exp2((scores - base) * exponent)
 
 
 @triton.jit
@@ -224,7 +221,7 @@ def attend(
         larger = tl.maximum(largest, tl.max(scores, 1))
         base = finite(larger)
         shrink = tl.exp2((largest - base) * exponent)
-        p = exponentials(scores, base[:, None], exponent, SCALED)
+        p = exponentials(scores, base[:, None], exponent)
         total = tl.fma(total, shrink, tl.sum(p, 1))
         if DROPOUT:
             seed, threshold, sequence, head = dropout

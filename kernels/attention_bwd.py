@@ -64,7 +64,7 @@ def score_gradient(
     scores = scores_of(
         products, rows[:, None], keys[None, :], across, bounds, bias, scale, HAS_LO, HAS_HI, MASK, ALIBI, SCALED, MASKED
     )
-    p = exponentials(scores, base[:, None], exponent, SCALED) * factor[:, None]
+    p = exponentials(scores, base[:, None], exponent) * factor[:, None]
     dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
     if DROPOUT:
         seed, threshold, sequence, head = dropout
@@ -172,7 +172,7 @@ def key_gradients(
             tl.dot(k, tl.trans(q), input_precision=PRECISION), rows[None, :], keys[:, None], valid[:, None], bounds,
             (mask_at, stride_mk, slope, origin), scale, HAS_LO, HAS_HI, MASK, ALIBI, SCALED, MASKED,
         )  # fmt: skip
-        p = exponentials(scores, base[None, :], exponent, SCALED) * factor[None, :]
+        p = exponentials(scores, base[None, :], exponent) * factor[None, :]
         dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
         applied = p
         if DROPOUT:

@@ -8,6 +8,7 @@ from torch import Tensor
 from fasttx import autocast, checks, reference
 from fasttx.dispatch import choose, runs_on_cpu
 from fasttx.ops import attention as ops
+from fasttx.ops._library import wants_grad
 from fasttx.rng import draw_seed
 
 from ._attention_checks import check_common, check_offsets, check_padded, require_dims
@@ -150,7 +151,7 @@ def _refusal_on_gpu(query: Tensor, alibi_slopes: Tensor | None, weights: int) ->
         return None
     if weights != ops.NONE:
         return "no GPU kernel gives the weights that attention applies"
-    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+    if alibi_slopes is not None and wants_grad(alibi_slopes):
         return "no GPU kernel has a gradient for alibi_slopes"
     return None
 
