@@ -73,7 +73,7 @@ def test_doctor_tells_that_the_compiler_was_missing(installed):
 def test_kernels_belongs_to_fasttx_only(installed):
     code = """
 import fasttx.kernels.availability
-assert fasttx.kernels.availability.refusal()
+import torch; assert fasttx.kernels.availability.refusal("gelu", (torch.ones(1),))
 import kernels
 """
     done = python(installed, code)

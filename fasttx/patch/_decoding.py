@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import Module
 
-from fasttx.dispatch import takes_cpu
+from fasttx.dispatch import takes_kernel
 from fasttx.nn._plain import parameter
 from fasttx.nn._recall import remember
 from fasttx.ops._library import ACTIVATIONS
@@ -50,7 +50,7 @@ class AttentionHalf(_Half):
 
     def can_run(self, x: Tensor) -> bool:
         """Whether the operation may run on x (B, T, width)."""
-        return takes_cpu("cached_attention_block", (x, *self.tensors))
+        return takes_kernel("cached_attention_block", (x, *self.tensors))
 
     def __call__(self, x: Tensor, kept: tuple[Tensor, Tensor, int], mask: Tensor | None, is_causal: bool) -> Tensor:
         """The half's output; kept: keys and values (B, H, capacity, D), and how many of their places are filled."""
@@ -67,7 +67,7 @@ class FeedForwardHalf(_Half):
 
     def can_run(self, x: Tensor) -> bool:
         """Whether the operation may run on x (B, T, width)."""
-        return takes_cpu("feed_forward_block", (x, *self.tensors))
+        return takes_kernel("feed_forward_block", (x, *self.tensors))
 
     def __call__(self, x: Tensor) -> Tensor:
         """The half's output."""

@@ -129,7 +129,9 @@ def _family(name: str) -> ModuleType | None:
         return None
     try:
         return importlib.import_module(_FAMILIES[name])
-    except ImportError:
+    except ImportError as error:
+        if (error.name or "").startswith("fasttx"):
+            raise
         return None  # a transformers older than those this is written for
 
 
