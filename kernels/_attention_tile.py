@@ -179,7 +179,7 @@ def scores_of(
 
 @triton.jit
 def exponentials(scores, base, exponent):
-    """2^(exponent * (scores - base)), base finite; the difference first: multiplied out, large scores would round it."""
+    """2^(exponent * (scores - base)), base finite; the difference first: multiplied out, large scores round it off."""
     return tl.exp2((scores - base) * exponent)
 
 
