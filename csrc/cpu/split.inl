@@ -1,6 +1,6 @@
 // Products of float32 on AMX: every value is the sum of three bf16 values, exactly, and of the nine products of parts the
 // six largest are taken; what the others would add is below the rounding of float32. The matrix unit is so much faster
-// than the vector unit that six of its products take half the time of one.
+// than the vector unit that six of its products take less time than one of the other's.
 // (Henry, Tang and Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision
 // computations", ARITH 2019.)
 //
