@@ -5,6 +5,11 @@
 constexpr int kAmxRows = 16;
 constexpr int kAmxCols = 16;
 constexpr int kAmxK = 32;
+#if defined(__AMX_BF16__)
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+#endif
 
 #if defined(__AMX_BF16__)
 template <int kTile>
@@ -133,6 +138,10 @@ struct ProductUnitOf {
 #if defined(__AMX_BF16__)
 template <>
 struct ProductUnitOf<bf16> {
+  using type = AmxTiles;
+};
+template <>
+struct ProductUnitOf<Split> {
   using type = AmxTiles;
 };
 #endif

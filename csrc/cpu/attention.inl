@@ -13,9 +13,15 @@ struct PackedKeys {
   P *keys, *values;
   int64_t pitch;
 };
+// What a panel of keys in parts ends with, as other items of the launch ask for it: magnitudes of the panel's keys and
+// values, and of its share of the queries.
+template <class P>
+constexpr int64_t kPanelTail = 0;
+template <>
+constexpr int64_t kPanelTail<Split> = 32;  // a whole number of lines
 template <class P>
 static inline int64_t key_panel_size(const AttentionShape& g) {
-  return round_up(g.width, Packed<P>::kLeftStep) * kTileCols<P>;
+  return round_up(g.width, Packed<P>::kLeftStep) * kTileCols<P> + kPanelTail<P>;
 }
 template <class P>
 static inline int64_t value_panels(const AttentionShape& g) {
@@ -38,8 +44,9 @@ static inline int64_t panels_before(const AttentionShape& g, int64_t pair) {
 
 template <class T>
 static size_t attention_packed_bytes(const AttentionShape& g, int64_t width) {
-  using P = typename Packed<T>::type;
-  return sizeof(P) * panels_before<P>(g, g.first_pair + pair_count(g)) * kTileCols<P> * round_up(width, kTileCols<P>);
+  using P = Operand<T>;
+  return sizeof(P) * panels_before<P>(g, g.first_pair + pair_count(g)) *
+         (kTileCols<P> * round_up(width, kTileCols<P>) + kPanelTail<P>);
 }
 
 template <class P>
@@ -52,7 +59,7 @@ static inline PackedKeys<P> packed_of(const AttentionShape& g, void* keys, void*
 
 // Packs keys [key, key + n) of the sequence to the rows from `to` on, a multiple of kTileCols; `buffer` has room for
 // kTileCols rows.
-template <class T, class P = typename Packed<T>::type>
+template <class T, class P = Operand<T>>
 static void pack_keys(const AttentionShape& g, const MatrixRows<T>& keys, const MatrixRows<T>& values,
                       const Places& places, int64_t key, int64_t n, const PackedKeys<P>& packed, int64_t to,
                       T* buffer) {
@@ -76,7 +83,7 @@ static inline T* take_buffer(const AttentionShape& g, ScratchPieces& pieces, int
 // Items are (sequence, kv head, panel of keys).
 template <class T>
 struct AttentionPackKernel {
-  using P = typename Packed<T>::type;
+  using P = Operand<T>;
   static int64_t panels(const AttentionPack& g) { return ceil_div(g.shape.keys, kTileCols<P>); }
 
   static Plan plan(const AttentionPack& g) {
@@ -92,13 +99,61 @@ struct AttentionPackKernel {
       const int64_t kv_head = pair % g.shape.kv_heads;
       const Sequence sequence = sequence_of(g.shape, pair / g.shape.kv_heads);
       if (key >= sequence.keys.count) continue;
+#if defined(__AMX_BF16__)
+      if constexpr (kSplits<T>) note_magnitude(g, sequence, pair, kv_head, key / kTileCols<P>);
+#endif
       pack_keys(g.shape, keys_of<T>(g.shape, g.k, g.k_strides, sequence, kv_head),
                 keys_of<T>(g.shape, g.v, g.v_strides, sequence, kv_head), sequence.keys, key,
                 min_of(kTileCols<P>, sequence.keys.count - key), packed_of<P>(g.shape, g.k_packed, g.v_packed, pair),
                 key, static_cast<T*>(scratch));
     }
   }
+
+#if defined(__AMX_BF16__)
+  // Queries are shared out among the sequence's panels.
+  static void note_magnitude(const AttentionPack& g, const Sequence& sequence, int64_t pair, int64_t kv_head,
+                             int64_t panel) {
+    const AttentionShape& shape = g.shape;
+    const int64_t group = shape.heads / shape.kv_heads, panels = ceil_div(sequence.keys.count, kTileCols<P>);
+    const int64_t key = panel * kTileCols<P>, last = min_of(sequence.keys.count, key + kTileCols<P>);
+    Magnitude most[3] = {};
+    most[0] = magnitude_of(keys_of<T>(shape, g.k, g.k_strides, sequence, kv_head), sequence.keys, key, last, shape.width);
+    most[1] = magnitude_of(keys_of<T>(shape, g.v, g.v_strides, sequence, kv_head), sequence.keys, key, last,
+                           shape.value_width);
+    const Places queries = {sequence.queries, nullptr};
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+      most[2].join(magnitude_of(queries_of<T>(shape, g.q, g.q_strides, sequence, head), queries,
+                                sequence.queries * panel / panels, sequence.queries * (panel + 1) / panels,
+                                shape.width));
+    memcpy(packed_of<P>(shape, g.k_packed, g.v_packed, pair).keys + (panel + 1) * key_panel_size<P>(shape) -
+               kPanelTail<P>,
+           most, sizeof(most));
+  }
+#endif
 };
+
+#if defined(__AMX_BF16__)
+// Whether the queries, keys and values of a (sequence, kv head) pair are multiplied in parts.
+template <class T, class Args>
+static bool splits_pair(const Args& g, const Sequence& sequence, int64_t kv_head) {
+  const AttentionShape& shape = g.shape;
+  const int64_t group = shape.heads / shape.kv_heads;
+  if (sequence.keys.count <= kSplitKeys || shape.width <= kSplitWidth ||
+      reads_keys_directly(shape, sequence.queries, sequence.keys.count))
+    return false;
+  if (!magnitude_of(keys_of<T>(shape, g.k, g.k_strides, sequence, kv_head), sequence.keys, 0, sequence.keys.count,
+                    shape.width).splits())
+    return false;
+  if (!magnitude_of(keys_of<T>(shape, g.v, g.v_strides, sequence, kv_head), sequence.keys, 0, sequence.keys.count,
+                    shape.value_width).splits())
+    return false;
+  Magnitude most = {};
+  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+    most.join(magnitude_of(queries_of<T>(shape, g.q, g.q_strides, sequence, head), {sequence.queries, nullptr}, 0,
+                           sequence.queries, shape.width));
+  return most.splits();
+}
+#endif
 
 // A tile of queries on its way over the keys.
 template <class P>
@@ -110,7 +165,8 @@ struct QueryTile {
   ScoreScale<A> scale;
   ProductUnit<P>* unit = nullptr;  // set while the kernel runs
   P* q;        // (kRows, q_stride)
-  A* scores;   // (kRows, kKeyTile<P>); then, as P in the same rows, the probabilities
+  A* scores;   // (kRows, kKeyTile<P>)
+  P* split;    // (kRows, kKeyTile<P>): the probabilities in parts, or null: they take the scores' place
   A* ahead;    // (kRows, kKeyTile<P>): scores of the next tile of keys, or null
   A* out;      // (kRows, out_stride)
   A* largest;  // (kRows): of the scores so far
@@ -124,7 +180,8 @@ struct QueryTile {
       : q_stride(round_up(g.width, Packed<P>::kLeftStep)), out_stride(value_panels<P>(g) * kTileCols<P>), scale(g) {
     q = pieces.take<P>(kRows * q_stride);
     scores = pieces.take<A>(kRows * kKeyTile<P>);
-    ahead = kUsesAmx<P> ? pieces.take<A>(kRows * kKeyTile<P>) : nullptr;
+    split = kInParts<P> ? pieces.take<P>(kRows * kKeyTile<P>) : nullptr;
+    ahead = kUsesAmx<P> || kInParts<P> ? pieces.take<A>(kRows * kKeyTile<P>) : nullptr;
     out = pieces.take<A>(kRows * out_stride);
     largest = pieces.take<A>(kRows);
     shift = pieces.take<A>(kRows);
@@ -159,6 +216,12 @@ struct QueryTile {
                                   min_of(kBlock, n - i * kBlock), false, ahead + i * kBlock, kKeyTile<P>);
       }
     }
+    if constexpr (kInParts<P>) {
+      constexpr int64_t kBlock = kTileCols<P>;
+      const int64_t blocks = ceil_div(n, kBlock);
+      for (int64_t i = blocks * r / rows; i < blocks * (r + 1) / rows; ++i)
+        multiply_split(q, rows, keys + i * key_panel_size<P>(g), q_stride, ahead + i * kBlock, kKeyTile<P>, [] {});
+    }
 #endif
   }
 
@@ -185,18 +248,24 @@ struct QueryTile {
     for (int64_t r = 0; r < rows.count; ++r) {
       between(r);
       const A* row = scores + r * kKeyTile<P>;
-      P* probabilities = reinterpret_cast<P*>(scores + r * kKeyTile<P>);
       if (g.dropout.active) keep_keys(g, sequence, rows.rows[r], key, n, keep);
       const V base = V::set1(shift[r]);
       V sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
       for (int64_t first = 0; first < n; first += 4 * V::kWidth) {
+        V kept[4];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
           const int64_t i = first + j * V::kWidth;
           if (i >= n) break;
           const V p = exp2((V::load(row + i) - base) * exponent);
           sum[j] = sum[j] + p;
-          store_operand(g.dropout.active ? p * V::load(keep + i) : p, probabilities + i);
+          kept[j] = g.dropout.active ? p * V::load(keep + i) : p;
+          if constexpr (!kInParts<P>) {
+            store_operand(kept[j], reinterpret_cast<P*>(scores + r * kKeyTile<P>) + i);
+          } else if (j % 2 == 1) {
+            store_pairs(SplitPairs(kept[j - 1].v, kept[j].v),
+                        reinterpret_cast<bf16*>(split + (i - V::kWidth) * kRows) + r * kAmxK, kRows * kAmxK);
+          }
         }
       }
       fma(V::load(sums + r * V::kWidth), V::set1(decay[r]), (sum[0] + sum[1]) + (sum[2] + sum[3]))
@@ -205,19 +274,42 @@ struct QueryTile {
   }
 
   void add_values(const AttentionShape& g, int64_t rows, const P* values, int64_t pitch, int64_t n, bool first) {
-    multiply<P>(*unit, {reinterpret_cast<const P*>(scores), static_cast<int64_t>(kKeyTile<P> * sizeof(A) / sizeof(P)),
-                        Packed<P>::kLeftStep, values, pitch * kTileCols<P>, round_up(n, Packed<P>::kLeftStep), out,
+    constexpr int64_t stride = kInParts<P> ? kKeyTile<P> : kKeyTile<P> * sizeof(A) / sizeof(P);
+    multiply<P>(*unit, {kInParts<P> ? split : reinterpret_cast<const P*>(scores), stride, Packed<P>::kLeftStep, values, pitch * kTileCols<P>, round_up(n, Packed<P>::kLeftStep), out,
                        out_stride, !first, decay},
                 rows, g.value_width);
   }
 };
 
 // Items are (sequence, kv head, tile of queries) where the keys come packed, else (sequence, kv head).
-template <class T>
-struct AttentionFwdKernel {
+template <class T, class P>
+struct AttentionFwdOn {
   using A = accum_t<T>;
   using V = Vec<A>;
-  using P = typename Packed<T>::type;
+  // Keys that come packed are packed as another kernel takes them (OnOperands).
+  static constexpr bool kPacksAnew = kSplits<T> && !kInParts<P>;
+
+#if defined(__AMX_BF16__)
+  static bool splits(const AttentionFwd& g, int64_t item) {
+    const AttentionShape& shape = g.shape;
+    const bool packed = g.k_packed != nullptr;
+    const int64_t pair = item / (packed ? query_tiles(shape, shape.queries) : 1) + shape.first_pair;
+    const Sequence sequence = sequence_of(shape, pair / shape.kv_heads);
+    if (!packed) return splits_pair<T>(g, sequence, pair % shape.kv_heads);
+    if (sequence.keys.count <= kSplitKeys || shape.width <= kSplitWidth ||
+        reads_keys_directly(shape, sequence.queries, sequence.keys.count))
+      return false;
+    Magnitude most[3] = {};
+    const Split* tail = packed_of<Split>(shape, g.k_packed, g.v_packed, pair).keys - kPanelTail<Split>;
+    for (int64_t key = 0; key < sequence.keys.count; key += kTileCols<Split>) {
+      Magnitude panel[3];
+      tail += key_panel_size<Split>(shape);
+      memcpy(panel, tail, sizeof(panel));
+      for (int i = 0; i < 3; ++i) most[i].join(panel[i]);
+    }
+    return most[0].splits() && most[1].splits() && most[2].splits();
+  }
+#endif
 
   // Several heads of one kv head share a tile where they have few queries.
   static int64_t heads_in_tile(const AttentionShape& g, int64_t queries) {
@@ -237,8 +329,8 @@ struct AttentionFwdKernel {
           tile(g.shape, pieces),
           buffer(take_buffer<T>(g.shape, pieces, kKeyTile<P>)),
           packed{} {
-      if (g.k_packed != nullptr) return;
-      const bool whole = query_tiles(g.shape, g.shape.queries) > 1;
+      if (g.k_packed != nullptr && !kPacksAnew) return;
+      const bool whole = g.k_packed == nullptr && query_tiles(g.shape, g.shape.queries) > 1;
       packed.pitch = max_of(kKeyTile<P>, whole ? round_up(g.shape.keys, kTileCols<P>) : 0);
       packed.keys = pieces.take<P>(packed.pitch / kTileCols<P> * key_panel_size<P>(g.shape));
       packed.values = pieces.take<P>(packed.pitch * value_panels<P>(g.shape) * kTileCols<P>);
@@ -271,7 +363,8 @@ struct AttentionFwdKernel {
         // The last tiles first: under a causal mask they take the longest.
         const int64_t index = most - 1 - item % most;
         if (index < tiles)
-          run_tile(g, sequence, kv_head, index, scratch, packed_of<P>(shape, g.k_packed, g.v_packed, pair), false);
+          run_tile(g, sequence, kv_head, index, scratch,
+                   kPacksAnew ? scratch.packed : packed_of<P>(shape, g.k_packed, g.v_packed, pair), kPacksAnew);
         continue;
       }
       if (item + 1 < end) fetch(g, pair + 1);
@@ -316,16 +409,18 @@ struct AttentionFwdKernel {
     bool first = true;
     int64_t ready = -1;  // the key whose tile's scores are there already
     for (int64_t key = rows.first / kKeyTile<P> * kKeyTile<P>; key < rows.last; key += kKeyTile<P>) {
-      TileMask<T> mask(shape, rows, sequence, key, min_of(kKeyTile<P>, rows.last - key), tile.bias);
+      TileMask<T, P> mask(shape, rows, sequence, key, min_of(kKeyTile<P>, rows.last - key), tile.bias);
       const int64_t n = mask.n;
       if (n == 0) continue;
       const int64_t at = pack_each ? 0 : key;
       if (direct) {
+        if constexpr (!kInParts<P>) {
         const auto keys = rows_at(keys_of<T>(shape, g.k, g.k_strides, sequence, kv_head), sequence.keys, key, n,
                                   shape.width, scratch.buffer);
         for (int64_t r = 0; r < rows.count; ++r)
           score_directly(tile.q + r * tile.q_stride, keys.first, keys.stride, n, shape.width,
                          tile.scores + r * kKeyTile<P>);
+        }
       } else {
         if (pack_each) pack(g, sequence, kv_head, key, n, packed, scratch.buffer);
         if (key == ready) {
@@ -345,12 +440,14 @@ struct AttentionFwdKernel {
           tile.score_ahead(shape, rows.count, packed.keys + next / kTileCols<P> * key_panel_size<P>(shape), coming, r);
       });
       if (direct) {
+        if constexpr (!kInParts<P>) {
         const auto values = rows_at(keys_of<T>(shape, g.v, g.v_strides, sequence, kv_head), sequence.keys, key, n,
                                     shape.value_width, scratch.buffer);
         for (int64_t r = 0; r < rows.count; ++r) {
           copy_as(reinterpret_cast<const P*>(tile.scores + r * kKeyTile<P>), tile.keep, n);
           add_values_directly(tile.keep, values.first, values.stride, n, shape.value_width, first, tile.decay[r],
                               tile.out + r * tile.out_stride);
+        }
         }
       } else {
         tile.add_values(shape, rows.count, packed.values + at * kTileCols<P>, packed.pitch, n, first);
@@ -369,7 +466,7 @@ struct AttentionFwdKernel {
     for (int64_t i = head0; i < min_of(group, head0 + together); ++i) {
       const int64_t head = kv_head * group + i;
       pack_left(first_row<T>(g.q, g.q_strides, g.shape, sequence.batch, head, sequence.first_query + query0),
-                g.q_strides.t, queries, g.shape.width, tile.q + rows.count * tile.q_stride, tile.q_stride);
+                g.q_strides.t, queries, g.shape.width, tile.q, tile.q_stride, rows.count);
       for (int64_t query = query0; query < query0 + queries; ++query)
         rows.add(tile_row(g.shape, sequence.keys, head, query));
     }
@@ -396,3 +493,5 @@ struct AttentionFwdKernel {
     }
   }
 };
+template <class T>
+using AttentionFwdKernel = OnOperands<AttentionFwdOn, T>;

@@ -2,12 +2,11 @@
 // key. So many values are added one by one that their rounding errors are carried along, as in attention_bias.inl.
 
 // Items are (sequence, head).
-template <class T>
-struct AttentionAlibiBwdKernel {
+template <class T, class P>
+struct AttentionAlibiBwdOn {
   using A = accum_t<T>;
   using V = Vec<A>;
-  using P = typename Packed<T>::type;
-  using Backward = AttentionBwdKernel<T>;
+  using Backward = AttentionBwdOn<T, P>;
   using Tile = KeyTile<P>;
 
   struct Scratch {
@@ -31,6 +30,13 @@ struct AttentionAlibiBwdKernel {
     const int64_t work = (shape.queries + 1) * (shape.keys + 1) * (shape.width + shape.value_width + 1);
     return {shape.batch * shape.heads, max_of(1, (int64_t{1} << 17) / work), Scratch(g, nullptr).pieces.used, true};
   }
+
+#if defined(__AMX_BF16__)
+  static bool splits(const AttentionAlibiBwd& g, int64_t item) {
+    return Backward::splits_gradients(g, sequence_of(g.shape, item / g.shape.heads),
+                                      item % g.shape.heads / (g.shape.heads / g.shape.kv_heads));
+  }
+#endif
 
   static void run(const AttentionAlibiBwd& g, void* base, int64_t begin, int64_t end) {
     const AttentionShape& shape = g.shape;
@@ -70,3 +76,5 @@ struct AttentionAlibiBwdKernel {
     });
   }
 };
+template <class T>
+using AttentionAlibiBwdKernel = OnOperands<AttentionAlibiBwdOn, T>;

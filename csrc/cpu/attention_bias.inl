@@ -33,9 +33,9 @@ static A total_of(const A* sum, const A* error, int64_t count) {
 }
 
 // Calls f(query, i, dS) for vectors of the n keys from key + i on, of one tile whose scores and dP are there.
-template <class T, class F>
+template <class T, class P, class F>
 static FASTTX_INLINE void for_slopes(const AttentionBwd& g, const Sequence& sequence, const TileRows& rows,
-                                     const KeyTile<typename Packed<T>::type>& tile, const accum_t<T>* deltas,
+                                     const KeyTile<P>& tile, const accum_t<T>* deltas,
                                      int64_t key, int64_t n, const F& f) {
   using A = accum_t<T>;
   using V = Vec<A>;
@@ -46,7 +46,7 @@ static FASTTX_INLINE void for_slopes(const AttentionBwd& g, const Sequence& sequ
     const V largest = V::set1(stats[2 * query]), factor = V::set1(stats[2 * query + 1]);
     const V delta = V::set1(deltas[query]);
     if (g.shape.dropout.active)
-      keep_keys(g.shape, sequence, rows.rows[r], key, round_up(n, kKeyStep<typename Packed<T>::type>), tile.keep);
+      keep_keys(g.shape, sequence, rows.rows[r], key, round_up(n, kKeyStep<P>), tile.keep);
     for (int64_t i = 0; i < n; i += V::kWidth) {
       const V probability = exp2((V::load(tile.p + r * kKeys + i) - largest) * exponent) * factor;
       V dp = V::load(tile.ds + r * kKeys + i);
@@ -56,12 +56,11 @@ static FASTTX_INLINE void for_slopes(const AttentionBwd& g, const Sequence& sequ
   }
 }
 
-template <class T>
-struct AttentionBiasBwdKernel {
+template <class T, class P>
+struct AttentionBiasBwdOn {
   using A = accum_t<T>;
   using V = Vec<A>;
-  using P = typename Packed<T>::type;
-  using Backward = AttentionBwdKernel<T>;
+  using Backward = AttentionBwdOn<T, P>;
   using Tile = KeyTile<P>;
   // Queries of one block: each tile of keys is packed once for so many.
   static constexpr int64_t kBlock = 4 * Tile::kRows;
@@ -104,6 +103,21 @@ struct AttentionBiasBwdKernel {
                          (shape.keys / max_of(1, blocks.keys) + 1) * (shape.width + shape.value_width + 1);
     return {items, max_of(1, (int64_t{1} << 17) / work), Scratch(g, nullptr).pieces.used, true};
   }
+
+#if defined(__AMX_BF16__)
+  // Every head that the item sums.
+  static bool splits(const AttentionBiasBwd& g, int64_t item) {
+    const AttentionShape& shape = g.shape;
+    const Blocks blocks(g);
+    const int64_t outer = item / blocks.keys / blocks.queries, group = shape.heads / shape.kv_heads;
+    const int64_t batch = outer / g.mask_heads, head = outer % g.mask_heads / group;
+    const bool every_batch = g.mask_batch == 1, every_head = g.mask_heads == 1;
+    for (int64_t b = every_batch ? 0 : batch; b < (every_batch ? shape.batch : batch + 1); ++b)
+      for (int64_t h = every_head ? 0 : head; h < (every_head ? shape.kv_heads : head + 1); ++h)
+        if (!Backward::splits_gradients(g, sequence_of(shape, b), h)) return false;
+    return true;
+  }
+#endif
 
   static void run(const AttentionBiasBwd& g, void* base, int64_t begin, int64_t end) {
     const AttentionShape& shape = g.shape;
@@ -181,3 +195,5 @@ struct AttentionBiasBwdKernel {
     }
   }
 };
+template <class T>
+using AttentionBiasBwdKernel = OnOperands<AttentionBiasBwdOn, T>;

@@ -18,9 +18,11 @@ static inline int64_t key_chunks(int64_t keys) { return max_of(1, ceil_div(keys,
 // The most chunks of any sequence that has so many keys or fewer: a shorter one may have more chunks.
 static inline int64_t most_chunks(int64_t keys) { return max_of(1, min_of(kMostChunks, ceil_div(keys, kLeastKeys))); }
 
-// dQ in the accumulate type, of the queries that take part: (heads of the group * head_rows, stride).
-template <class P>
+// dQ in the accumulate type, of the queries that take part: (heads of the group * head_rows, stride), one for all
+// operands of T.
+template <class T>
 struct QueryGradient {
+  using P = typename Packed<T>::type;
   int64_t head_rows, stride, size;
   explicit QueryGradient(const AttentionShape& g)
       : head_rows(round_up(g.queries, kProductRows<P>)),
@@ -33,7 +35,7 @@ struct QueryShares {
   accum_t<T>* shares;
   int64_t* live;
   QueryShares(const AttentionShape& g, ScratchPieces pieces)
-      : shares(pieces.take<accum_t<T>>(most_chunks(g.keys) * QueryGradient<typename Packed<T>::type>(g).size)),
+      : shares(pieces.take<accum_t<T>>(most_chunks(g.keys) * QueryGradient<T>(g).size)),
         live(pieces.take<int64_t>(1 + g.queries)),
         bytes(pieces.used) {}
   QueryShares(const AttentionShape& g, void* dq_partial, int64_t pair)
@@ -52,10 +54,12 @@ struct KeyTile {
   using A = accum_t<P>;
   using V = Vec<A>;
   static constexpr int kStep = Packed<P>::kStep, kLeftStep = Packed<P>::kLeftStep, kCols = kTileCols<P>;
-  static constexpr int64_t kRows = kUsesAmx<P> ? 64 : 48;  // tiles read and write the sums once for so many queries
+  // Tiles read and write the sums once for so many queries.
+  static constexpr int64_t kRows = kHasTiles && sizeof(A) == 4 ? 64 : 48;
 
   // A matrix of at most `most` rows as both operands of a product: `left`, and `right` in panels of `most` rows; one
-  // and the same where their layouts agree and `left` does not change its sign.
+  // and the same where their layouts agree and `left` does not change its sign. In parts, `right` is the transpose as a
+  // left operand: so the tile's P and dS are right operands as they come.
   struct Rows {
     P *left, *right;
     int64_t left_stride, pitch, width;
@@ -69,7 +73,11 @@ struct KeyTile {
     }
     template <class T>
     void pack(const T* from, int64_t row_stride, int64_t n) {
-      pack_rows(from, row_stride, n, width, right, pitch * kCols);
+      if constexpr (kInParts<P>) {
+        pack_left_transposed(from, row_stride, n, width, right, pitch);
+      } else {
+        pack_rows(from, row_stride, n, width, right, pitch * kCols);
+      }
       if (!one_copy) pack_left(from, row_stride, n, width, left, left_stride);
     }
   };
@@ -79,12 +87,13 @@ struct KeyTile {
   Rows q, dout;       // (kRows)
   Rows k;             // (kKeys)
   P *keys, *values;   // K and V of the tile, transposed, as right operands
-  A *dk, *dv;         // (kKeys, dk_stride), (kKeys, dv_stride)
+  A *dk, *dv;         // (kKeys, dk_stride), (kKeys, dv_stride); in parts their transposes, as many values
   int64_t dk_stride, dv_stride;
   A *p, *ds;          // (kRows, kKeys): scores, then probabilities; dP, then dS
-  P *p_left, *ds_left, *ds_right;  // what the products read of them: P^T, dS^T, dS
+  P *p_left, *ds_left, *ds_right;  // what the products read of them: P^T, dS^T, dS; in parts P, dS twice
   A *bias, *keep;     // (kKeys), (kStep, kKeys)
-  A* panels;          // (2, value_width, kTileCols<A>): for delta
+  A* transposed;      // (kKeys, the greater of dk_stride and dv_stride), or null
+  A* panels;          // for delta: (2, value_width, kTileCols<A>), or its product in parts
 
   KeyTile(const AttentionShape& g, ScratchPieces& pieces)
       : scale(g),
@@ -99,9 +108,12 @@ struct KeyTile {
     dv = pieces.take<A>(kKeys * dv_stride);
     p = pieces.take<A>(kRows * kKeys);
     ds = pieces.take<A>(kRows * kKeys);
+    transposed = kInParts<P> ? pieces.take<A>(kKeys * max_of(dk_stride, dv_stride)) : nullptr;
     bias = pieces.take<A>(kKeys);
     keep = pieces.take<A>(kStep * kKeys);
-    panels = pieces.take<A>(2 * kTileCols<A> * g.value_width);
+    panels = pieces.take<A>(kInParts<P> ? 3 * kTileCols<P> * round_up(g.value_width, kLeftStep) +
+                                              kTileCols<P> * kTileCols<P>
+                                        : 2 * kTileCols<A> * g.value_width);
     if constexpr (kStep == 1) {
       p_left = p;
       ds_left = ds_right = ds;
@@ -132,40 +144,71 @@ struct KeyTile {
                                                const TileRows& rows, const A* stats, const A* delta, int64_t key,
                                                int64_t n) {
     const V exponent = V::set1(scale.exponent);
-    for (int64_t r = 0; r < rows.count; r += kStep) {
+    // Rows that make a step of a product along the queries: of parts, sixteen apart in blocks of 32.
+    constexpr int64_t apart = kInParts<P> ? kLeftStep / 2 : 1;
+    const int64_t steps = ceil_div(rows.count, kInParts<P> ? kLeftStep : kStep) * apart;
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t r = step / apart * apart * kStep + step % apart;
       V largest[kStep], factor[kStep], row_delta[kStep];
+      int present = 0;
       for (int j = 0; j < kStep; ++j) {
-        const bool present = r + j < rows.count;  // else its probabilities are zero
-        const int64_t query = present ? rows.rows[r + j].query : 0;
-        largest[j] = V::set1(present ? stats[2 * query] : A(0));
-        factor[j] = V::set1(present ? stats[2 * query + 1] : A(0));
-        row_delta[j] = V::set1(present ? delta[query] : A(0));
-        if (present && g.dropout.active) keep_keys(g, sequence, rows.rows[r + j], key, n, keep + j * kKeys);
+        const int64_t row = r + j * apart;
+        const bool is_present = row < rows.count;  // else its probabilities are zero
+        const int64_t query = is_present ? rows.rows[row].query : 0;
+        largest[j] = V::set1(is_present ? stats[2 * query] : A(0));
+        factor[j] = V::set1(is_present ? stats[2 * query + 1] : A(0));
+        row_delta[j] = V::set1(is_present ? delta[query] : A(0));
+        if (is_present && g.dropout.active) keep_keys(g, sequence, rows.rows[row], key, n, keep + j * kKeys);
+        present += is_present;
       }
-      const int present = static_cast<int>(min_of(kStep, rows.count - r));
-      for (int64_t i = 0; i < n; i += V::kWidth) {
-        V probability[kStep], slope[kStep];
-        for (int j = 0; j < kStep; ++j) {
-          if (j >= present) {
-            probability[j] = slope[j] = V::zero();
-            continue;
+      constexpr int64_t kVecs = kInParts<P> ? 2 : 1;  // that a product's step along the keys has
+      for (int64_t i = 0; i < n; i += kVecs * V::kWidth) {
+        V probability[kVecs][kStep], slope[kVecs][kStep];
+        for (int v = 0; v < kVecs; ++v) {
+          for (int j = 0; j < kStep; ++j) {
+            if (j >= present) {
+              probability[v][j] = slope[v][j] = V::zero();
+              continue;
+            }
+            const int64_t column = i + v * V::kWidth, at = (r + j * apart) * kKeys + column;
+            const V exact = exp2((V::load(p + at) - largest[j]) * exponent) * factor[j];
+            V dp = V::load(ds + at);
+            probability[v][j] = exact;
+            if (g.dropout.active) {
+              const V kept = V::load(keep + j * kKeys + column);
+              dp = dp * kept;
+              probability[v][j] = exact * kept;
+            }
+            slope[v][j] = exact * (dp - row_delta[j]);
           }
-          const int64_t at = (r + j) * kKeys + i;
-          const V exact = exp2((V::load(p + at) - largest[j]) * exponent) * factor[j];
-          V dp = V::load(ds + at);
-          probability[j] = exact;
-          if (g.dropout.active) {
-            const V kept = V::load(keep + j * kKeys + i);
-            dp = dp * kept;
-            probability[j] = exact * kept;
-          }
-          slope[j] = exact * (dp - row_delta[j]);
         }
-        store(r, i, present, probability, slope);
+        if constexpr (kInParts<P>) {
+          store_parts(r, i, probability, slope);
+        } else {
+          store(r, i, present, probability[0], slope[0]);
+        }
       }
     }
     finish(rows.count, n);
   }
+
+#if defined(__AMX_BF16__)
+  // Two rows' probabilities and slopes at 32 keys, as the products read them in parts: the rows' steps of panels of keys,
+  // and of the slopes, rows of a left operand.
+  FASTTX_INLINE void store_parts(int64_t r, int64_t i, V (&probability)[2][kStep], V (&slope)[2][kStep]) {
+    constexpr int64_t kPair = 2 * kAmxCols * 2, kPanel = kSplitPanelPart;
+    const int64_t block = r / kAmxK, at = (i * kRows + block * kAmxK * kCols);
+    bf16 *p_panel = reinterpret_cast<bf16*>(p_left + at) + r % kAmxK * kPair;
+    bf16 *ds_panel = reinterpret_cast<bf16*>(ds_left + at) + r % kAmxK * kPair;
+    for (int v = 0; v < 2; ++v) {
+      store_pairs(SplitPairs(probability[v][0].v, probability[v][1].v), p_panel + v * kPair / 2, kPanel);
+      store_pairs(SplitPairs(slope[v][0].v, slope[v][1].v), ds_panel + v * kPair / 2, kPanel);
+    }
+    bf16* rows = reinterpret_cast<bf16*>(ds_right + block * kAmxK * kKeys + i * kAmxK) + r % kAmxK * kAmxK;
+    for (int j = 0; j < kStep; ++j)
+      store_pairs(SplitPairs(slope[0][j].v, slope[1][j].v), rows + j * kAmxRows * kAmxK, kAmxK * kAmxK);
+  }
+#endif
 
   FASTTX_INLINE void store(int64_t r, int64_t i, [[maybe_unused]] int present, V (&probability)[kStep],
                            V (&slope)[kStep]) {
@@ -174,7 +217,7 @@ struct KeyTile {
       slope[0].store(ds + r * kKeys + i);
     }
 #if defined(__AVX512BF16__)
-    if constexpr (kStep == 2) {
+    if constexpr (kStep == 2 && !kInParts<P>) {
       // Where they wait for their transposition, they take the place of scores that have been read.
       store_operand_pair(probability[0], probability[1], pairs(p, p_left) + r * kKeys + 2 * i);
       store_operand_pair(slope[0], slope[1], pairs(ds, ds_left) + r * kKeys + 2 * i);
@@ -211,13 +254,37 @@ struct KeyTile {
   }
 #endif
 
+  // (kKeys, width) of sums that lie as the products leave them.
+  A* by_keys(A* sums, [[maybe_unused]] int64_t width) {
+#if defined(__AMX_BF16__)
+    if constexpr (kInParts<P>) {
+      for (int64_t key = 0; key < kKeys; key += V::kWidth) {
+        for (int64_t column = 0; column < width; column += V::kWidth) {
+          V block[V::kWidth];
+          for (int i = 0; i < V::kWidth; ++i) block[i] = V::load(sums + (column + i) * kKeys + key);
+          transpose(block);
+          for (int i = 0; i < V::kWidth; ++i) block[i].store(transposed + (key + i) * width + column);
+        }
+      }
+      memcpy(sums, transposed, sizeof(A) * kKeys * width);
+    }
+#endif
+    return sums;
+  }
+
   void multiply_outputs(const AttentionShape& g, int64_t rows, int64_t n, A* dq, int64_t dq_stride) {
     constexpr int64_t stride = kUsesAmx<P> ? kRows : kStep, step = kUsesAmx<P> ? kLeftStep : kKeys * kStep;
     const int64_t row_steps = round_up(rows, kLeftStep);
+    if constexpr (kInParts<P>) {
+      multiply<P>(*unit, {dout.right, kRows, step, p_left, kRows * kCols, row_steps, dv, kKeys, true, nullptr},
+                  g.value_width, n);
+      multiply<P>(*unit, {q.right, kRows, step, ds_left, kRows * kCols, row_steps, dk, kKeys, true, nullptr}, g.width, n);
+    } else {
     multiply<P>(*unit, {p_left, stride, step, dout.right, dout.pitch * kCols, row_steps, dv, dv_stride, true, nullptr},
                 n, g.value_width);
     multiply<P>(*unit, {ds_left, stride, step, q.right, q.pitch * kCols, row_steps, dk, dk_stride, true, nullptr}, n,
                 g.width);
+    }
     multiply<P>(*unit, {ds_right, kKeys, kLeftStep, k.right, k.pitch * kCols, round_up(n, kLeftStep), dq, dq_stride,
                        true, nullptr},
                 rows, g.width);
@@ -225,16 +292,15 @@ struct KeyTile {
 };
 
 // Items are (sequence, kv head); with dq_partial, (sequence, kv head, chunk of keys).
-template <class T>
-struct AttentionBwdKernel {
+template <class T, class P>
+struct AttentionBwdOn {
   using A = accum_t<T>;
   using V = Vec<A>;
-  using P = typename Packed<T>::type;
 
   struct Scratch {
     ScratchPieces pieces;
     KeyTile<P> tile;
-    QueryGradient<P> gradient;
+    QueryGradient<T> gradient;
     T* buffer;      // rows that are not side by side
     int64_t* live;  // (queries): places of those that take part
     A* delta;       // (heads of the group, queries)
@@ -258,6 +324,24 @@ struct AttentionBwdKernel {
     const int64_t work = (rows + 1) * (shape.keys / chunks + 1) * (shape.width + shape.value_width + 1);
     return {pair_count(shape) * chunks, max_of(1, (int64_t{1} << 17) / work), Scratch(g, nullptr).pieces.used, true};
   }
+
+#if defined(__AMX_BF16__)
+  static bool splits(const AttentionBwd& g, int64_t item) {
+    const int64_t pair = item / (g.dq_partial != nullptr ? most_chunks(g.shape.keys) : 1) + g.shape.first_pair;
+    return splits_gradients(g, sequence_of(g.shape, pair / g.shape.kv_heads), pair % g.shape.kv_heads);
+  }
+  // Whether this head's gradients are of products in parts: as the forward's, and the gradient of the output must be fit.
+  static bool splits_gradients(const AttentionBwd& g, const Sequence& sequence, int64_t kv_head) {
+    const AttentionShape& shape = g.shape;
+    const int64_t group = shape.heads / shape.kv_heads;
+    if (!splits_pair<T>(g, sequence, kv_head)) return false;
+    Magnitude most = {};
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group && g.dout != nullptr; ++head)
+      most.join(magnitude_of(queries_of<T>(shape, g.dout, g.dout_strides, sequence, head), {sequence.queries, nullptr},
+                             0, sequence.queries, shape.value_width));
+    return most.splits();
+  }
+#endif
 
   static void run(const AttentionBwd& g, void* base, int64_t begin, int64_t end) {
     Scratch scratch(g, base);
@@ -343,10 +427,11 @@ struct AttentionBwdKernel {
         for (int64_t query = 0; query < live.count; query += KeyTile<P>::kRows)
           run_tile(g, sequence, live, kv_head * group + i, query, key, scratch, scratch.delta + i * shape.queries,
                    dq + (i * scratch.gradient.head_rows + query) * scratch.gradient.stride);
+      const A *dk = tile.by_keys(tile.dk, tile.dk_stride), *dv = tile.by_keys(tile.dv, tile.dv_stride);
       store(first_row<T>(g.dk, g.dk_strides, shape, sequence.batch, kv_head, sequence.first_key), g.dk_strides.t,
-            sequence.keys, key, n, tile.dk, tile.dk_stride, shape.width, static_cast<A>(shape.scale));
+            sequence.keys, key, n, dk, tile.dk_stride, shape.width, static_cast<A>(shape.scale));
       store(first_row<T>(g.dv, g.dv_strides, shape, sequence.batch, kv_head, sequence.first_key), g.dv_strides.t,
-            sequence.keys, key, n, tile.dv, tile.dv_stride, shape.value_width, A(1));
+            sequence.keys, key, n, dv, tile.dv_stride, shape.value_width, A(1));
     }
   }
 
@@ -356,7 +441,12 @@ struct AttentionBwdKernel {
     const auto out = queries_of<T>(g.shape, g.out, g.out_strides, sequence, head);
     const auto dout = queries_of<T>(g.shape, g.dout, g.dout_strides, sequence, head);
     const int64_t width = g.shape.value_width;
-    sum_products(dout[first], dout.stride, out[first], out.stride, last - first, width, panels, delta + first);
+    if constexpr (kInParts<P>) {
+      sum_split_products(dout[first], dout.stride, out[first], out.stride, last - first, width,
+                         reinterpret_cast<Split*>(panels), delta + first);
+    } else {
+      sum_products(dout[first], dout.stride, out[first], out.stride, last - first, width, panels, delta + first);
+    }
     // The gradient of lse is P, so what reaches lse by another way joins delta.
     if (g.dlse == nullptr) return;
     const A* dlse = static_cast<const A*>(g.dlse) + lse_index(g.shape, sequence, head, 0);
@@ -386,6 +476,24 @@ struct AttentionBwdKernel {
       }
     }
   }
+
+#if defined(__AMX_BF16__)
+  // The same, of the product in parts: the diagonal of dO O^T.
+  static void sum_split_products(const T* dout, int64_t dout_stride, const T* out, int64_t out_stride, int64_t rows,
+                                 int64_t width, Split* parts, A* delta) {
+    constexpr int64_t kBlock = kTileCols<Split>;
+    const int64_t depth = round_up(width, kAmxK);
+    Split* panel = parts + kBlock * depth;
+    float* sums = reinterpret_cast<float*>(panel + kBlock * depth);
+    for (int64_t row = 0; row < rows; row += kBlock) {
+      const int64_t count = min_of(kBlock, rows - row);
+      pack_left(dout + row * dout_stride, dout_stride, count, width, parts, depth);
+      pack_transposed(out + row * out_stride, out_stride, count, width, panel);
+      multiply_split(parts, count, panel, depth, sums, kBlock, [] {});
+      for (int64_t i = 0; i < count; ++i) delta[row + i] = sums[i * kBlock + i];
+    }
+  }
+#endif
 
   static void load_keys(const AttentionBwd& g, const Sequence& sequence, int64_t kv_head, int64_t key, int64_t n,
                         KeyTile<P>& tile, T* buffer) {
@@ -429,7 +537,7 @@ struct AttentionBwdKernel {
     for (int64_t i = query; i < min_of(live.count, query + KeyTile<P>::kRows); ++i)
       rows.add(tile_row(shape, sequence.keys, head, live[i]));
     if (rows.last <= key || rows.first >= key + kKeys) return 0;
-    TileMask<T> mask(shape, rows, sequence, key, min_of(kKeys, rows.last - key), tile.bias);
+    TileMask<T, P> mask(shape, rows, sequence, key, min_of(kKeys, rows.last - key), tile.bias);
     const int64_t n = mask.n;
     if (n == 0) return 0;
     const auto pack = [&](const void* data, const Strides& strides, int64_t width, typename KeyTile<P>::Rows& packed) {
@@ -440,7 +548,10 @@ struct AttentionBwdKernel {
     pack(g.q, g.q_strides, shape.width, tile.q);
     if (g.dout != nullptr) pack(g.dout, g.dout_strides, shape.value_width, tile.dout);
     sign_queries(shape, tile.q.left, tile.q.left_stride, rows.count);
-    if (reads_keys_directly(shape, sequence.queries, sequence.keys.count)) {
+    bool direct = false;
+    if constexpr (!kInParts<P>) direct = reads_keys_directly(shape, sequence.queries, sequence.keys.count);
+    if (direct) {
+      if constexpr (!kInParts<P>) {
       // As in the forward, to the bit: its numbers fit no other scores.
       const int64_t kv_head = head / (shape.heads / shape.kv_heads);
       const auto keys = rows_at(keys_of<T>(shape, g.k, g.k_strides, sequence, kv_head), sequence.keys, key, n,
@@ -448,6 +559,7 @@ struct AttentionBwdKernel {
       for (int64_t i = 0; i < rows.count; ++i)
         score_directly(tile.q.left + i * tile.q.left_stride, keys.first, keys.stride, n, shape.width,
                        tile.p + i * kKeys);
+      }
     } else {
       tile.multiply_keys(tile.q, tile.keys, rows.count, n, tile.p);
     }
@@ -468,3 +580,5 @@ struct AttentionBwdKernel {
     }
   }
 };
+template <class T>
+using AttentionBwdKernel = OnOperands<AttentionBwdOn, T>;

@@ -13,7 +13,7 @@ struct AttentionDqKernel {
 
   static void run(const AttentionBwd& g, void*, int64_t begin, int64_t end) {
     const AttentionShape& shape = g.shape;
-    const QueryGradient<typename Packed<T>::type> gradient(shape);
+    const QueryGradient<T> gradient(shape);
     const int64_t blocks = ceil_div(shape.queries, kBlock), group = shape.heads / shape.kv_heads;
     const V scale = V::set1(static_cast<A>(shape.scale));
     for (int64_t item = begin; item < end; ++item) {

@@ -98,7 +98,7 @@ static void multiply_panel(AmxTiles& tiles, const Product<bf16>& g, const bf16* 
 
 // Rows of sums that a product may write at once.
 template <class P>
-constexpr int64_t kProductRows = kUsesAmx<P> ? 16 : 1;
+constexpr int64_t kProductRows = Packed<P>::kLeftStep == kAmxK ? kAmxRows : 1;
 
 // The whole product. `out` has room for whole vectors of columns, and `a` and `out` for rows in multiples of
 // kProductRows, whose values beyond `rows` may be anything.

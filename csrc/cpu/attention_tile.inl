@@ -2,9 +2,13 @@
 
 // Rows and keys of one tile of scores. Both are whole tiles of the product's unit; a row's keys are padded to kKeyStep.
 template <class P>
-constexpr int64_t kQueryTile = kUsesAmx<P> ? 32 : 48;
+constexpr int64_t kQueryTile = kHasTiles && sizeof(accum_t<P>) == 4 ? 32 : 48;
 template <class P>
 constexpr int64_t kKeyTile = kUsesAmx<P> ? 256 : 128;
+template <class P>
+constexpr bool kInParts = false;
+template <>
+constexpr bool kInParts<Split> = true;
 template <class P>
 constexpr int64_t kKeyStep = Vec<accum_t<P>>::kWidth > Packed<P>::kLeftStep ? Vec<accum_t<P>>::kWidth
                                                                              : Packed<P>::kLeftStep;
@@ -69,7 +73,7 @@ struct ScoreScale {
   A natural(A score) const { return added ? score : score * scale; }
 };
 
-// Gives rows of queries, `stride` values apart, the sign of the scale.
+// Gives rows of a left operand, `stride` values apart, the sign of the scale.
 template <class P>
 static void sign_queries(const AttentionShape& g, P* q, int64_t stride, int64_t rows) {
   if (g.scale >= 0) return;
@@ -118,11 +122,11 @@ static inline V steps_from(const Places& keys, int64_t key, int64_t n, int64_t i
 }
 
 // The mask and the positional bias of one tile: which scores stay, and what is added to them.
-template <class T>
+template <class T, class P>
 struct TileMask {
   using A = accum_t<T>;
   using V = Vec<A>;
-  static constexpr int64_t kStep = kKeyStep<typename Packed<T>::type>;
+  static constexpr int64_t kStep = kKeyStep<P>;
   const AttentionShape& g;
   const TileRows& rows;
   const ScoreScale<A> scale;

@@ -4,12 +4,11 @@
 // scores and the forward's two numbers a row, so that the matrix of a head is never kept where only the mean is wanted.
 
 // Calls of a block of queries against one tile of keys.
-template <class T>
+template <class T, class P>
 struct WeightBlock {
   using A = accum_t<T>;
   using V = Vec<A>;
-  using P = typename Packed<T>::type;
-  using Backward = AttentionBwdKernel<T>;
+  using Backward = AttentionBwdOn<T, P>;
   using Tile = KeyTile<P>;
   static constexpr int64_t kBlock = 4 * Tile::kRows;  // queries: each tile of keys is packed once for so many
 
@@ -54,11 +53,12 @@ struct WeightBlock {
 };
 
 // An item owns a block of the result: the heads are added in their order.
-template <class T>
-struct AttentionWeightsFwdKernel {
+template <class T, class P>
+struct AttentionWeightsFwdOn {
   using A = accum_t<T>;
   using V = Vec<A>;
-  using Block = WeightBlock<T>;
+  using Block = WeightBlock<T, P>;
+  using Backward = AttentionBwdOn<T, P>;
 
   struct Scratch : Block {
     A* sum;  // (kBlock, kKeys)
@@ -77,10 +77,22 @@ struct AttentionWeightsFwdKernel {
     return {items, max_of(1, (int64_t{1} << 17) / max_of(1, work)), Scratch(g, nullptr).pieces.used, true};
   }
 
+#if defined(__AMX_BF16__)
+  static bool splits(const AttentionWeightsFwd& g, int64_t item) {
+    const AttentionShape& shape = g.shape;
+    const int64_t outer = item / key_blocks(shape) / query_blocks(shape), group = shape.heads / shape.kv_heads;
+    const Sequence sequence = sequence_of(shape, g.averages ? outer : outer / shape.heads);
+    const int64_t first = g.averages ? 0 : outer % shape.heads / group, last = g.averages ? shape.kv_heads : first + 1;
+    for (int64_t kv_head = first; kv_head < last; ++kv_head)
+      if (!splits_pair<T>(g, sequence, kv_head)) return false;
+    return true;
+  }
+#endif
+
   static void run(const AttentionWeightsFwd& g, void* base, int64_t begin, int64_t end) {
     const AttentionShape& shape = g.shape;
     Scratch scratch(g, base);
-    ProductUnit<typename Block::P> unit;
+    ProductUnit<P> unit;
     scratch.tile.unit = &unit;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t key = item % key_blocks(shape) * kKeys, outer = item / key_blocks(shape) / query_blocks(shape);
@@ -120,11 +132,12 @@ struct AttentionWeightsFwdKernel {
 };
 
 // Items are (sequence, head, block of queries).
-template <class T>
-struct AttentionWeightsBwdKernel {
+template <class T, class P>
+struct AttentionWeightsBwdOn {
   using A = accum_t<T>;
   using V = Vec<A>;
-  using Block = WeightBlock<T>;
+  using Block = WeightBlock<T, P>;
+  using Backward = AttentionBwdOn<T, P>;
 
   struct Scratch : Block {
     A* sum;  // (kBlock, kWidth)
@@ -141,10 +154,19 @@ struct AttentionWeightsBwdKernel {
             Scratch(g, nullptr).pieces.used, true};
   }
 
+#if defined(__AMX_BF16__)
+  static bool splits(const AttentionWeightsBwd& g, int64_t item) {
+    const AttentionShape& shape = g.shape;
+    const int64_t pair = item / query_blocks(shape);
+    return Backward::splits_gradients(g, sequence_of(shape, pair / shape.heads),
+                                      pair % shape.heads / (shape.heads / shape.kv_heads));
+  }
+#endif
+
   static void run(const AttentionWeightsBwd& g, void* base, int64_t begin, int64_t end) {
     const AttentionShape& shape = g.shape;
     Scratch scratch(g, base);
-    ProductUnit<typename Block::P> unit;
+    ProductUnit<P> unit;
     scratch.tile.unit = &unit;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item % query_blocks(shape) * Block::kBlock, pair = item / query_blocks(shape);
@@ -165,3 +187,7 @@ struct AttentionWeightsBwdKernel {
     }
   }
 };
+template <class T>
+using AttentionWeightsFwdKernel = OnOperands<AttentionWeightsFwdOn, T>;
+template <class T>
+using AttentionWeightsBwdKernel = OnOperands<AttentionWeightsBwdOn, T>;

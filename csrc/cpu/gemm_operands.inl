@@ -198,7 +198,7 @@ class SplitOperands {
       const T* from = static_cast<const T*>(g_.a) + (row0 + r) * g_.a_row_stride + k * g_.a_k_stride;
       const int64_t height = min_of(kLeftRows<T>, rows - r);
       for (int64_t kk = 0; kk < depth; kk += kAmxK)
-        split_rows(from + kk * g_.a_k_stride, g_.a_row_stride, g_.a_k_stride, height, min_of(kAmxK, depth - kk),
+        split_rows(from + kk * g_.a_k_stride, g_.a_row_stride, g_.a_k_stride, height, min_of(kAmxK, depth - kk), height,
                    left_ + r * left_size(depth) + height * left_size(kk));
     }
   }
@@ -224,10 +224,10 @@ class SplitOperands {
     float* to = add ? partial_ : sums;
     if (rows > kAmxRows) {
       unit.set_rows(kAmxRows, static_cast<int>(rows - kAmxRows));
-      split_block<true>(left, rows, parts_[current_], steps, to, also_split);
+      split_block<true>(left, rows, parts_[current_], steps, to, kCols, also_split);
     } else {
       unit.set_rows(static_cast<int>(rows), kAmxRows);
-      split_block<false>(left, rows, parts_[current_], steps, to, also_split);
+      split_block<false>(left, rows, parts_[current_], steps, to, kCols, also_split);
     }
     if (!add) return;
     using V = Vec<float>;
@@ -257,9 +257,9 @@ class SplitOperands {
     bf16* to = parts_[1 - current_] + next_.done / kAmxK * kSplitPanelStep;
     next_.done += present;
     if (!g_.b_is_packed && g_.b_n_stride == 1 && (next_.panel + 1) * kCols <= g_.n) {
-      split_columns(b_at(k, next_.panel * kCols), g_.b_k_stride, present, to);
+      split_columns(b_at(k, next_.panel * kCols), g_.b_k_stride, present, kCols, to);
     } else {
-      split_columns(plain_panel(next_.panel, k, present), kCols, present, to);
+      split_columns(plain_panel(next_.panel, k, present), kCols, present, kCols, to);
     }
   }
 

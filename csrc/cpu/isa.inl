@@ -16,6 +16,7 @@
 #include "attention_product.inl"
 #include "attention_rows.inl"
 #include "attention_tile.inl"
+#include "attention_split.inl"
 #include "attention_decode.inl"
 #include "attention.inl"
 #include "attention_dweights.inl"

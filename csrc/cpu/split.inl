@@ -36,13 +36,19 @@ struct SplitPairs {
   }
 };
 
-// One step of `rows` <= 32 rows as [part][row][32], of which `present` values of k exist. Pairs are of values 16 apart.
+// Stores the parts, `pitch` values apart.
+static FASTTX_INLINE void store_pairs(const SplitPairs& pairs, bf16* to, int64_t pitch) {
+  for (int part = 0; part < kSplitParts; ++part) _mm512_store_si512(to + part * pitch, pairs.part[part]);
+}
+
+// One step of `rows` <= 32 rows as [part][pitch rows][32], of which `present` values of k exist. Pairs are of values 16
+// apart.
 template <class T>
 static FASTTX_INLINE void split_rows(const T* from, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t present,
-                                     bf16* to) {
+                                     int64_t pitch, bf16* to) {
   using V = Vec<float>;
   const auto store = [&](int64_t row, int part, __m512i pairs) {
-    _mm512_store_si512(to + (part * rows + row) * kAmxK, pairs);
+    _mm512_store_si512(to + (part * pitch + row) * kAmxK, pairs);
   };
   if (row_stride == 1 && k_stride != 1) {
     for (int64_t row = 0; row < rows; row += V::kWidth) {
@@ -76,17 +82,19 @@ static FASTTX_INLINE void split_rows(const T* from, int64_t row_stride, int64_t 
   }
 }
 
-// One step of a panel of 32 columns as [part][pair][column][2], from `present` rows of k, `k_stride` apart.
+// One step of a panel of 32 columns, of which `columns` exist, as [part][pair][column][2], from `present` rows of k,
+// `k_stride` apart.
 template <class T>
-static FASTTX_INLINE void split_columns(const T* from, int64_t k_stride, int64_t present, bf16* to) {
+static FASTTX_INLINE void split_columns(const T* from, int64_t k_stride, int64_t present, int64_t columns, bf16* to) {
   using V = Vec<float>;
   constexpr int64_t kFetchAhead = 1024;  // bytes: the panel is read once, from beyond L2 as a rule
   for (int64_t i = 0; i < kAmxK / 2; ++i) {
     for (int64_t column = 0; column < 2 * kAmxCols; column += V::kWidth) {
+      const int lanes = static_cast<int>(max_of(0, min_of(V::kWidth, columns - column)));
       const auto values = [&](int64_t k) {
         const T* at = from + k * k_stride + column;
         __builtin_prefetch(reinterpret_cast<const char*>(at) + kFetchAhead);
-        return k < present ? V::load(at) : V::zero();
+        return k < present && lanes > 0 ? load_lanes<V>(at, lanes) : V::zero();
       };
       const SplitPairs pairs(values(i).v, values(i + kAmxK / 2).v);
       for (int part = 0; part < kSplitParts; ++part)
@@ -95,13 +103,38 @@ static FASTTX_INLINE void split_columns(const T* from, int64_t k_stride, int64_t
   }
 }
 
-// sums (rows, 32) = left panel over `steps` steps; meanwhile() is called once in each. Rows below the 16th are there with
-// kLower. Every product rounds the sum that it is added to: the small ones come first, while that is small too.
+// One step of a panel of 32 columns as above, from `columns` rows of `present` values of k.
+template <class T>
+static FASTTX_INLINE void split_transposed(const T* from, int64_t row_stride, int64_t columns, int64_t present,
+                                           bf16* to) {
+  using V = Vec<float>;
+  const int low = static_cast<int>(min_of(V::kWidth, present)), high = static_cast<int>(max_of(0, present - V::kWidth));
+  for (int64_t column = 0; column < 2 * kAmxCols; column += V::kWidth) {
+    V block[kSplitParts][V::kWidth];
+    for (int i = 0; i < V::kWidth; ++i) {
+      const T* row = from + (column + i) * row_stride;
+      const bool there = column + i < columns;
+      const SplitPairs pairs(there ? load_lanes<V>(row, low).v : V::zero().v,
+                             there && high > 0 ? load_lanes<V>(row + V::kWidth, high).v : V::zero().v);
+      for (int part = 0; part < kSplitParts; ++part) block[part][i].v = _mm512_castsi512_ps(pairs.part[part]);
+    }
+    for (int part = 0; part < kSplitParts; ++part) {
+      transpose(block[part]);
+      for (int i = 0; i < V::kWidth; ++i)
+        _mm512_store_si512(to + part * kSplitPanelPart + (i * 2 * kAmxCols + column) * 2,
+                           _mm512_castps_si512(block[part][i].v));
+    }
+  }
+}
+
+// sums (rows, 32), rows `sums_stride` apart, = left panel over `steps` steps; meanwhile() is called once in each. The left
+// operand's parts lie `pitch` rows apart. Rows below the 16th are there with kLower. Every product rounds the sum that it
+// is added to: the small ones come first, while that is small too.
 template <bool kLower, class F>
-static FASTTX_INLINE void split_block(const bf16* left, int64_t rows, const bf16* panel, int64_t steps, float* sums,
-                                      const F& meanwhile) {
-  constexpr int64_t kRowBytes = kAmxK * sizeof(bf16), kPairBytes = 2 * kRowBytes, kSumBytes = 2 * kAmxCols * sizeof(float);
-  const int64_t part = rows * kAmxK;
+static FASTTX_INLINE void split_block(const bf16* left, int64_t pitch, const bf16* panel, int64_t steps, float* sums,
+                                      int64_t sums_stride, const F& meanwhile) {
+  constexpr int64_t kRowBytes = kAmxK * sizeof(bf16), kPairBytes = 2 * kRowBytes;
+  const int64_t part = pitch * kAmxK, sum_bytes = sums_stride * static_cast<int64_t>(sizeof(float));
   const auto load_left = [&](int64_t step, int64_t which) __attribute__((always_inline)) {
     const bf16* at = left + (step * kSplitParts + which) * part;
     amx_load<4>(at, kRowBytes);
@@ -141,11 +174,11 @@ static FASTTX_INLINE void split_block(const bf16* left, int64_t rows, const bf16
     load_panel(step, 0);
     multiply();
   }
-  float* lower = sums + kAmxRows * 2 * kAmxCols;
-  amx_store<0>(sums, kSumBytes);
-  amx_store<1>(sums + kAmxCols, kSumBytes);
-  if constexpr (kLower) amx_store<2>(lower, kSumBytes);
-  if constexpr (kLower) amx_store<3>(lower + kAmxCols, kSumBytes);
+  float* lower = sums + kAmxRows * sums_stride;
+  amx_store<0>(sums, sum_bytes);
+  amx_store<1>(sums + kAmxCols, sum_bytes);
+  if constexpr (kLower) amx_store<2>(lower, sum_bytes);
+  if constexpr (kLower) amx_store<3>(lower + kAmxCols, sum_bytes);
 }
 
 // Where a sum is not finite, or neither zero nor as large as it takes for what was lost below 2^-126 not to count.

@@ -26,6 +26,14 @@ struct Packed<bf16> {
 #endif
 };
 #endif
+#if defined(__AMX_BF16__)
+// Parts are multiplied as bf16 is.
+template <>
+struct Packed<Split> {
+  using type = Split;
+  static constexpr int kStep = 2, kLeftStep = 32;
+};
+#endif
 
 // Whether products of T run on AMX tiles rather than on vectors.
 template <class T>
@@ -35,7 +43,7 @@ constexpr bool kUsesAmx = sizeof(typename Packed<T>::type) == sizeof(bf16);
 constexpr bool kUsesAmx = false;
 #endif
 
-// Whether linear layers' products of T, floats when packed, run on AMX tiles all the same, in bf16 parts (split.inl).
+// Whether products of T, floats when packed, run on AMX tiles all the same, in bf16 parts (split.inl).
 template <class T>
 constexpr bool kSplits = false;
 #if defined(__AMX_BF16__)
@@ -60,6 +68,8 @@ constexpr int kGemmRows = kTileRows;
 
 template <class T>
 constexpr int kTileCols = kTileVecs * Vec<accum_t<T>>::kWidth;
+template <>
+constexpr int kTileCols<Split> = 2 * Vec<float>::kWidth;
 template <class T>
 constexpr int kGemmCols = kGemmVecs * Vec<accum_t<T>>::kWidth;
 

@@ -153,9 +153,11 @@ static void pack_rows(const T* from, int64_t row_stride, int64_t rows, int64_t w
   }
 }
 
-// Rows of the tile's left operand, `pitch` values apart, zero up to a whole step.
+// Rows of the tile's left operand from row0 on, `pitch` values apart, zero up to a whole step.
 template <class P, class T>
-static void pack_left(const T* from, int64_t row_stride, int64_t rows, int64_t width, P* to, int64_t pitch) {
+static void pack_left(const T* from, int64_t row_stride, int64_t rows, int64_t width, P* to, int64_t pitch,
+                      int64_t row0 = 0) {
+  to += row0 * pitch;
   for (int64_t row = 0; row < rows; ++row) {
     copy_as(from + row * row_stride, to + row * pitch, width);
     for (int64_t k = width; k < round_up(width, Packed<P>::kLeftStep); ++k) to[row * pitch + k] = P{};

@@ -15,6 +15,11 @@ struct fp16 {
   uint16_t bits;
 };
 
+// A float32 value of an operand in three bf16 parts, as which it takes so much room: the parts of many lie together.
+struct Split {
+  bf16 parts[3];
+};
+
 enum class DType { f32, bf16, f16, f64 };
 
 // The type that values of storage T are computed and accumulated in.
@@ -35,6 +40,10 @@ struct Accum<fp16> {
 template <>
 struct Accum<double> {
   using type = double;
+};
+template <>
+struct Accum<Split> {
+  using type = float;
 };
 template <class T>
 using accum_t = typename Accum<T>::type;
