@@ -197,7 +197,7 @@ void run_forward(int dtype, AttentionFwd args) {
     const Workspace k_packed(packed_bytes(shape.width)), v_packed(packed_bytes(shape.value_width));
     args.k_packed = k_packed.data();
     args.v_packed = v_packed.data();
-    launch(kernels.attention_pack[dtype], AttentionPack{args.shape, args.q, args.k, args.v, args.q_strides, args.k_strides, args.v_strides,
+    launch(kernels.attention_pack[dtype], AttentionPack{args.shape, args.k, args.v, args.k_strides, args.v_strides,
                                                         args.k_packed, args.v_packed});
     launch(kernels.attention_fwd[dtype], args);
   });

@@ -132,7 +132,7 @@ void define_attention(py::module_& m) {
       .FIELD(S, query_offset).FIELD(S, window_left).FIELD(S, window_right).FIELD(S, is_causal).FIELD(S, scale)
       .FIELD(S, mask).FIELD(S, alibi_slopes).FIELD(S, dropout).FIELD(S, first_pair).FIELD(S, pairs);
   using P = AttentionPack;
-  Fields<P>(m, "AttentionPack").FIELD(P, shape).FIELD(P, q).FIELD(P, k).FIELD(P, v).FIELD(P, q_strides).FIELD(P, k_strides).FIELD(P, v_strides)
+  Fields<P>(m, "AttentionPack").FIELD(P, shape).FIELD(P, k).FIELD(P, v).FIELD(P, k_strides).FIELD(P, v_strides)
       .FIELD(P, k_packed).FIELD(P, v_packed);
   using F = AttentionFwd;
   Fields<F>(m, "AttentionFwd").FIELD(F, shape).FIELD(F, q).FIELD(F, k).FIELD(F, v).FIELD(F, q_strides)

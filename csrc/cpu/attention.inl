@@ -13,8 +13,7 @@ struct PackedKeys {
   P *keys, *values;
   int64_t pitch;
 };
-// What a panel of keys in parts ends with, as other items of the launch ask for it: magnitudes of the panel's keys and
-// values, and of its share of the queries.
+// What a panel of keys in parts ends with, as other items of the launch ask for it: the magnitudes of its keys and values.
 template <class P>
 constexpr int64_t kPanelTail = 0;
 template <>
@@ -110,21 +109,14 @@ struct AttentionPackKernel {
   }
 
 #if defined(__AMX_BF16__)
-  // Queries are shared out among the sequence's panels.
   static void note_magnitude(const AttentionPack& g, const Sequence& sequence, int64_t pair, int64_t kv_head,
                              int64_t panel) {
     const AttentionShape& shape = g.shape;
-    const int64_t group = shape.heads / shape.kv_heads, panels = ceil_div(sequence.keys.count, kTileCols<P>);
     const int64_t key = panel * kTileCols<P>, last = min_of(sequence.keys.count, key + kTileCols<P>);
-    Magnitude most[3] = {};
-    most[0] = magnitude_of(keys_of<T>(shape, g.k, g.k_strides, sequence, kv_head), sequence.keys, key, last, shape.width);
-    most[1] = magnitude_of(keys_of<T>(shape, g.v, g.v_strides, sequence, kv_head), sequence.keys, key, last,
-                           shape.value_width);
-    const Places queries = {sequence.queries, nullptr};
-    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-      most[2].join(magnitude_of(queries_of<T>(shape, g.q, g.q_strides, sequence, head), queries,
-                                sequence.queries * panel / panels, sequence.queries * (panel + 1) / panels,
-                                shape.width));
+    const Magnitude most[2] = {
+        magnitude_of(keys_of<T>(shape, g.k, g.k_strides, sequence, kv_head), sequence.keys, key, last, shape.width),
+        magnitude_of(keys_of<T>(shape, g.v, g.v_strides, sequence, kv_head), sequence.keys, key, last,
+                     shape.value_width)};
     memcpy(packed_of<P>(shape, g.k_packed, g.v_packed, pair).keys + (panel + 1) * key_panel_size<P>(shape) -
                kPanelTail<P>,
            most, sizeof(most));
@@ -133,25 +125,24 @@ struct AttentionPackKernel {
 };
 
 #if defined(__AMX_BF16__)
-// Whether the queries, keys and values of a (sequence, kv head) pair are multiplied in parts.
+static inline bool worth_splitting(const AttentionShape& g, const Sequence& sequence) {
+  return sequence.keys.count > kSplitKeys && g.width > kSplitWidth &&
+         !reads_keys_directly(g, sequence.queries, sequence.keys.count);
+}
+// Whether a (sequence, kv head) pair is multiplied in parts. Its queries have no say: those too large give scores that
+// are not finite in any way, those too small give scores of almost zero.
 template <class T, class Args>
 static bool splits_pair(const Args& g, const Sequence& sequence, int64_t kv_head) {
   const AttentionShape& shape = g.shape;
-  const int64_t group = shape.heads / shape.kv_heads;
-  if (sequence.keys.count <= kSplitKeys || shape.width <= kSplitWidth ||
-      reads_keys_directly(shape, sequence.queries, sequence.keys.count))
-    return false;
+  if (!worth_splitting(shape, sequence)) return false;
   if (!magnitude_of(keys_of<T>(shape, g.k, g.k_strides, sequence, kv_head), sequence.keys, 0, sequence.keys.count,
                     shape.width).splits())
     return false;
-  if (!magnitude_of(keys_of<T>(shape, g.v, g.v_strides, sequence, kv_head), sequence.keys, 0, sequence.keys.count,
-                    shape.value_width).splits())
+  // The weights alone need no values.
+  if (g.v != nullptr && !magnitude_of(keys_of<T>(shape, g.v, g.v_strides, sequence, kv_head), sequence.keys, 0,
+                                      sequence.keys.count, shape.value_width).splits())
     return false;
-  Magnitude most = {};
-  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-    most.join(magnitude_of(queries_of<T>(shape, g.q, g.q_strides, sequence, head), {sequence.queries, nullptr}, 0,
-                           sequence.queries, shape.width));
-  return most.splits();
+  return true;
 }
 #endif
 
@@ -175,6 +166,9 @@ struct QueryTile {
   A* sums;     // (kRows, kWidth)
   A* bias;     // (kKeyTile<P>)
   A* keep;     // (kKeyTile<P>)
+#if defined(__AMX_BF16__)
+  SplitTurns turns_ahead = {};
+#endif
 
   QueryTile(const AttentionShape& g, ScratchPieces& pieces)
       : q_stride(round_up(g.width, Packed<P>::kLeftStep)), out_stride(value_panels<P>(g) * kTileCols<P>), scale(g) {
@@ -218,9 +212,15 @@ struct QueryTile {
     }
     if constexpr (kInParts<P>) {
       constexpr int64_t kBlock = kTileCols<P>;
-      const int64_t blocks = ceil_div(n, kBlock);
-      for (int64_t i = blocks * r / rows; i < blocks * (r + 1) / rows; ++i)
-        multiply_split(q, rows, keys + i * key_panel_size<P>(g), q_stride, ahead + i * kBlock, kKeyTile<P>, [] {});
+      const int64_t turns = SplitProduct<true>::kTurns * q_stride / kAmxK, all = ceil_div(n, kBlock) * turns;
+      for (int64_t i = all * r / rows; i < all * (r + 1) / rows; ++i) {
+        if (i % turns == 0) {
+          const P* panel = keys + i / turns * key_panel_size<P>(g);
+          turns_ahead = {{reinterpret_cast<const bf16*>(q), reinterpret_cast<const bf16*>(panel), kRows}, q_stride / kAmxK};
+        }
+        turns_ahead.take();
+        if (i % turns == turns - 1) turns_ahead.product.finish(ahead + i / turns * kBlock, kKeyTile<P>);
+      }
     }
 #endif
   }
@@ -296,18 +296,16 @@ struct AttentionFwdOn {
     const int64_t pair = item / (packed ? query_tiles(shape, shape.queries) : 1) + shape.first_pair;
     const Sequence sequence = sequence_of(shape, pair / shape.kv_heads);
     if (!packed) return splits_pair<T>(g, sequence, pair % shape.kv_heads);
-    if (sequence.keys.count <= kSplitKeys || shape.width <= kSplitWidth ||
-        reads_keys_directly(shape, sequence.queries, sequence.keys.count))
-      return false;
-    Magnitude most[3] = {};
+    if (!worth_splitting(shape, sequence)) return false;
+    Magnitude most[2] = {};
     const Split* tail = packed_of<Split>(shape, g.k_packed, g.v_packed, pair).keys - kPanelTail<Split>;
     for (int64_t key = 0; key < sequence.keys.count; key += kTileCols<Split>) {
-      Magnitude panel[3];
+      Magnitude panel[2];
       tail += key_panel_size<Split>(shape);
       memcpy(panel, tail, sizeof(panel));
-      for (int i = 0; i < 3; ++i) most[i].join(panel[i]);
+      for (int i = 0; i < 2; ++i) most[i].join(panel[i]);
     }
-    return most[0].splits() && most[1].splits() && most[2].splits();
+    return most[0].splits() && most[1].splits();
   }
 #endif
 

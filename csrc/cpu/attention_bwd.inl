@@ -330,16 +330,21 @@ struct AttentionBwdOn {
     const int64_t pair = item / (g.dq_partial != nullptr ? most_chunks(g.shape.keys) : 1) + g.shape.first_pair;
     return splits_gradients(g, sequence_of(g.shape, pair / g.shape.kv_heads), pair % g.shape.kv_heads);
   }
-  // Whether this head's gradients are of products in parts: as the forward's, and the gradient of the output must be fit.
+  // Whether this head's gradients are of products in parts: as the forward's scores, where dK's and dP's parts are
+  // not lost either.
   static bool splits_gradients(const AttentionBwd& g, const Sequence& sequence, int64_t kv_head) {
     const AttentionShape& shape = g.shape;
     const int64_t group = shape.heads / shape.kv_heads;
     if (!splits_pair<T>(g, sequence, kv_head)) return false;
-    Magnitude most = {};
-    for (int64_t head = kv_head * group; head < (kv_head + 1) * group && g.dout != nullptr; ++head)
-      most.join(magnitude_of(queries_of<T>(shape, g.dout, g.dout_strides, sequence, head), {sequence.queries, nullptr},
-                             0, sequence.queries, shape.value_width));
-    return most.splits();
+    const Places all = {sequence.queries, nullptr};
+    Magnitude queries = {}, slopes = {};
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      queries.join(magnitude_of(queries_of<T>(shape, g.q, g.q_strides, sequence, head), all, 0, all.count, shape.width));
+      if (g.dout == nullptr) continue;
+      slopes.join(magnitude_of(queries_of<T>(shape, g.dout, g.dout_strides, sequence, head), all, 0, all.count,
+                               shape.value_width));
+    }
+    return !queries.is_tiny() && slopes.splits();
   }
 #endif
 

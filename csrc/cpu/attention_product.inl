@@ -105,7 +105,11 @@ constexpr int64_t kProductRows = Packed<P>::kLeftStep == kAmxK ? kAmxRows : 1;
 template <class P>
 __attribute__((noinline)) static void multiply(ProductUnit<P>& unit, const Product<P>& g, int64_t rows,
                                                int64_t columns) {
-  const P* panel = g.panel;
-  for (int64_t column = 0; column < columns; column += kTileCols<P>, panel += g.panel_pitch)
-    multiply_panel(unit, g, panel, rows, column, columns - column);
+  if constexpr (kInParts<P>) {
+    multiply_parts(unit, g, rows, columns);
+  } else {
+    const P* panel = g.panel;
+    for (int64_t column = 0; column < columns; column += kTileCols<P>, panel += g.panel_pitch)
+      multiply_panel(unit, g, panel, rows, column, columns - column);
+  }
 }

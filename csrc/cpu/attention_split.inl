@@ -27,8 +27,12 @@ struct Magnitude {
   // Whether parts hold every value exactly, and products of parts that matter are not lost below 2^-126: attention's
   // errors are relative to its largest operands.
   bool splits() const {
-    constexpr uint32_t kLeast = (127u - 60) << 23, kMost = (127u + 40) << 23;  // 2^-60, 2^40
-    return bits == 0 || (bits >= kLeast && bits < kMost);
+    constexpr uint32_t kMost = (127u + 40) << 23;  // 2^40
+    return bits < kMost && !is_tiny();
+  }
+  bool is_tiny() const {
+    constexpr uint32_t kLeast = (127u - 60) << 23;  // 2^-60
+    return bits != 0 && bits < kLeast;
   }
   void join(Magnitude other) { bits = bits > other.bits ? bits : other.bits; }
 };
@@ -113,28 +117,65 @@ static FASTTX_INLINE void multiply_split(const Split* left, int64_t rows, const 
   }
 }
 
-static void multiply_panel(AmxTiles& tiles, const Product<Split>& g, const Split* panel, int64_t rows, int64_t column,
-                           int64_t) {
+// The whole product. A block's sums are added while the next ones are multiplied.
+static void multiply_parts(AmxTiles& tiles, const Product<Split>& g, int64_t rows, int64_t columns) {
   using V = Vec<float>;
   constexpr int64_t kRows = 2 * kAmxRows, kCols = kTileCols<Split>;
   tiles.set_rows(kAmxRows, kAmxRows);
-  alignas(64) float sums[kRows * kCols];
-  for (int64_t row = 0; row < rows; row += kRows) {
-    const int64_t count = min_of(kRows, rows - row);
-    const Split* left = g.a + row * g.a_stride;
-    float* out = g.out + row * g.out_stride + column;
-    if (!g.add) {
-      multiply_split(left, count, panel, g.k, out, g.out_stride, [] {});
-      continue;
+  alignas(64) float buffers[2][kRows * kCols];
+  struct {
+    int64_t row, count;
+    const float *sums, *decay;
+    float* out;
+  } ready = {};
+  const auto add_rows = [&](int64_t count) {
+    for (; count > 0 && ready.row < ready.count; --count, ++ready.row) {
+      float* out = ready.out + ready.row * g.out_stride;
+      const float* sums = ready.sums + ready.row * kCols;
+      const V decay = V::set1(ready.decay == nullptr ? 1.0f : ready.decay[ready.row]);
+      fma(V::load(out), decay, V::load(sums)).store(out);
+      fma(V::load(out + V::kWidth), decay, V::load(sums + V::kWidth)).store(out + V::kWidth);
     }
-    multiply_split(left, count, panel, g.k, sums, kCols, [] {});
-    for (int64_t i = 0; i < count; ++i, out += g.out_stride) {
-      const V decay = V::set1(g.decay == nullptr ? 1.0f : g.decay[row + i]);
-      for (int64_t j = 0; j < kCols; j += V::kWidth)
-        fma(V::load(out + j), decay, V::load(sums + i * kCols + j)).store(out + j);
+  };
+  const int64_t rows_a_step = ceil_div(kRows * kAmxK, max_of(kAmxK, g.k));
+  const Split* panel = g.panel;
+  int which = 0;
+  for (int64_t column = 0; column < columns; column += kCols, panel += g.panel_pitch) {
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const int64_t count = min_of(kRows, rows - row);
+      float* out = g.out + row * g.out_stride + column;
+      if (!g.add) {
+        multiply_split(g.a + row * g.a_stride, count, panel, g.k, out, g.out_stride, [] {});
+        continue;
+      }
+      float* sums = buffers[which];
+      which = 1 - which;
+      multiply_split(g.a + row * g.a_stride, count, panel, g.k, sums, kCols, [&] { add_rows(rows_a_step); });
+      add_rows(kRows);
+      ready = {0, count, sums, g.decay == nullptr ? nullptr : g.decay + row, out};
     }
   }
+  add_rows(kRows);
 }
+
+// A product that is taken a few turns at a time.
+struct SplitTurns {
+  SplitProduct<true> product;
+  int64_t steps, step = 0;
+  int turn = 0;
+  bool large = false;
+
+  FASTTX_INLINE void take() {
+    if (large) return product.large_turn(step++);
+    if (step == 0 && turn == 0) product.begin();
+    product.small_turn(step, turn);
+    if (++turn < product.kTurns - 1) return;
+    turn = 0;
+    if (++step < steps) return;
+    step = 0;
+    large = true;
+  }
+};
 #endif
 
 // A kernel K<T, P> of attention on the operands that a sequence's own values and sizes call for: K::splits(g, item) says

@@ -6,10 +6,6 @@ constexpr int64_t kQueryTile = kHasTiles && sizeof(accum_t<P>) == 4 ? 32 : 48;
 template <class P>
 constexpr int64_t kKeyTile = kUsesAmx<P> ? 256 : 128;
 template <class P>
-constexpr bool kInParts = false;
-template <>
-constexpr bool kInParts<Split> = true;
-template <class P>
 constexpr int64_t kKeyStep = Vec<accum_t<P>>::kWidth > Packed<P>::kLeftStep ? Vec<accum_t<P>>::kWidth
                                                                              : Packed<P>::kLeftStep;
 

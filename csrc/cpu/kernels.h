@@ -169,8 +169,8 @@ struct AttentionFwd {
 // Packs keys and values of every (sequence, kv head) once, for all the query tiles that read them.
 struct AttentionPack {
   AttentionShape shape;
-  const void *q, *k, *v;  // T; of the queries, magnitudes alone
-  Strides q_strides, k_strides, v_strides;
+  const void *k, *v;  // T
+  Strides k_strides, v_strides;
   void *k_packed, *v_packed;
 };
 

@@ -127,58 +127,80 @@ static FASTTX_INLINE void split_transposed(const T* from, int64_t row_stride, in
   }
 }
 
-// sums (rows, 32), rows `sums_stride` apart, = left panel over `steps` steps; meanwhile() is called once in each. The left
-// operand's parts lie `pitch` rows apart. Rows below the 16th are there with kLower. Every product rounds the sum that it
-// is added to: the small ones come first, while that is small too.
-template <bool kLower, class F>
-static FASTTX_INLINE void split_block(const bf16* left, int64_t pitch, const bf16* panel, int64_t steps, float* sums,
-                                      int64_t sums_stride, const F& meanwhile) {
-  constexpr int64_t kRowBytes = kAmxK * sizeof(bf16), kPairBytes = 2 * kRowBytes;
-  const int64_t part = pitch * kAmxK, sum_bytes = sums_stride * static_cast<int64_t>(sizeof(float));
-  const auto load_left = [&](int64_t step, int64_t which) __attribute__((always_inline)) {
-    const bf16* at = left + (step * kSplitParts + which) * part;
+// sums (rows, 32), rows `sums_stride` apart, = left panel over `steps` steps, in 6 turns a step: the tile registers keep it
+// from one to the next. The left operand's parts lie `pitch` rows apart. Rows below the 16th are there with kLower. Every
+// product rounds the sum that it is added to: the small ones come first, while that is small too.
+template <bool kLower>
+struct SplitProduct {
+  static constexpr int kTurns = 6;
+  const bf16 *left, *panel;
+  int64_t pitch;
+
+  FASTTX_INLINE void load_left(int64_t step, int64_t part) const {
+    constexpr int64_t kRowBytes = kAmxK * sizeof(bf16);
+    const bf16* at = left + (step * kSplitParts + part) * pitch * kAmxK;
     amx_load<4>(at, kRowBytes);
     if constexpr (kLower) amx_load<5>(at + kAmxRows * kAmxK, kRowBytes);
-  };
-  const auto load_panel = [&](int64_t step, int64_t which) __attribute__((always_inline)) {
-    const bf16* at = panel + (step * kSplitParts + which) * kSplitPanelPart;
+  }
+  FASTTX_INLINE void load_panel(int64_t step, int64_t part) const {
+    constexpr int64_t kPairBytes = 2 * kAmxK * sizeof(bf16);
+    const bf16* at = panel + (step * kSplitParts + part) * kSplitPanelPart;
     amx_load<6>(at, kPairBytes);
     amx_load<7>(at + 2 * kAmxCols, kPairBytes);
-  };
-  const auto multiply = [] __attribute__((always_inline)) {
+  }
+  FASTTX_INLINE void begin() const {
+    amx_zero<0>();
+    amx_zero<1>();
+    if constexpr (kLower) amx_zero<2>();
+    if constexpr (kLower) amx_zero<3>();
+  }
+  // The turns are taken in order: from one to the next mostly one operand changes.
+  FASTTX_INLINE void small_turn(int64_t step, int turn) const {
+    switch (turn) {
+      case 0: load_left(step, 2), load_panel(step, 0); break;
+      case 1: load_left(step, 1); break;
+      case 2: load_panel(step, 1); break;
+      case 3: load_left(step, 0); break;
+      case 4: load_panel(step, 2); break;
+    }
+    multiply();
+  }
+  FASTTX_INLINE void large_turn(int64_t step) const {
+    load_left(step, 0);
+    load_panel(step, 0);
+    multiply();
+  }
+  FASTTX_INLINE void finish(float* sums, int64_t sums_stride) const {
+    const int64_t bytes = sums_stride * static_cast<int64_t>(sizeof(float));
+    float* lower = sums + kAmxRows * sums_stride;
+    amx_store<0>(sums, bytes);
+    amx_store<1>(sums + kAmxCols, bytes);
+    if constexpr (kLower) amx_store<2>(lower, bytes);
+    if constexpr (kLower) amx_store<3>(lower + kAmxCols, bytes);
+  }
+
+ private:
+  static FASTTX_INLINE void multiply() {
     amx_multiply<0, 4, 6>();
     amx_multiply<1, 4, 7>();
     if constexpr (kLower) amx_multiply<2, 5, 6>();
     if constexpr (kLower) amx_multiply<3, 5, 7>();
-  };
-  amx_zero<0>();
-  amx_zero<1>();
-  if constexpr (kLower) amx_zero<2>();
-  if constexpr (kLower) amx_zero<3>();
-  for (int64_t step = 0; step < steps; ++step) {  // from one product to the next only one operand changes
-    load_left(step, 2);
-    load_panel(step, 0);
-    multiply();
-    load_left(step, 1);
-    multiply();
-    load_panel(step, 1);
-    multiply();
-    load_left(step, 0);
-    multiply();
-    load_panel(step, 2);
-    multiply();
+  }
+};
+
+// The whole product; meanwhile() is called once a step.
+template <bool kLower, class F>
+static FASTTX_INLINE void split_block(const bf16* left, int64_t pitch, const bf16* panel, int64_t steps, float* sums,
+                                      int64_t sums_stride, const F& meanwhile) {
+  const SplitProduct<kLower> product = {left, panel, pitch};
+  product.begin();
+  for (int64_t step = 0; step < steps; ++step) {
+#pragma GCC unroll 5
+    for (int turn = 0; turn < product.kTurns - 1; ++turn) product.small_turn(step, turn);
     meanwhile();
   }
-  for (int64_t step = 0; step < steps; ++step) {
-    load_left(step, 0);
-    load_panel(step, 0);
-    multiply();
-  }
-  float* lower = sums + kAmxRows * sums_stride;
-  amx_store<0>(sums, sum_bytes);
-  amx_store<1>(sums + kAmxCols, sum_bytes);
-  if constexpr (kLower) amx_store<2>(lower, sum_bytes);
-  if constexpr (kLower) amx_store<3>(lower + kAmxCols, sum_bytes);
+  for (int64_t step = 0; step < steps; ++step) product.large_turn(step);
+  product.finish(sums, sums_stride);
 }
 
 // Where a sum is not finite, or neither zero nor as large as it takes for what was lost below 2^-126 not to count.

@@ -35,6 +35,12 @@ struct Packed<Split> {
 };
 #endif
 
+// Whether an operand is kept in parts.
+template <class P>
+constexpr bool kInParts = false;
+template <>
+constexpr bool kInParts<Split> = true;
+
 // Whether products of T run on AMX tiles rather than on vectors.
 template <class T>
 #if defined(__AMX_BF16__)
