@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .availability import WIDEST_ENTRY
-from .checks import DTYPES, require_like
+from .checks import require_input, require_like
 from .configs import TABLES, Config, everywhere
 from .dropout import Dropout
 from .launch import Kernel, block_of, dense
@@ -205,11 +205,6 @@ _block_sums = Kernel(_block_sums_kernel, "embedding_block_sums")
 _gradients = Kernel(_entry_gradients_kernel, "embedding_gradients")
 
 
-def _require_table(name: str, weight: Tensor | None, token_weight: Tensor) -> None:
-    if weight is not None:
-        require_like(name, weight, token_weight, (*weight.shape[:1], token_weight.shape[1]))
-
-
 def _require_ids(name: str, ids: Tensor | None, token_ids: Tensor) -> None:
     if ids is not None and (
         ids.dtype is not torch.int64 or ids.device != token_ids.device or ids.shape != token_ids.shape
@@ -220,21 +215,38 @@ def _require_ids(name: str, ids: Tensor | None, token_ids: Tensor) -> None:
         )
 
 
+def _require_table(
+    kind: str, weight: Tensor | None, ids: Tensor | None, token_weight: Tensor, token_ids: Tensor
+) -> None:
+    """The weight as wide as token_weight, with an entry at least; no indices without it."""
+    _require_ids(f"{kind}_ids", ids, token_ids)
+    if weight is not None:
+        require_like(f"{kind}_weight", weight, token_weight, (*weight.shape[:1], token_weight.shape[1]))
+        if weight.shape[0] == 0:
+            raise ValueError(f"{kind}_weight has no entries")
+    elif ids is not None:
+        raise ValueError(f"{kind}_ids need a {kind}_weight")
+
+
 def _check(
     token_ids: Tensor, token_weight: Tensor, position_ids: Tensor | None, position_weight: Tensor | None,
     segment_ids: Tensor | None, segment_weight: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    offset: int,
 ) -> None:  # fmt: skip
-    if token_weight.dtype not in DTYPES or token_weight.dim() != 2 or not 0 < token_weight.shape[1] <= WIDEST_ENTRY:
+    require_input("token_weight", token_weight)
+    if token_weight.dim() != 2 or not 0 < token_weight.shape[1] <= WIDEST_ENTRY:
         raise ValueError(
-            f"token_weight must be (entries, width) of float32, bfloat16 or float16, and 1 to {WIDEST_ENTRY} wide, "
-            f"got {token_weight.dtype} of {tuple(token_weight.shape)}"
+            f"token_weight must be (entries, width), 1 to {WIDEST_ENTRY} wide, got {tuple(token_weight.shape)}"
         )
     if token_ids.device != token_weight.device:
         raise ValueError(f"token_ids are on {token_ids.device}, token_weight is on {token_weight.device}")
-    for name, weight in (("position_weight", position_weight), ("segment_weight", segment_weight)):
-        _require_table(name, weight, token_weight)
-    for name, ids in (("token_ids", token_ids), ("position_ids", position_ids), ("segment_ids", segment_ids)):
-        _require_ids(name, ids, token_ids)
+    _require_ids("token_ids", token_ids, token_ids)
+    _require_table("position", position_weight, position_ids, token_weight, token_ids)
+    _require_table("segment", segment_weight, segment_ids, token_weight, token_ids)
+    if position_weight is not None and position_ids is None and token_ids.numel():
+        length, positions = token_ids.shape[-1] if token_ids.dim() else 1, position_weight.shape[0]
+        if not 0 <= offset <= positions - length:
+            raise ValueError(f"positions {offset} to {offset + length - 1} are not in [0, {positions - 1}]")
     require_like("norm_weight", norm_weight, token_weight, token_weight.shape[1:])
     require_like("norm_bias", norm_bias, token_weight, token_weight.shape[1:])
     if norm_bias is not None and norm_weight is None:
@@ -264,7 +276,7 @@ def embedding_fwd(
     tensors = (
         token_ids, token_weight, position_ids, position_weight, segment_ids, segment_weight, norm_weight, norm_bias
     )  # fmt: skip
-    _check(*tensors)
+    _check(*tensors, offset)
     dropout, width = Dropout.of(dropout_p, seed), token_weight.shape[1]
     rows = token_ids.numel()
     y = token_weight.new_empty((*token_ids.shape, width))
@@ -290,8 +302,9 @@ def embedding_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """fasttx::embedding_bwd."""
     _check(
-        token_ids, token_weight, position_ids, position_weight, segment_ids, segment_weight, norm_weight, norm_bias
-    )
+        token_ids, token_weight, position_ids, position_weight, segment_ids, segment_weight, norm_weight, norm_bias,
+        offset,
+    )  # fmt: skip
     width, rows = token_weight.shape[1], token_ids.numel()
     require_like("grad", grad, token_weight, (*token_ids.shape, width))
     for name, needed, weight in (

@@ -239,7 +239,7 @@ LOSS = {"input": X, "weight": f32(S, W), "target": torch.tensor([0, -100, S - 1]
 BAD_LOSS = [
     wrong(weight=f32(S, W + 1)), wrong(weight=f32(S, W).half()), wrong(weight=VECTOR),
     wrong(weight=f32(0, W), bias=None), wrong(bias=f32(S + 1)), wrong(bias=f32(S).double()), wrong(target=f32(T)),
-    wrong(target=torch.tensor([0, 1])), wrong(target=torch.tensor([0, 1, S])), wrong(target=torch.tensor([0, 1, -1])),
+    wrong(target=torch.tensor([0, 1])),
     wrong(target=torch.ones(T, 1).long()), wrong(target=torch.ones(T).int()), wrong(label_smoothing=1.5),
     wrong(label_smoothing=math.nan), wrong(reduction=3),
     wrong(reduction=-1), wrong(input=f32()), wrong(input=X.long()),
@@ -259,10 +259,9 @@ EMBEDDING = {
 }  # fmt: skip
 BAD_EMBEDDING = [
     *DROPOUT, wrong(token_weight=VECTOR), wrong(token_weight=f32(S, 0)), wrong(token_weight=f32(S, W).long()),
-    wrong(token_ids=IDS + 1), wrong(token_ids=IDS - 1), wrong(token_ids=IDS.int()), wrong(token_ids=IDS + 2**40),
-    wrong(position_ids=IDS + 4), wrong(position_ids=IDS[0]), wrong(position_ids=IDS.float()),
+    wrong(token_ids=IDS.int()), wrong(position_ids=IDS[0]), wrong(position_ids=IDS.float()),
     wrong(position_weight=f32(D, W + 1)), wrong(position_weight=f32(D, W).half()), wrong(position_weight=None),
-    wrong(position_ids=None, offset=D - 2), wrong(position_ids=None, offset=-1), wrong(segment_ids=IDS),
+    wrong(position_ids=None, offset=D - 2), wrong(position_ids=None, offset=-1),
     wrong(segment_weight=f32(2, W - 1)), wrong(segment_weight=None), wrong(segment_weight=f32(0, W), segment_ids=None),
     wrong(norm_weight=f32(W + 1)), wrong(norm_bias=f32(1)), wrong(norm_weight=None),
 ]  # fmt: skip
@@ -274,6 +273,13 @@ RAW["embedding_bwd"] = (
      wrong(segment_weight=None, segment_ids=None), wrong(position_weight=None, position_ids=None),
      wrong(norm_weight=None, norm_bias=None)],
 )  # fmt: skip
+# What is wrong by a tensor's values: kernels that would have to wait to see them may take it, and read nothing outside.
+WRONG_VALUES = {
+    "linear_cross_entropy": [wrong(target=torch.tensor([0, 1, c])) for c in (S, -1, 2**40)],
+    "embedding": [
+        *(wrong(token_ids=IDS + n) for n in (1, -1, 2**40)), wrong(position_ids=IDS + 4), wrong(segment_ids=IDS)
+    ],
+}  # fmt: skip
 
 
 def raw_ops():
@@ -291,9 +297,10 @@ def test_every_raw_op_is_here():
 def test_raw_ops_check_their_arguments(name):
     """Each alone: right arguments pass; wrong ones raise before memory is touched."""
     valid, changes = RAW[name]
+    by_value = WRONG_VALUES.get(name.removesuffix("_fwd").removesuffix("_bwd"), ())
     op = getattr(torch.ops.fasttx, name).default
     op(**valid)
-    for change in changes:
+    for change in (*changes, *by_value):
         try:
             op(**valid | change)
         except (RuntimeError, TypeError) as error:

@@ -9,7 +9,7 @@ namespace fasttx::bindings {
 namespace {
 
 // A tile. Classes are cut at fixed places: a row's result does not depend on the rows beside it.
-constexpr int64_t kTileRows = 1024, kTileClasses = 1024;
+constexpr int64_t kTileRows = 512, kTileClasses = 1024;
 
 enum class Reduction : int64_t { none, mean, sum };
 

@@ -1,14 +1,14 @@
 """What a transformer's first layer reads: tokens, positions and segments, summed, normalised and dropped."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from fasttx import autocast, checks, reference
-from fasttx.dispatch import choose
+from fasttx.dispatch import choose, runs_on_cpu
 from fasttx.ops import embedding as ops
 from fasttx.rng import draw_seed
+
+_NONE = -1  # in place of a padding token
 
 
 def embedding(
@@ -40,6 +40,26 @@ def embedding(
     Raises ValueError for an index outside of its weight, on a CPU; on a GPU, where looking would mean to wait, that
     token's result is NaN, no entry gets a gradient from it, and nothing is read outside of the tensors.
     """
+    weights = (token_weight, position_weight, segment_weight, norm_weight, norm_bias)
+    if (
+        runs_on_cpu(backend, *weights)
+        and _are_plain_indices(token_ids, position_ids, segment_ids)
+        and type(dropout_p) is float
+        and 0.0 <= dropout_p < 1.0
+        and token_weight.dim() == 2
+        and (padding_idx is None or (type(padding_idx) is int and 0 <= padding_idx < len(token_weight)))
+        and type(offset) is int
+        and type(token_scale) is type(eps) is float
+    ):
+        p = dropout_p if training else 0.0
+        try:
+            return ops.embedding(
+                token_ids, token_weight, position_ids, position_weight, segment_ids, segment_weight, norm_weight,
+                norm_bias, token_scale, offset, eps, p, draw_seed() if p > 0.0 else None,
+                _NONE if padding_idx is None else padding_idx,
+            )  # fmt: skip
+        except RuntimeError:
+            pass  # the op says what is wrong, and the checks that follow say it by their own kinds of error
     token_ids = checks.require_integers("token_ids", token_ids)
     width = _check_table("token_weight", token_weight, None)
     position_ids = _check_indices("position_ids", position_ids, "position_weight", position_weight, token_ids, width)
@@ -48,7 +68,6 @@ def embedding(
     checks.require_shape("norm_bias", norm_bias, (width,), "token_weight's width")
     if norm_bias is not None and norm_weight is None:
         raise ValueError("norm_bias needs a norm_weight")
-    weights = (token_weight, position_weight, segment_weight, norm_weight, norm_bias)
     checks.require_same_device(
         "token_weight", token_weight, token_ids=token_ids, position_weight=position_weight, segment_ids=segment_ids,
         segment_weight=segment_weight, norm_weight=norm_weight, norm_bias=norm_bias, position_ids=position_ids,
@@ -59,14 +78,12 @@ def embedding(
     if position_weight is not None and position_ids is None:
         _check_offset(offset, token_ids.shape[-1] if token_ids.dim() else 1, position_weight.shape[0])
     if autocast.acts_on(token_weight):
-        call = partial(
-            _with_weights_first, token_ids=token_ids, segment_ids=segment_ids, eps=eps, position_ids=position_ids,
-            offset=offset, token_scale=token_scale, dropout_p=dropout_p, training=training, padding_idx=padding_idx,
-            backend=backend,
-        )  # fmt: skip
-        given = [weight for weight in weights[:3] if weight is not None]
-        result = max((weight.dtype for weight in given), key=lambda dtype: torch.finfo(dtype).bits)
-        return autocast.following(call, weights[:1], weights[1:], wide_on_gpu=norm_weight is not None).to(result)
+        options = {
+            "eps": eps, "segment_ids": segment_ids, "position_ids": position_ids, "offset": offset,
+            "token_scale": token_scale, "dropout_p": dropout_p, "training": training, "padding_idx": padding_idx,
+            "backend": backend,
+        }  # fmt: skip
+        return _under_autocast(token_ids, weights, options)
 
     p = dropout_p if training else 0.0
     seed = draw_seed() if p > 0.0 else None
@@ -78,16 +95,31 @@ def embedding(
         )  # fmt: skip
     return ops.embedding(
         token_ids, token_weight, position_ids, position_weight, segment_ids, segment_weight, norm_weight, norm_bias,
-        float(token_scale), offset, eps, p, seed, -1 if padding_idx is None else padding_idx,
+        float(token_scale), offset, eps, p, seed, _NONE if padding_idx is None else padding_idx,
     )  # fmt: skip
 
 
-def _with_weights_first(
-    token_weight: Tensor, position_weight: Tensor | None, segment_weight: Tensor | None, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, *, token_ids: Tensor, segment_ids: Tensor | None, eps: float, **options,
-) -> Tensor:  # fmt: skip
-    return embedding(
-        token_ids, token_weight, position_weight, segment_ids, segment_weight, norm_weight, norm_bias, eps, **options
+def _under_autocast(token_ids: Tensor, weights: tuple[Tensor | None, ...], options: dict[str, object]) -> Tensor:
+    """In the dtype that the entries promote to, as torch's sum of them would be."""
+    names = ("token_weight", "position_weight", "segment_weight", "norm_weight", "norm_bias")
+    given = {name: weight for name, weight in zip(names, weights, strict=True) if weight is not None}
+    entries = tuple(weight for name, weight in given.items() if not name.startswith("norm"))
+
+    def call(*cast: Tensor) -> Tensor:
+        return embedding(token_ids, **dict(zip(given, cast, strict=True)), **options)
+
+    others = tuple(given.values())[len(entries) :]
+    return autocast.following(call, entries, others, wide_on_gpu=bool(others))
+
+
+def _are_plain_indices(token_ids: Tensor, *others: Tensor | None) -> bool:
+    """Whether these are int64 on the CPU and of one shape; whether they fit their weights is left to the op."""
+    if type(token_ids) is not Tensor:
+        return False
+    return all(
+        ids is None
+        or (type(ids) is Tensor and ids.dtype is torch.int64 and ids.is_cpu and ids.shape == token_ids.shape)
+        for ids in (token_ids, *others)
     )
 
 

@@ -37,8 +37,10 @@ class TransformerEmbedding(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.require_size("num_embeddings", num_embeddings)
-        checks.require_size("embedding_dim", embedding_dim)
+        sizes = {"num_embeddings": num_embeddings, "embedding_dim": embedding_dim}
+        for name, size in (sizes | {"max_positions": max_positions, "num_segments": num_segments}).items():
+            if size is not None or name in sizes:
+                checks.require_size(name, size)
         checks.require_probability("dropout", dropout)
         self.padding_idx = check_padding(padding_idx, num_embeddings)
         self.token_scale, self.eps, self.dropout = token_scale, eps, dropout
@@ -46,7 +48,6 @@ class TransformerEmbedding(torch.nn.Module):
         def made(name: str, *shape: int | None) -> None:
             values = None
             if None not in shape:
-                checks.require_size(name, shape[0])
                 values = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             self.register_parameter(name, values)
 
