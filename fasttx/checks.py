@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # GELU's variants, as torch.nn.functional.gelu names them.
 APPROXIMATIONS = ("none", "tanh")
@@ -60,8 +61,10 @@ def require_integers(name: str, tensor: Tensor) -> Tensor:
 
 
 def can_be_read(tensor: Tensor) -> bool:
-    """Whether values can be looked at: not while tracing, and not where that would wait for a GPU."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether values can be looked at: not while tracing or mapping, and not where that would wait for a GPU."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return tensor.device.type == "cpu" and type(tensor) is not FakeTensor
 
 
 def require_below(name: str, ids: Tensor, count: int) -> None:

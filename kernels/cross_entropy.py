@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import require_input, require_like, require_weight
-from .configs import TABLES, Config
+from .configs import TABLES, Config, everywhere
 from .launch import Kernel, dense
 from .linear import as_rows
 from .math import LOG2E
@@ -154,19 +154,21 @@ def _tiles(m: int, n: int, k: int, stages: int, warps: int, *, bits: int = 16) -
     return Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages, up_to={"bits": bits})
 
 
-_LEAST = (_tiles(64, 64, 32, 3, 4), _tiles(64, 64, 16, 3, 8, bits=32))
+_LEAST = (_tiles(64, 64, 32, 3, 4), _tiles(64, 64, 16, 3, 4, bits=32))
 _SMALL_MEMORY = (_tiles(64, 128, 32, 3, 8), *_LEAST)
-for _name in ("cross_entropy_fwd", "cross_entropy_bwd"):
-    TABLES[_name] = {
-        "sm_80": (_tiles(128, 128, 32, 3, 8), _tiles(64, 128, 32, 4, 8), *_LEAST),
-        "sm_86": _SMALL_MEMORY,
-        "sm_89": _SMALL_MEMORY,
-        "sm_90": (_tiles(128, 128, 64, 3, 8), _tiles(64, 128, 64, 4, 4), *_LEAST),
-        "sm_100": (_tiles(128, 128, 64, 3, 8), *_LEAST),
-        "sm_120": _SMALL_MEMORY,
-        "gfx942": (_tiles(128, 128, 32, 2, 8), *_LEAST),
-    }
-TABLES["cross_entropy_join"] = {arch: (Config({"BLOCK_M": 128}, num_warps=4),) for arch in TABLES["cross_entropy_fwd"]}
+_COMMON = {
+    "sm_80": (_tiles(64, 128, 32, 4, 8), _tiles(128, 64, 32, 4, 8), *_LEAST),
+    "sm_86": _SMALL_MEMORY,
+    "sm_89": _SMALL_MEMORY,
+    "sm_90": (_tiles(128, 128, 64, 3, 8), _tiles(64, 128, 64, 3, 4), *_LEAST),
+    "sm_100": (_tiles(128, 128, 64, 3, 8), *_LEAST),
+    "sm_120": _SMALL_MEMORY,
+    "gfx942": (_tiles(128, 128, 32, 2, 8), *_LEAST),
+}
+TABLES["cross_entropy_fwd"] = _COMMON
+# The largest tile spills in the forward, which keeps sums beside it.
+TABLES["cross_entropy_bwd"] = _COMMON | {"sm_80": (_tiles(128, 128, 32, 3, 8), *_COMMON["sm_80"])}
+TABLES["cross_entropy_join"] = everywhere(Config({"BLOCK_M": 128}, num_warps=4))
 _fwd = Kernel(_cross_entropy_fwd_kernel, "cross_entropy_fwd", ("bits",))
 _join = Kernel(_cross_entropy_join_kernel, "cross_entropy_join")
 _bwd = Kernel(_cross_entropy_bwd_kernel, "cross_entropy_bwd", ("bits",))
@@ -202,7 +204,7 @@ def linear_cross_entropy_fwd(
     stretches = -(-classes // _STRETCH)
     parts = input.new_empty((3, stretches, rows), dtype=torch.float32)
     losses = input.new_empty(target.shape, dtype=torch.float32)
-    stats = input.new_empty((rows, 2), dtype=torch.float32)
+    stats = input.new_empty((*target.shape, 2), dtype=torch.float32)
     w = Operand.of(weight.t())
     _fwd(
         lambda blocks: (-(-rows // blocks["BLOCK_M"]), stretches),
@@ -232,9 +234,10 @@ def linear_cross_entropy_bwd(
     expected = target.shape if reduction == _NONE else ()
     if grad.dtype is not torch.float32 or grad.device != input.device or grad.shape != expected:
         raise ValueError(f"grad must be float32 of shape {tuple(expected)}, got {grad.dtype} of {tuple(grad.shape)}")
-    if stats.dtype is not torch.float32 or stats.device != input.device or stats.shape != (rows, 2):
-        raise ValueError(f"stats must be float32 of the shape {(rows, 2)}, got {stats.dtype} of {tuple(stats.shape)}")
-    slope, kept = dense(grad).view(-1), dense(stats)
+    places = (*target.shape, 2)
+    if stats.dtype is not torch.float32 or stats.device != input.device or stats.shape != places:
+        raise ValueError(f"stats must be float32 of the shape {places}, got {stats.dtype} of {tuple(stats.shape)}")
+    slope, kept = dense(grad).view(-1), dense(stats).view(rows, 2)
     if reduction == _MEAN:
         slope = slope / (targets != ignore_index).sum()
 

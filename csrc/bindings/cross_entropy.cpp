@@ -38,6 +38,12 @@ Shape check(const Tensor& input, const Tensor& weight, const OptionalTensor& bia
           static_cast<Reduction>(reduction)};
 }
 
+Sizes stats_sizes(const Tensor& target) {
+  Sizes sizes = sizes_of(target);
+  sizes.push_back(2);
+  return sizes;
+}
+
 // The rows that count, by their places in the input; throws where a target is no class.
 std::vector<int64_t> places_of(const Tensor& target, int64_t ignore_index, int64_t classes) {
   const auto* targets = static_cast<const int64_t*>(data(target));
@@ -111,7 +117,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_fwd(const Tensor& input, const T
   const OptionalTensor b = dense(bias);
   const auto places = places_of(targets, ignore_index, s.classes);
   const ScalarType accumulate = accumulate_type(input);
-  Tensor stats = allocate({s.rows, 2}, accumulate), losses = allocate(sizes_of(target), accumulate);
+  Tensor stats = allocate(stats_sizes(target), accumulate), losses = allocate(sizes_of(target), accumulate);
   if (static_cast<int64_t>(places.size()) < s.rows || s.rows == 0) {
     clear(out(stats), 2 * s.rows * s.accumulator);
     clear(out(losses), s.rows * s.accumulator);
@@ -173,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(const Tensor& grad, 
   STD_TORCH_CHECK(grad.is_cpu() && grad.scalar_type() == accumulate, "grad must be of the loss's dtype, on the CPU");
   STD_TORCH_CHECK(sizes_of(grad) == (s.reduction == Reduction::none ? sizes_of(target) : Sizes{}),
                   "grad has the wrong shape");
-  STD_TORCH_CHECK(stats.is_cpu() && stats.scalar_type() == accumulate && sizes_of(stats) == (Sizes{s.rows, 2}),
+  STD_TORCH_CHECK(stats.is_cpu() && stats.scalar_type() == accumulate && sizes_of(stats) == stats_sizes(target),
                   "stats are not those of the forward");
   const Tensor x = dense(input), targets = dense(target), slope = dense(grad), kept = dense(stats);
   const OptionalTensor b = dense(bias);

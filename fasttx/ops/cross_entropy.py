@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ._library import accumulate_dtype, define, differentiate, forbid_double_backward, given, run, wants_grad
+from ._library import accumulate_dtype, define, differentiate, forbid_double_backward, given, map_rows, run, wants_grad
 
 # The codes of Reduction in csrc/bindings/cross_entropy.cpp.
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -11,7 +11,7 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 def _fwd(input, weight, target, bias, ignore_index, label_smoothing, reduction):
     dtype = accumulate_dtype(input.dtype)
     loss = input.new_empty(target.shape if reduction == REDUCTIONS["none"] else (), dtype=dtype)
-    return loss, input.new_empty((target.numel(), 2), dtype=dtype)
+    return loss, input.new_empty((*target.shape, 2), dtype=dtype)
 
 
 def _bwd(
@@ -27,7 +27,7 @@ def _bwd(
 
 _OPERANDS = "Tensor input, Tensor weight, Tensor target, Tensor? bias"
 _OPTIONS = "int ignore_index, float label_smoothing, int reduction"
-# loss, of the dtype that is accumulated in. stats (rows, 2): each row's largest logit, and the sum of exponentials
+# loss, of the dtype that is accumulated in. stats (..., 2): each row's largest logit, and the sum of exponentials
 # above it.
 linear_cross_entropy_fwd = define(
     f"linear_cross_entropy_fwd({_OPERANDS}, {_OPTIONS}) -> (Tensor loss, Tensor stats)", _fwd
@@ -56,6 +56,10 @@ def _backward(ctx, grad, _grad_stats):
 
 differentiate(linear_cross_entropy_fwd, _backward, _save)
 forbid_double_backward(linear_cross_entropy_bwd)
+map_rows(linear_cross_entropy_fwd, "input", "target", alone=("reduction",))
+map_rows(
+    linear_cross_entropy_bwd, "grad", "input", "target", "stats", alone=("reduction", "needs_weight", "needs_bias")
+)
 
 
 def linear_cross_entropy(

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ._library import define, differentiate, forbid_double_backward, given, run, wants_grad
+from ._library import define, differentiate, forbid_double_backward, given, map_rows, run, wants_grad
 
 
 def _fwd(token_ids, token_weight, *rest):
@@ -54,6 +54,7 @@ def _backward(ctx, grad):
 
 differentiate(embedding_fwd, _backward, _save)
 forbid_double_backward(embedding_bwd)
+map_rows(embedding_fwd, "token_ids", "position_ids", "segment_ids", alone=("dropout_p",))
 
 
 def embedding(

@@ -55,14 +55,16 @@ def _embedding(width: int, backward: bool) -> None:
         embedding.embedding_fwd(*call)
 
 
-def _cross_entropy(dtype: torch.dtype) -> None:
+def _cross_entropy(dtype: torch.dtype, backward: bool) -> None:
     target = torch.zeros(_ROWS, dtype=torch.int64)
     call = (_empty(_ROWS, 256, dtype=dtype), _empty(512, 256, dtype=dtype), target, _empty(512, dtype=dtype))
-    _, stats = cross_entropy.linear_cross_entropy_fwd(*call, -100, 0.1, 0)
-    # The products alone that it is followed by are matmul's.
+    if not backward:
+        cross_entropy.linear_cross_entropy_fwd(*call, -100, 0.1, 0)
+        return
+    # The products that follow are matmul's own cases.
     cross_entropy.linear_cross_entropy_bwd(
-        torch.empty(_ROWS), *call, stats, -100, 0.1, 0, False, False, False
-    )  # fmt: skip
+        torch.empty(_ROWS), *call, torch.empty(_ROWS, 2), -100, 0.1, 0, False, False, False
+    )
 
 
 def _row_cases(name: str, call) -> list[Case]:
@@ -123,11 +125,21 @@ def _run_matmul(config: Config) -> None:
         _product(_dtype(config), config.up_to["epilogue"])
 
 
-def _run_cross_entropy(config: Config) -> None:
-    with KERNELS["cross_entropy_fwd"].using(config), KERNELS["cross_entropy_bwd"].using(config):
-        _cross_entropy(_dtype(config))
+def _cross_entropy_cases(kernel: str) -> list[Case]:
+    def run(config: Config) -> None:
+        with KERNELS[kernel].using(config):
+            _cross_entropy(_dtype(config), backward=kernel.endswith("bwd"))
+
+    return _tile_cases(kernel, run, kernel)
 
 
+# What a model begins and ends with.
+ENDS = [
+    *_row_cases("embedding_fwd", lambda width: _embedding(width, False)),
+    *_row_cases("embedding_bwd", lambda width: _embedding(width, True)),
+    *_cross_entropy_cases("cross_entropy_fwd"),
+    *_cross_entropy_cases("cross_entropy_bwd"),
+]
 CASES = [
     *_row_cases("layer_norm_fwd", _layer_norm_fwd),
     *_row_cases("layer_norm_bwd", _layer_norm_bwd),
@@ -139,8 +151,6 @@ CASES = [
     *_row_cases("softmax_bwd", _softmax_bwd),
     Case("softmax_fwd wide", lambda: _softmax_fwd(20000), (), _ARCHITECTURES),
     Case("softmax_bwd wide", lambda: _softmax_bwd(20000), (), _ARCHITECTURES),
-    *_row_cases("embedding_fwd", lambda width: _embedding(width, False)),
-    *_row_cases("embedding_bwd", lambda width: _embedding(width, True)),
     *_tile_cases("matmul", _run_matmul, "matmul"),
-    *_tile_cases("cross_entropy_fwd", _run_cross_entropy, "cross_entropy_fwd"),
+    *ENDS,
 ]

@@ -166,11 +166,17 @@ def test_rows_do_not_depend_on_their_batch(target):
 
 @full
 @pytest.mark.parametrize(
-    ("target", "config"), [pytest.param(*p.values, id=p.id) for p in shipped("cross_entropy_fwd", bits=16)]
+    ("kernel", "target", "config"),
+    [
+        pytest.param(kernel, *p.values, id=f"{kernel}-{p.id}")
+        for kernel in ("cross_entropy_fwd", "cross_entropy_bwd")
+        for bits in (16, 32)
+        for p in shipped(kernel, bits=bits)
+    ],
 )
-def test_shipped_configurations(target, config):
+def test_shipped_configurations(kernel, target, config):
     """Two tiles of rows and of classes, all ragged."""
     dtype = torch.bfloat16 if config.up_to["bits"] == 16 else torch.float32
     rows, classes = config.blocks["BLOCK_M"] + 9, 2 * config.blocks["BLOCK_N"] + 8
-    with using(cross_entropy_fwd=config, cross_entropy_bwd=config), small_tiles():
+    with using(**{kernel: config}), small_tiles():
         check(target, dtype, problem((rows,), 72, classes), targets((rows,), classes), 0.1)
