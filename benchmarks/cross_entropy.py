@@ -15,7 +15,7 @@ from .memory import extra_megabytes
 
 _WIDTH, _IGNORED = 768, -100
 # (tokens, classes, the share of them that counts): GPT-2's, all of them, and BERT's, of which masks hide 15 %.
-_CAUSAL, _MASKED = (1024, 50257, 1.0), (2048, 30522, 0.15)
+_CAUSAL, _MASKED = (512, 50257, 1.0), (1024, 30522, 0.15)
 _MEGABYTES = 64  # beyond operands and results, of 1024 MiB of logits in float32
 _JUDGED = 64  # rows that errors are taken of: as many as float64 has time for
 

@@ -210,6 +210,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(const Tensor& grad, 
   const Workspace chunks(needs_bias ? kSumMaxChunks * kTileClasses * s.accumulator : 0);
   const Workspace lines(needs_bias ? row_tiles * kTileClasses * s.accumulator : 0);
 
+  // Every tile of classes is multiplied by the same rows: they are packed once.
+  std::vector<Right> x_tiles;
+  x_tiles.reserve(row_tiles);
+  for (int64_t row = 0; row < rows && needs_weight; row += kTileRows)
+    x_tiles.emplace_back(s.dtype, tiles.x_rows(row, std::min(kTileRows, rows - row)), s.classes);
+
   for (int64_t first = 0; first < s.classes; first += kTileClasses) {
     const int64_t columns = std::min(kTileClasses, s.classes - first);
     const bool is_last = first + columns == s.classes;
@@ -227,8 +233,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(const Tensor& grad, 
       const Matrix slopes{dlogits, count, columns, kTileClasses, 1};
       if (needs_input) to_input.add(slopes, *back, dx_rows, row, first == 0, is_last);
       if (needs_weight) {
-        to_weight.add(slopes.transposed(), Right(s.dtype, tiles.x_rows(row, count), columns),
-                      static_cast<char*>(out(dw)) + first * s.width * s.item, 0, row == 0, tile + 1 == row_tiles);
+        to_weight.add(slopes.transposed(), x_tiles[tile], static_cast<char*>(out(dw)) + first * s.width * s.item, 0,
+                      row == 0, tile + 1 == row_tiles);
       }
       if (needs_bias) {
         void* line = static_cast<char*>(lines.data()) + tile * columns * s.accumulator;
