@@ -3,13 +3,15 @@
 #include <cstring>
 
 #include "matmul.h"
-#include "sums.h"
 
 namespace fasttx::bindings {
 namespace {
 
-// A tile. Classes are cut at fixed places: a row's result does not depend on the rows beside it.
+// A tile. Classes are cut at fixed places: a row's result does not depend on the rows beside it. Logits lie with a class
+// to a line: so the weight's rows are the left operand of the product, which is read as it is, and only the input is packed.
 constexpr int64_t kTileRows = 512, kTileClasses = 1024;
+// From one line to the next: no power of two, whose lines would fall into few sets of the cache.
+constexpr int64_t kLine = kTileRows + 16;
 
 enum class Reduction : int64_t { none, mean, sum };
 
@@ -87,26 +89,37 @@ void clear(void* memory, int64_t bytes) {
 }
 
 // What the loops over tiles read.
-struct Tiles {
-  const Shape& s;
-  Matrix weight;  // (classes, width)
-  const char* bias;
-  const char* x;
-  int64_t rows;
+class Tiles {
+ public:
+  Tiles(const Shape& s, const Tensor& weight, const OptionalTensor& bias, const Rows& input, int64_t rows)
+      : rows(rows), s_(s), weight_(as_matrix(weight)), bias_(static_cast<const char*>(bindings::data(bias))),
+        x_(input.data()) {
+    transposed_.reserve((rows + kTileRows - 1) / kTileRows);
+    for (int64_t row = 0; row < rows; row += kTileRows)
+      transposed_.emplace_back(s.dtype, x_rows(row).transposed(), s.classes);
+  }
 
-  Matrix x_rows(int64_t row, int64_t count) const { return {x + row * s.width * s.item, count, s.width, s.width, 1}; }
+  int64_t count_from(int64_t row) const { return std::min(kTileRows, rows - row); }
+  Matrix x_rows(int64_t row) const { return {x_ + row * s_.width * s_.item, count_from(row), s_.width, s_.width, 1}; }
   Matrix weight_rows(int64_t first, int64_t count) const {
-    Matrix some = weight;
-    some.data = static_cast<const char*>(weight.data) + first * weight.row_stride * s.item;
+    Matrix some = weight_;
+    some.data = static_cast<const char*>(weight_.data) + first * weight_.row_stride * s_.item;
     some.rows = count;
     return some;
   }
-  const void* bias_from(int64_t first) const { return bias == nullptr ? nullptr : bias + first * s.item; }
-  // logits (count, columns) of A, kTileClasses apart.
-  void logits(int64_t row, int64_t count, const Right& classes, int64_t first, void* logits) const {
-    multiply(s.dtype, x_rows(row, count), classes,
-             {.bias = bias_from(first), .c = logits, .c_is_wide = true, .c_stride = kTileClasses});
+  const void* bias_from(int64_t first) const { return bias_ == nullptr ? nullptr : bias_ + first * s_.item; }
+  // logits (classes, rows) of A, kLine apart, without the bias.
+  void logits(int64_t row, const Matrix& classes, void* logits) const {
+    multiply(s_.dtype, classes, transposed_[row / kTileRows], {.c = logits, .c_is_wide = true, .c_stride = kLine});
   }
+
+  const int64_t rows;
+
+ private:
+  const Shape& s_;
+  const Matrix weight_;
+  const char *bias_, *x_;
+  std::vector<Right> transposed_;
 };
 
 std::tuple<Tensor, Tensor> linear_cross_entropy_fwd(const Tensor& input, const Tensor& weight, const Tensor& target,
@@ -123,18 +136,17 @@ std::tuple<Tensor, Tensor> linear_cross_entropy_fwd(const Tensor& input, const T
     clear(out(losses), s.rows * s.accumulator);
   }
   const Rows counted(x, s, places);
-  const Tiles tiles{s, as_matrix(weight), static_cast<const char*>(data(b)), counted.data(),
-                    static_cast<int64_t>(places.size())};
-  const Workspace logits(kTileClasses * std::min(tiles.rows, kTileRows) * s.accumulator);
+  const Tiles tiles(s, weight, b, counted, places.size());
+  const Workspace logits(kTileClasses * kLine * s.accumulator);
   for (int64_t first = 0; first < s.classes && tiles.rows > 0; first += kTileClasses) {
     const int64_t columns = std::min(kTileClasses, s.classes - first);
-    const Right classes(s.dtype, tiles.weight_rows(first, columns).transposed(), tiles.rows);
+    const Matrix classes = tiles.weight_rows(first, columns);
     for (int64_t row = 0; row < tiles.rows; row += kTileRows) {
-      const int64_t count = std::min(kTileRows, tiles.rows - row);
-      tiles.logits(row, count, classes, first, logits.data());
+      tiles.logits(row, classes, logits.data());
       launch(table().cross_entropy_fwd[s.dtype],
-             CrossEntropyFwd{logits.data(), static_cast<const int64_t*>(data(targets)), places.data() + row, out(stats),
-                             out(losses), count, columns, kTileClasses, first, s.classes, label_smoothing});
+             CrossEntropyFwd{logits.data(), tiles.bias_from(first), static_cast<const int64_t*>(data(targets)),
+                             places.data() + row, out(stats), out(losses), tiles.count_from(row), columns, kLine, first,
+                             s.classes, label_smoothing});
     }
   }
   if (s.reduction == Reduction::none) return {losses, stats};
@@ -197,57 +209,48 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_bwd(const Tensor& grad, 
   }
 
   const Rows counted(x, s, places);
-  const Tiles tiles{s, as_matrix(weight), static_cast<const char*>(data(b)), counted.data(), rows};
-  const int64_t most = std::min(rows, kTileRows), row_tiles = (rows + kTileRows - 1) / kTileRows;
-  const Workspace logits(kTileClasses * most * s.accumulator);
-  const Workspace narrow(s.item == s.accumulator ? 0 : kTileClasses * most * s.item);
+  const Tiles tiles(s, weight, b, counted, rows);
+  const int64_t row_tiles = (rows + kTileRows - 1) / kTileRows;
+  const Workspace logits(kTileClasses * kLine * s.accumulator);
+  const Workspace narrow(s.item == s.accumulator ? 0 : kTileClasses * kLine * s.item);
   void* dlogits = narrow.data() == nullptr ? logits.data() : narrow.data();
   const Workspace gathered(needs_input && !all ? rows * s.width * s.item : 0);
   char* dx_rows = gathered.data() == nullptr ? static_cast<char*>(out_or_null(dx)) : static_cast<char*>(gathered.data());
   Accumulator to_input(s, needs_input && s.classes > kTileClasses, rows);
   Accumulator to_weight(s, needs_weight && row_tiles > 1, kTileClasses);
-  const auto wide = s.accumulator == sizeof(double) ? DType::f64 : DType::f32;
-  const Workspace chunks(needs_bias ? kSumMaxChunks * kTileClasses * s.accumulator : 0);
-  const Workspace lines(needs_bias ? row_tiles * kTileClasses * s.accumulator : 0);
+  const Workspace bias_sums(needs_bias ? kTileClasses * s.accumulator : 0);
 
   // Every tile of classes is multiplied by the same rows: they are packed once.
   std::vector<Right> x_tiles;
   x_tiles.reserve(row_tiles);
   for (int64_t row = 0; row < rows && needs_weight; row += kTileRows)
-    x_tiles.emplace_back(s.dtype, tiles.x_rows(row, std::min(kTileRows, rows - row)), s.classes);
+    x_tiles.emplace_back(s.dtype, tiles.x_rows(row), s.classes);
 
   for (int64_t first = 0; first < s.classes; first += kTileClasses) {
     const int64_t columns = std::min(kTileClasses, s.classes - first);
     const bool is_last = first + columns == s.classes;
-    const Matrix some = tiles.weight_rows(first, columns);
-    const Right classes(s.dtype, some.transposed(), rows);
+    const Matrix classes = tiles.weight_rows(first, columns);
     std::optional<Right> back;
-    if (needs_input) back.emplace(s.dtype, some, rows);
+    if (needs_input) back.emplace(s.dtype, classes, rows);
     for (int64_t row = 0, tile = 0; row < rows; row += kTileRows, ++tile) {
-      const int64_t count = std::min(kTileRows, rows - row);
-      tiles.logits(row, count, classes, first, logits.data());
+      const int64_t count = tiles.count_from(row);
+      const bool is_first_tile = tile == 0, is_last_tile = tile + 1 == row_tiles;
+      tiles.logits(row, classes, logits.data());
       launch(table().cross_entropy_bwd[s.dtype],
-             CrossEntropyBwd{logits.data(), static_cast<const int64_t*>(data(targets)), places.data() + row, data(kept),
-                             data(slope), s.reduction != Reduction::none, s.reduction == Reduction::mean ? rows : 1,
-                             dlogits, count, columns, kTileClasses, kTileClasses, first, s.classes, label_smoothing});
-      const Matrix slopes{dlogits, count, columns, kTileClasses, 1};
-      if (needs_input) to_input.add(slopes, *back, dx_rows, row, first == 0, is_last);
+             CrossEntropyBwd{logits.data(), tiles.bias_from(first), static_cast<const int64_t*>(data(targets)),
+                             places.data() + row, data(kept), data(slope), s.reduction != Reduction::none,
+                             s.reduction == Reduction::mean ? rows : 1, dlogits, count, columns, kLine, first, s.classes,
+                             label_smoothing});
+      const Matrix slopes{dlogits, columns, count, kLine, 1};
+      if (needs_input) to_input.add(slopes.transposed(), *back, dx_rows, row, first == 0, is_last);
       if (needs_weight) {
-        to_weight.add(slopes.transposed(), x_tiles[tile], static_cast<char*>(out(dw)) + first * s.width * s.item, 0,
-                      row == 0, tile + 1 == row_tiles);
+        to_weight.add(slopes, x_tiles[tile], static_cast<char*>(out(dw)) + first * s.width * s.item, 0, is_first_tile,
+                      is_last_tile);
       }
       if (needs_bias) {
-        void* line = static_cast<char*>(lines.data()) + tile * columns * s.accumulator;
-        launch_and_sum(static_cast<int>(wide), table().column_sum[s.dtype],
-                       ColumnSum{dlogits, chunks.data(), count, columns, kTileClasses},
-                       {.partial = chunks.data(), .out = line, .rows = sum_chunks(count), .width = columns,
-                        .row_stride = columns});
+        void* sums = is_last_tile ? static_cast<char*>(out(db)) + first * s.item : nullptr;
+        launch(table().line_sum[s.dtype], LineSum{dlogits, bias_sums.data(), sums, columns, count, kLine, is_first_tile});
       }
-    }
-    if (needs_bias) {
-      launch(table().reduce_rows[s.dtype], ReduceRows{.partial = lines.data(),
-                                                      .out = static_cast<char*>(out(db)) + first * s.item,
-                                                      .rows = row_tiles, .width = columns, .row_stride = columns});
     }
   }
 

@@ -114,18 +114,22 @@ void define_softmax(py::module_& m) {
 
 void define_cross_entropy(py::module_& m) {
   using F = CrossEntropyFwd;
-  Fields<F>(m, "CrossEntropyFwd").FIELD(F, logits).FIELD(F, target).FIELD(F, places).FIELD(F, stats).FIELD(F, loss)
+  Fields<F>(m, "CrossEntropyFwd").FIELD(F, logits).FIELD(F, bias).FIELD(F, target).FIELD(F, places).FIELD(F, stats).FIELD(F, loss)
       .FIELD(F, rows).FIELD(F, columns).FIELD(F, logits_stride).FIELD(F, first_class).FIELD(F, classes)
       .FIELD(F, label_smoothing);
   using B = CrossEntropyBwd;
-  Fields<B>(m, "CrossEntropyBwd").FIELD(B, logits).FIELD(B, target).FIELD(B, places).FIELD(B, stats).FIELD(B, grad)
+  Fields<B>(m, "CrossEntropyBwd").FIELD(B, logits).FIELD(B, bias).FIELD(B, target).FIELD(B, places).FIELD(B, stats).FIELD(B, grad)
       .FIELD(B, grad_is_shared).FIELD(B, divisor).FIELD(B, dlogits).FIELD(B, rows).FIELD(B, columns)
-      .FIELD(B, logits_stride).FIELD(B, dlogits_stride).FIELD(B, first_class).FIELD(B, classes).FIELD(B, label_smoothing);
+      .FIELD(B, logits_stride).FIELD(B, first_class).FIELD(B, classes).FIELD(B, label_smoothing);
   using S = CrossEntropySum;
   Fields<S>(m, "CrossEntropySum").FIELD(S, loss).FIELD(S, count).FIELD(S, divisor).FIELD(S, out);
   KERNEL(cross_entropy_fwd);
   KERNEL(cross_entropy_bwd);
   KERNEL(cross_entropy_sum);
+  using L = LineSum;
+  Fields<L>(m, "LineSum").FIELD(L, x).FIELD(L, sum).FIELD(L, out).FIELD(L, lines).FIELD(L, width).FIELD(L, x_stride)
+      .FIELD(L, first);
+  KERNEL(line_sum);
 }
 
 void define_embedding(py::module_& m) {

@@ -53,6 +53,7 @@ inline constexpr KernelTable kTable = {
     .cross_entropy_fwd = FASTTX_KERNEL(CrossEntropyFwdKernel),
     .cross_entropy_bwd = FASTTX_KERNEL(CrossEntropyBwdKernel),
     .cross_entropy_sum = FASTTX_KERNEL(CrossEntropySumKernel),
+    .line_sum = FASTTX_KERNEL(LineSumKernel),
     .embedding_fwd = FASTTX_KERNEL(EmbeddingFwdKernel),
     .embedding_bwd = FASTTX_KERNEL(EmbeddingBwdKernel),
     .list_sum = FASTTX_KERNEL(ListSumKernel),

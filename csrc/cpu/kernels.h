@@ -239,9 +239,11 @@ struct Gemm {
 };
 
 // Cross-entropy over classes that come a stretch after the other, those from first_class on in this call. The target
-// distribution gives 1 - label_smoothing to the target and spreads the rest over all classes. Items are rows.
+// distribution gives 1 - label_smoothing to the target and spreads the rest over all classes. A line of logits is a class's,
+// as lanes are rows. Items are vectors of rows.
 struct CrossEntropyFwd {
-  const void* logits;     // A (rows, columns), row stride logits_stride
+  const void* logits;     // A (columns, rows), row stride logits_stride, without the bias
+  const void* bias;       // T (columns) or null
   const int64_t* target;  // (places)
   const int64_t* places;  // (rows): which line of target, stats and loss each row has
   void* stats;            // A (places, 2): the largest logit so far, and the sum of exponentials above it
@@ -251,16 +253,27 @@ struct CrossEntropyFwd {
 };
 
 struct CrossEntropyBwd {
-  const void* logits;     // as above
-  const int64_t* target;  // as above
+  const void* logits;  // these as above
+  const void* bias;
+  const int64_t* target;
   const int64_t* places;
   const void* stats;  // A (places, 2), of all classes
   const void* grad;   // A: one for each place, or one
   bool grad_is_shared;
   int64_t divisor;  // of the gradient
-  void* dlogits;    // T (rows, columns), row stride dlogits_stride; may be the logits, where T is A
-  int64_t rows, columns, logits_stride, dlogits_stride, first_class, classes;
+  void* dlogits;    // T (columns, rows), row stride logits_stride; may be the logits, where T is A
+  int64_t rows, columns, logits_stride, first_class, classes;
   double label_smoothing;
+};
+
+// sum[i] = the sum of line i of x, added to what is there unless it is the `first`; out[i], after the `last`. Items are
+// lines.
+struct LineSum {
+  const void* x;  // T (lines, width), row stride x_stride
+  void* sum;      // A (lines)
+  void* out;      // T (lines), or null where others are still to be added
+  int64_t lines, width, x_stride;
+  bool first;
 };
 
 // out = the sum of the losses / divisor; one item.
@@ -344,6 +357,7 @@ struct KernelTable {
   Kernel<CrossEntropyFwd> cross_entropy_fwd[kDTypes];
   Kernel<CrossEntropyBwd> cross_entropy_bwd[kDTypes];
   Kernel<CrossEntropySum> cross_entropy_sum[kDTypes];
+  Kernel<LineSum> line_sum[kDTypes];
   Kernel<EmbeddingFwd> embedding_fwd[kDTypes];
   Kernel<EmbeddingBwd> embedding_bwd[kDTypes];
   Kernel<ListSum> list_sum[kDTypes];
