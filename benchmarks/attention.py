@@ -67,7 +67,8 @@ def cases() -> Iterator[Case | Growth]:
         for backward in (False, True):
             yield Growth(
                 "attention", "memory" + (" fwd+bwd" if backward else " fwd"), "(1,12,16384,64)", dtype, "MiB",
-                lambda seconds, dtype=dtype, backward=backward: extra_megabytes(dtype, backward), bar=_MEGABYTES,
+                lambda seconds, dtype=dtype, backward=backward: extra_megabytes("attention", dtype, backward),
+                bar=_MEGABYTES,
             )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from .case import Case, Growth, dtype_name
 
 # The ops, what is built of them, and what calls of either cost: each has a file of its name here.
-OPS = ("attention", "feed_forward", "layer_norm", "gelu", "softmax")
+OPS = ("attention", "feed_forward", "layer_norm", "gelu", "softmax", "cross_entropy", "embedding")
 STEMS = (*OPS, "encoder_layer", "padding", "bert", "gpt2", "overhead")
 
 

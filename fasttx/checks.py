@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # GELU's variants, as torch.nn.functional.gelu names them.
 APPROXIMATIONS = ("none", "tanh")
@@ -49,6 +50,31 @@ def require_size(name: str, value: int) -> None:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def require_integers(name: str, tensor: Tensor) -> Tensor:
+    """Indices, as int64."""
+    require_tensor(name, tensor)
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {tensor.dtype}")
+    return tensor.to(torch.int64)
+
+
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether values can be looked at: not while tracing or mapping, and not where that would wait for a GPU."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return tensor.device.type == "cpu" and type(tensor) is not FakeTensor
+
+
+def require_below(name: str, ids: Tensor, count: int) -> None:
+    """Indices in [0, count), where they can be looked at."""
+    if not can_be_read(ids) or ids.numel() == 0:
+        return
+    least, largest = torch.aminmax(ids)
+    if least < 0 or largest >= count:
+        wrong = ids[(ids < 0) | (ids >= count)][0].item()
+        raise ValueError(f"{name} must lie in [0, {count - 1}], got {wrong}")
 
 
 def require_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...], meaning: str) -> None:

@@ -42,6 +42,8 @@ KERNELS = {
     "linear": "linear_fwd",
     "feed_forward": "feed_forward_fwd",
     "feed_forward_block": "feed_forward_block_fwd",
+    "linear_cross_entropy": "linear_cross_entropy_fwd",
+    "embedding": "embedding_fwd",
 }
 
 

@@ -7,12 +7,22 @@ rounded once, when an output is stored; float32 and float64 are computed as they
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fasttx import philox
+from fasttx._reference_math import ACTIVATIONS as _ACTIVATIONS
+from fasttx._reference_math import GELUS as _GELUS
+from fasttx._reference_math import as_shape as _as_shape
+from fasttx._reference_math import drop as _drop
+from fasttx._reference_math import dropout as _dropout
+from fasttx._reference_math import layer_norm as _layer_norm
+from fasttx._reference_math import linear as _linear
+from fasttx._reference_math import need as _need
+from fasttx._reference_math import softmax as _softmax
+from fasttx._reference_math import widen as _widen
 
 
 def attention(
@@ -290,6 +300,87 @@ def feed_forward(
     return _linear(hidden, weight2, bias2).to(input.dtype)
 
 
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The cross-entropy of softmax(linear(input, weight, bias)) against the classes of target.
+
+    input (..., in), weight (V, in), bias (V,) or None, target (...) int64. A row's loss is
+    -sum_c q_c log p_c, where q gives 1 - label_smoothing to its target and spreads label_smoothing
+    over all V classes. A row whose target is ignore_index has loss 0 and no part in the mean.
+    reduction: "none" -> (...), "sum" -> (), "mean" -> (), which is NaN where no row counts. The
+    logits are not rounded; the loss is, to dtype, by default input's.
+    Source: Szegedy et al. 2016 (label smoothing).
+    """
+    logits = _linear(_widen(input), weight, bias)
+    counted = target != ignore_index
+    picked = logits.gather(-1, target.masked_fill(~counted, 0)[..., None])[..., 0]
+    # Where nothing is spread, no logit of -infinity is to meet a zero; nor where all is.
+    expected = (1 - label_smoothing) * picked if label_smoothing < 1 else torch.zeros_like(picked)
+    if label_smoothing > 0:
+        expected = expected + label_smoothing * logits.mean(-1)
+    losses = (logits.logsumexp(-1) - expected).masked_fill(~counted, 0.0)
+    if reduction == "sum":
+        losses = losses.sum()
+    elif reduction == "mean":
+        losses = losses.sum() / counted.sum()
+    return losses.to(input.dtype if dtype is None else dtype)
+
+
+def embedding(
+    token_ids: Tensor,
+    token_weight: Tensor,
+    position_weight: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    segment_weight: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    position_ids: Tensor | None = None,
+    offset: int = 0,
+    token_scale: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    padding_idx: int | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """dropout(layer_norm(token_scale * token_weight[t] + position_weight[p] + segment_weight[s])).
+
+    token_ids (..., T) int64; weights (entries, width); -> (..., T, width) in token_weight's dtype.
+    A missing weight adds nothing, and without norm_weight nothing is normalised. position_ids,
+    broadcastable to token_ids: by default offset + 0, 1, ... along the last dim. segment_ids, as
+    position_ids: by default 0. padding_idx: the token whose entry gets no gradient. Dropout's
+    columns run over the width, its rows over the tokens.
+
+    Raises ValueError when dropout is active (training and dropout_p > 0) without a seed.
+    """
+    tokens = _widen(token_weight[token_ids])
+    if padding_idx is not None:
+        tokens = torch.where((token_ids == padding_idx)[..., None], tokens.detach(), tokens)
+    total = token_scale * tokens
+    if position_weight is not None:
+        if position_ids is None:
+            length = token_ids.shape[-1] if token_ids.dim() else 1
+            position_ids = (torch.arange(length, device=token_ids.device) + offset).view(token_ids.shape[-1:])
+        total = total + _widen(position_weight[position_ids])
+    if segment_weight is not None:
+        total = total + _widen(segment_weight[0 if segment_ids is None else segment_ids])
+    if norm_weight is not None:
+        total = _layer_norm(total, total.shape[-1], norm_weight, norm_bias, eps)
+    if training and dropout_p > 0:
+        total = _dropout(total, dropout_p, seed, 1)
+    return total.to(token_weight.dtype)
+
+
 def _attention(
     query: Tensor,
     key: Tensor,
@@ -396,86 +487,3 @@ def _attention_bias(
     if alibi_slopes is not None:
         bias = bias - alibi_slopes.to(dtype)[:, None, None] * relative.abs().to(dtype)
     return bias
-
-
-def _softmax(scores: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Softmax and its lse, dim kept; a row that is empty, or all -inf, gives 0 and -inf."""
-    # amax refuses an empty dim; sum gives the right shape. The maximum cancels, so it needs no
-    # gradient, and a finite one in place of -inf keeps -inf - -inf out of both passes.
-    largest = (scores.amax if scores.numel() else scores.sum)(dim, keepdim=True).detach()
-    largest = largest.masked_fill(largest == -math.inf, 0.0)
-    exponentials = (scores - largest).exp()
-    total = exponentials.sum(dim, keepdim=True)
-    empty = total == 0
-    total = total.masked_fill(empty, 1.0)
-    return exponentials / total, (largest + total.log()).masked_fill(empty, -math.inf)
-
-
-def _layer_norm(
-    x: Tensor,
-    normalized_shape: int | Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> Tensor:
-    dims = tuple(range(-len(_as_shape(normalized_shape)), 0))
-    centred = x - x.mean(dims, keepdim=True)
-    # Two passes: the mean of squares minus the squared mean would cancel.
-    normed = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
-    if weight is not None:
-        normed = normed * weight.to(x.dtype)
-    if bias is not None:
-        normed = normed + bias.to(x.dtype)
-    return normed
-
-
-def _gelu(x: Tensor) -> Tensor:
-    # Phi(x) = (1 + erf(x / sqrt 2)) / 2 = erfc(-x / sqrt 2) / 2; erfc keeps the digits of the
-    # negative tail.
-    return 0.5 * x * torch.erfc(-x * math.sqrt(0.5))
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    # (1 + tanh u) / 2 = sigmoid(2u), which keeps the digits of the negative tail; as the
-    # exponential of its log, whose derivative does not cancel in the positive one.
-    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
-    return x * torch.nn.functional.logsigmoid(2 * inner).exp()
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product = x @ weight.to(x.dtype).t()
-    return product if bias is None else product + bias.to(x.dtype)
-
-
-def _dropout(x: Tensor, p: float, seed: int | Tensor | None, column_dims: int) -> Tensor:
-    """Dropout of x seen as a matrix, whose columns are the last `column_dims` dims."""
-    rows, columns = math.prod(x.shape[:-column_dims]), math.prod(x.shape[-column_dims:])
-    keep = philox.matrix_keep_mask(_need(seed), rows, columns, p, x.device)
-    return _drop(x, keep.reshape(x.shape), p)
-
-
-def _drop(x: Tensor, keep: Tensor, p: float) -> Tensor:
-    return (x * (1 / (1 - p))).masked_fill(~keep, 0.0)
-
-
-def _need(seed: int | Tensor | None) -> int | Tensor:
-    if seed is None:
-        raise ValueError("dropout is active and needs a seed: an int or a 0-dim int64 tensor")
-    return seed
-
-
-def _as_shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
-    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-
-
-def _widen(x: Tensor) -> Tensor:
-    """x in the dtype that it is computed in: float32, or float64 for float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-_GELUS: dict[str, Callable[[Tensor], Tensor]] = {"none": _gelu, "tanh": _gelu_tanh}
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "relu": torch.relu,
-}

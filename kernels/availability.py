@@ -9,6 +9,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
 WIDEST_HEAD = 256
+WIDEST_ENTRY = 8192  # of an embedding
 _DIMENSION = 2**31 - 1  # rows are counted in 32 bits
 
 # Of an op, why its kernels cannot take a call on these tensors, or None; the ops that are not here have no kernels.
@@ -22,9 +23,22 @@ def _takes_any(tensors: tuple[Tensor | None, ...]) -> str | None:
 
 
 OPS |= dict.fromkeys(
-    ("softmax", "layer_norm", "add_layer_norm", "gelu", "bias_gelu", "linear", "feed_forward", "feed_forward_block"),
+    (
+        "softmax", "layer_norm", "add_layer_norm", "gelu", "bias_gelu", "linear", "feed_forward", "feed_forward_block",
+        "linear_cross_entropy",
+    ),
     _takes_any,
-)
+)  # fmt: skip
+
+
+def _takes_entries(tensors: tuple[Tensor | None, ...]) -> str | None:
+    width = tensors[0].shape[-1]
+    if width > WIDEST_ENTRY:
+        return f"entries are {width} wide, and a kernel holds rows of up to {WIDEST_ENTRY}"
+    return _takes_any(tensors)
+
+
+OPS["embedding"] = _takes_entries
 
 
 def _takes_attention(tensors: tuple[Tensor | None, ...]) -> str | None:

@@ -20,7 +20,7 @@ from .math import activation, activation_grad, matrix_dropout_keep
 
 
 @triton.jit
-def _product_tile(
+def product_tile(
     a_ptr, b_ptr, first_row, first_column, M, N, K, stride_a, stride_b,
     A_TRANSPOSED: tl.constexpr, B_TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -82,7 +82,7 @@ def _matmul_kernel(
         tile_m = group * GROUP_M + (tile % (GROUP_M * across)) % height
         tile_n = (tile % (GROUP_M * across)) // height
         first_row, first_column = tile_m * BLOCK_M, tile_n * BLOCK_N
-        value = _product_tile(
+        value = product_tile(
             a_ptr, b_ptr, first_row, first_column, M, N, K, stride_a, stride_b,
             A_TRANSPOSED, B_TRANSPOSED, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
@@ -150,7 +150,7 @@ _matmul = Kernel(_matmul_kernel, "matmul", ("bits", "epilogue"))
 _processors = lru_cache(processors)
 
 
-class _Operand(NamedTuple):
+class Operand(NamedTuple):
     """A matrix as the kernel reads it: itself, or its transpose, in rows of unit stride."""
 
     tensor: Tensor
@@ -158,7 +158,7 @@ class _Operand(NamedTuple):
     stride: int
 
     @classmethod
-    def of(cls, matrix: Tensor) -> "_Operand":
+    def of(cls, matrix: Tensor) -> "Operand":
         rows, columns = matrix.stride()
         if columns == 1 or matrix.shape[1] == 1:
             return cls(matrix, False, rows)
@@ -167,7 +167,7 @@ class _Operand(NamedTuple):
         return cls(matrix.contiguous(), False, matrix.shape[1])
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
     """How float32 operands are multiplied: TF32 where PyTorch's own products may be."""
     is_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if is_tf32 else "ieee"
@@ -216,8 +216,8 @@ def _launch(
     hidden: Tensor | None, sums: Tensor | None, dropout: Dropout, activation: int, is_backward: bool,
 ) -> None:  # fmt: skip
     (rows, inner), columns = a.shape, b.shape[1]
-    a, a_transposed, stride_a = _Operand.of(a)
-    b, b_transposed, stride_b = _Operand.of(b)
+    a, a_transposed, stride_a = Operand.of(a)
+    b, b_transposed, stride_b = Operand.of(b)
 
     is_plain = not (activation or dropout.active)
     epilogue = _GRADIENT if is_backward else _PLAIN if is_plain else _ACTIVATION
@@ -230,6 +230,6 @@ def _launch(
         grid,
         (a, b, bias, residual, preact, hidden, dropout.seed_ptr, out, sums, rows, columns, inner, stride_a, stride_b,
          *dropout.numbers),
-        (a_transposed, b_transposed, inner % 128 == 0, _precision(a.dtype), activation, is_backward, dropout.active),
+        (a_transposed, b_transposed, inner % 128 == 0, precision(a.dtype), activation, is_backward, dropout.active),
         (a.element_size() * 8, epilogue),
     )  # fmt: skip

@@ -6,6 +6,8 @@ from . import (
     attention,
     attention_bias_bwd,
     attention_bwd,
+    cross_entropy,
+    embedding,
     feed_forward,
     gelu,
     layer_norm,
@@ -17,6 +19,8 @@ from . import (
 LAUNCHERS = (
     attention.attention_fwd, attention_bwd.attention_bwd, attention_bias_bwd.attention_bias_bwd,
     gelu.gelu_fwd, gelu.gelu_bwd,
+    cross_entropy.linear_cross_entropy_fwd, cross_entropy.linear_cross_entropy_bwd,
+    embedding.embedding_fwd, embedding.embedding_bwd,
     softmax.softmax_fwd, softmax.softmax_bwd,
     layer_norm.layer_norm_fwd, layer_norm.layer_norm_bwd, layer_norm.add_layer_norm_fwd, layer_norm.add_layer_norm_bwd,
     linear.linear_fwd, linear.linear_bwd,

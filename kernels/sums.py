@@ -58,11 +58,11 @@ def sum_partials(partials: Tensor, like: Tensor) -> list[Tensor]:
     return sums
 
 
-def column_sums(matrix: Tensor) -> Tensor:
-    """The sum over the rows of (rows, width), in its dtype, kept in float32 until the end."""
+def column_sums(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The sum over the rows of (rows, width), in dtype or in its own, kept in float32 until the end."""
     matrix = dense(matrix)
     rows, width = matrix.shape
     programs = max(1, min(PROGRAMS, -(-rows // _ROWS)))
     partial = matrix.new_empty((1, programs, width), dtype=torch.float32)
     _column_sums(lambda blocks: (-(-width // blocks["BLOCK_N"]), programs), (matrix, partial, None, rows, width))
-    return sum_partials(partial, like=matrix)[0]
+    return sum_partials(partial, like=matrix if dtype is None else matrix.new_empty((0,), dtype=dtype))[0]

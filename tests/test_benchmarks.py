@@ -116,7 +116,8 @@ def test_every_roofline_is_there_once():
 def test_growth_has_bars():
     found = barred(Growth, "bar")
     assert [name for name, _ in found if "memory" in name] == [
-        f"attention memory {way} (1,12,16384,64) {dtype}" for way in ("fwd", "fwd+bwd") for dtype in (BF16, F32)
+        *(f"attention memory {way} (1,12,16384,64) {dtype}" for way in ("fwd", "fwd+bwd") for dtype in (BF16, F32)),
+        *(f"cross_entropy memory fwd+bwd (8192,64,32768) {dtype}" for dtype in (BF16, F32)),
     ]
     assert all(bar == 64 for name, bar in found if "memory" in name)
     flat = [name for name, _ in found if "time per token" in name]

@@ -75,6 +75,23 @@ VALID = {
         "bias2": f32(D),
         "training": True,
     },
+    "linear_cross_entropy": lambda: {
+        "input": f32(T, W),
+        "weight": f32(S, W),
+        "target": torch.tensor([0, -100, S - 1]),
+        "bias": f32(S),
+    },
+    "embedding": lambda: {
+        "token_weight": f32(S, W),
+        "token_ids": torch.tensor([[0, S - 1, 2]]),
+        "position_weight": f32(D, W),
+        "segment_ids": torch.tensor([0, 1, 1]),
+        "segment_weight": f32(2, W),
+        "norm_weight": f32(W),
+        "norm_bias": f32(W),
+        "position_ids": torch.tensor([[3, 0, D - 1]]),
+        "training": True,
+    },
 }
 OPTIONAL = {
     "attention": {"attn_mask", "key_lengths", "alibi_slopes"},
@@ -85,7 +102,14 @@ OPTIONAL = {
     "add_layer_norm": {"weight", "bias"},
     "linear": {"bias"},
     "feed_forward": {"bias1", "bias2"},
+    "linear_cross_entropy": {"bias"},
+    "embedding": {
+        "position_weight", "position_ids", "segment_weight", "segment_ids", "norm_weight", "norm_bias"
+    },
 }
+INDICES = ("target", "token_ids", "position_ids", "segment_ids")
+# The tensor that decides device and dtype.
+FIRST = ("input", "query", "out1", "token_weight")
 TENSORS = [
     (function, name)
     for function, make in VALID.items()
@@ -93,7 +117,7 @@ TENSORS = [
     if isinstance(value, torch.Tensor)
 ]
 FLOATING = [
-    (f, n) for f, n in TENSORS if n not in ("mask", "attn_mask") and "len" not in n
+    (f, n) for f, n in TENSORS if n not in ("mask", "attn_mask", *INDICES) and "len" not in n
 ]  # of these, every one must be floating
 every_function = pytest.mark.parametrize("function", VALID)
 
@@ -142,8 +166,16 @@ def test_a_dtype_that_is_not_floating(function, name, dtype):
 
 
 @pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bool, torch.uint8, torch.complex64], ids=str
+)
+@pytest.mark.parametrize("function, name", [(f, n) for f, n in TENSORS if n in INDICES])
+def test_a_dtype_that_is_no_index(function, name, dtype):
+    assert_raises(TypeError, name, function, **{name: VALID[function]()[name].to(dtype)})
+
+
+@pytest.mark.parametrize(
     "function, name",
-    [(f, n) for f, n in FLOATING if n not in ("input", "query") and "attention" not in f],
+    [(f, n) for f, n in FLOATING if n not in FIRST and "attention" not in f],
 )
 @pytest.mark.usefixtures("needs_extension")
 def test_mixed_dtypes(function, name):
@@ -172,7 +204,7 @@ def test_tensors_on_different_devices(function, name):
     moved = VALID[function]()[name].to("meta")
     if len([f for f, _ in TENSORS if f == function]) == 1:
         assert call(function, **{name: moved}).device.type == "meta"
-    elif name in ("input", "query", "out1"):
+    elif name in FIRST:
         with pytest.raises(ValueError, match="is on cpu but .* is on meta"):
             call(function, **{name: moved})
     else:
@@ -213,7 +245,7 @@ def test_an_unknown_backend_context():
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, math.nan, math.inf])
 @pytest.mark.parametrize(
-    "function", ["attention", "attention_varlen", "add_layer_norm", "feed_forward"]
+    "function", ["attention", "attention_varlen", "add_layer_norm", "feed_forward", "embedding"]
 )
 def test_dropout_outside_its_range(function, value):
     assert_raises(ValueError, "dropout_p", function, dropout_p=value)

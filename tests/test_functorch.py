@@ -29,6 +29,8 @@ def seen(scores):
     return torch.ones(scores, dtype=torch.bool).tril()
 
 
+TARGET, TOKENS = torch.tensor([0, 5, -100, 2, 2]), torch.tensor([3, 0, 3, 1, 5])
+
 # By name: the call on a module of functions, the shapes of its inputs, and how many of them have samples.
 CASES = {
     "layer_norm": (lambda f, x, w, b: f.layer_norm(x, (W,), w, b), [(T, W), (W,), (W,)], 1),
@@ -46,6 +48,16 @@ CASES = {
     "linear of samples' weights": (lambda f, x, w: f.linear(x, w), [(T, W), (S, W)], 2),
     "feed_forward": (
         lambda f, *args: f.feed_forward(*args), [(T, W), (S, W), (S,), (W, S), (W,)], 1,
+    ),
+    "linear_cross_entropy": (
+        lambda f, x, w, b: f.linear_cross_entropy(x, w, TARGET, b, reduction="none", label_smoothing=0.1),
+        [(T, W), (S, W), (S,)], 1,
+    ),
+    "linear_cross_entropy of samples' weights": (
+        lambda f, x, w: f.linear_cross_entropy(x, w, TARGET), [(T, W), (S, W)], 2,
+    ),
+    "embedding of samples' weights": (
+        lambda f, w, p, n: f.embedding(TOKENS, w, p, norm_weight=n), [(S, W), (T, W), (W,)], 1,
     ),
     "attention": (lambda f, *qkv: f.attention(*qkv, is_causal=True), [HEADS] * 3, 3),
     "attention of one key": (
@@ -221,3 +233,23 @@ def test_an_ensemble_of_weights():
     with torch.no_grad():
         mapped = torch.func.vmap(functional.linear, in_dims=(None, 0))(x, weights)
     torch.testing.assert_close(mapped, x @ weights.mT)
+
+
+def test_samples_of_indices():
+    """Each sample its tokens and targets: one call forward, where there is no mean."""
+    tokens, targets = torch.randint(0, S, (SAMPLES, T)), torch.randint(0, S, (SAMPLES, T))
+    weight, position, norm = draw(S, W), draw(T, W), draw(W)
+
+    def losses(f, weight, tokens, targets, reduction="none"):
+        x = f.embedding(tokens, weight, position, norm_weight=norm)
+        return f.linear_cross_entropy(x, weight, targets, reduction=reduction)
+
+    def mapped(f, function):
+        return torch.func.vmap(function, in_dims=(None, 0, 0))(weight, tokens, targets)
+
+    with torch.no_grad(), Count() as count:
+        found = mapped(functional, partial(losses, functional))
+    assert set(count.calls.values()) == {1}
+    torch.testing.assert_close(found, losses(reference, weight, tokens, targets))
+    slopes = [mapped(f, torch.func.grad(partial(losses, f, reduction="mean"))) for f in (functional, reference)]
+    torch.testing.assert_close(*slopes)

@@ -234,6 +234,53 @@ RAW["feed_forward_block_bwd"] = (
     [*BAD_FFN_BLOCK, wrong(grad=f32(T, W + 1)), wrong(preact=f32(T, 1)), wrong(sum=f32(T, 1)), wrong(sum=f32(1, W))],
 )  # fmt: skip
 
+LOSS = {"input": X, "weight": f32(S, W), "target": torch.tensor([0, -100, S - 1]), "bias": f32(S), "ignore_index": -100,
+        "label_smoothing": 0.1, "reduction": 1}  # fmt: skip
+BAD_LOSS = [
+    wrong(weight=f32(S, W + 1)), wrong(weight=f32(S, W).half()), wrong(weight=VECTOR),
+    wrong(weight=f32(0, W), bias=None), wrong(bias=f32(S + 1)), wrong(bias=f32(S).double()), wrong(target=f32(T)),
+    wrong(target=torch.tensor([0, 1])),
+    wrong(target=torch.ones(T, 1).long()), wrong(target=torch.ones(T).int()), wrong(label_smoothing=1.5),
+    wrong(label_smoothing=math.nan), wrong(reduction=3),
+    wrong(reduction=-1), wrong(input=f32()), wrong(input=X.long()),
+]  # fmt: skip
+RAW["linear_cross_entropy_fwd"] = (LOSS, BAD_LOSS)
+RAW["linear_cross_entropy_bwd"] = (
+    {**LOSS, "grad": f32(), "stats": f32(T, 2).abs(), **{f"needs_{n}": True for n in ("input", "weight", "bias")}},
+    [*BAD_LOSS, wrong(grad=f32(T)), wrong(grad=f32().double()), wrong(reduction=0), wrong(stats=f32(T)),
+     wrong(stats=f32(T - 1, 2)), wrong(stats=f32(T, 2).double())],
+)  # fmt: skip
+IDS = torch.tensor([[0, S - 1, 2]])
+EMBEDDING = {
+    "token_ids": IDS, "token_weight": f32(S, W), "position_ids": torch.tensor([[3, 0, D - 1]]),
+    "position_weight": f32(D, W), "segment_ids": torch.tensor([[0, 1, 1]]), "segment_weight": f32(2, W),
+    "norm_weight": VECTOR, "norm_bias": VECTOR, "token_scale": 1.0, "offset": 0, "eps": 1e-5, "dropout_p": 0.0,
+    "seed": None, "padding_idx": -1,
+}  # fmt: skip
+BAD_EMBEDDING = [
+    *DROPOUT, wrong(token_weight=VECTOR), wrong(token_weight=f32(S, 0)), wrong(token_weight=f32(S, W).long()),
+    wrong(token_ids=IDS.int()), wrong(position_ids=IDS[0]), wrong(position_ids=IDS.float()),
+    wrong(position_weight=f32(D, W + 1)), wrong(position_weight=f32(D, W).half()), wrong(position_weight=None),
+    wrong(position_ids=None, offset=D - 2), wrong(position_ids=None, offset=-1),
+    wrong(segment_weight=f32(2, W - 1)), wrong(segment_weight=None), wrong(segment_weight=f32(0, W), segment_ids=None),
+    wrong(norm_weight=f32(W + 1)), wrong(norm_bias=f32(1)), wrong(norm_weight=None),
+]  # fmt: skip
+RAW["embedding_fwd"] = (EMBEDDING, BAD_EMBEDDING)
+NEEDS_ENTRIES = {f"needs_{n}": True for n in ("token", "position", "segment", "norm_weight", "norm_bias")}
+RAW["embedding_bwd"] = (
+    {**EMBEDDING, **NEEDS_ENTRIES, "grad": f32(1, T, W)},
+    [*BAD_EMBEDDING, wrong(grad=f32(T, W)), wrong(grad=f32(1, T, W).double()),
+     wrong(segment_weight=None, segment_ids=None), wrong(position_weight=None, position_ids=None),
+     wrong(norm_weight=None, norm_bias=None)],
+)  # fmt: skip
+# What is wrong by a tensor's values: kernels that would have to wait to see them may take it, and read nothing outside.
+WRONG_VALUES = {
+    "linear_cross_entropy": [wrong(target=torch.tensor([0, 1, c])) for c in (S, -1, 2**40)],
+    "embedding": [
+        *(wrong(token_ids=IDS + n) for n in (1, -1, 2**40)), wrong(position_ids=IDS + 4), wrong(segment_ids=IDS)
+    ],
+}  # fmt: skip
+
 
 def raw_ops():
     """The names of fasttx's ops, whose overloads `default` and `raw` are one function."""
@@ -250,9 +297,10 @@ def test_every_raw_op_is_here():
 def test_raw_ops_check_their_arguments(name):
     """Each alone: right arguments pass; wrong ones raise before memory is touched."""
     valid, changes = RAW[name]
+    by_value = WRONG_VALUES.get(name.removesuffix("_fwd").removesuffix("_bwd"), ())
     op = getattr(torch.ops.fasttx, name).default
     op(**valid)
-    for change in changes:
+    for change in (*changes, *by_value):
         try:
             op(**valid | change)
         except (RuntimeError, TypeError) as error:

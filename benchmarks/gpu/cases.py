@@ -143,6 +143,36 @@ def feed_forwards(
         )  # fmt: skip
 
 
+def ends(device: str, dtype: torch.dtype, backward: bool, rows: int, width: int, entries: int) -> Iterator[Case]:
+    """What a language model begins and ends with: embeddings with layer norm, and a linear layer with its loss."""
+    draw = _draw(device, dtype)
+    ids = torch.randint(0, entries, (rows // 64, 64), device=device)
+    inputs = {
+        "token_ids": ids, "token_weight": draw(entries, width), "position_weight": draw(64, width),
+        "norm_weight": draw(width), "norm_bias": draw(width),
+    }  # fmt: skip
+
+    def eager_embedding(token_ids, token_weight, position_weight, norm_weight, norm_bias):
+        total = F.embedding(token_ids, token_weight) + position_weight
+        return F.layer_norm(total, (width,), norm_weight, norm_bias)
+
+    yield _case(
+        "embedding", f"{rows}x{width} of {entries}", dtype, backward, inputs, 10.0 * rows * width,
+        fasttx=functional.embedding, eager=eager_embedding,
+    )  # fmt: skip
+    liger = _installed(
+        "liger_kernel.ops.fused_linear_cross_entropy",
+        lambda m: lambda input, weight, target: m.LigerFusedLinearCrossEntropyFunction.apply(input, weight, target)[0],
+    )
+    inputs = {"input": draw(rows, width), "weight": draw(entries, width) / width**0.5, "target": ids.flatten()}
+    yield _case(
+        "linear_cross_entropy", f"{rows}x{width}x{entries}", dtype, backward, inputs, 2.0 * rows * width * entries,
+        fasttx=functional.linear_cross_entropy,
+        eager=lambda input, weight, target: F.cross_entropy(F.linear(input, weight), target),
+        rivals={"liger": liger},
+    )  # fmt: skip
+
+
 def attentions(device: str, dtype: torch.dtype, backward: bool, shapes: tuple[tuple[int, ...], ...]) -> Iterator[Case]:
     """Attention, causal and not, beside every backend of scaled_dot_product_attention and flash-attn."""
     draw = _draw(device, dtype)
@@ -186,6 +216,7 @@ def all_cases(device: str, quick: bool = False) -> Iterator[Case]:
         for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
             yield from layer_norms(device, dtype, backward, rows, (64,) if quick else (768, 1024, 4096))
             yield from elementwise(device, dtype, backward, rows, 128 if quick else 3072)
+        yield from ends(device, torch.bfloat16, backward, *((rows, 64, 96) if quick else (4096, 768, 50257)))
         for few in (rows,) if quick else (512, rows):
             yield from feed_forwards(device, torch.bfloat16, backward, few, (64,) if quick else (768, 1024))
         shapes = ((1, 2, 64, 32),) if quick else ((8, 12, 512, 64), (2, 16, 4096, 64), (1, 16, 4096, 128))

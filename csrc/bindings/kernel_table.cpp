@@ -112,6 +112,44 @@ void define_softmax(py::module_& m) {
   KERNEL(softmax_bwd);
 }
 
+void define_cross_entropy(py::module_& m) {
+  using F = CrossEntropyFwd;
+  Fields<F>(m, "CrossEntropyFwd").FIELD(F, logits).FIELD(F, bias).FIELD(F, target).FIELD(F, places).FIELD(F, stats).FIELD(F, loss)
+      .FIELD(F, rows).FIELD(F, columns).FIELD(F, logits_stride).FIELD(F, first_class).FIELD(F, classes)
+      .FIELD(F, label_smoothing);
+  using B = CrossEntropyBwd;
+  Fields<B>(m, "CrossEntropyBwd").FIELD(B, logits).FIELD(B, bias).FIELD(B, target).FIELD(B, places).FIELD(B, stats).FIELD(B, grad)
+      .FIELD(B, grad_is_shared).FIELD(B, divisor).FIELD(B, dlogits).FIELD(B, rows).FIELD(B, columns)
+      .FIELD(B, logits_stride).FIELD(B, first_class).FIELD(B, classes).FIELD(B, label_smoothing);
+  using S = CrossEntropySum;
+  Fields<S>(m, "CrossEntropySum").FIELD(S, loss).FIELD(S, count).FIELD(S, divisor).FIELD(S, out);
+  KERNEL(cross_entropy_fwd);
+  KERNEL(cross_entropy_bwd);
+  KERNEL(cross_entropy_sum);
+  using L = LineSum;
+  Fields<L>(m, "LineSum").FIELD(L, x).FIELD(L, sum).FIELD(L, out).FIELD(L, lines).FIELD(L, width).FIELD(L, x_stride)
+      .FIELD(L, first);
+  KERNEL(line_sum);
+}
+
+void define_embedding(py::module_& m) {
+  using E = Embedding;
+  Fields<E>(m, "Embedding").FIELD(E, token_ids).FIELD(E, position_ids).FIELD(E, segment_ids).FIELD(E, token_weight)
+      .FIELD(E, position_weight).FIELD(E, segment_weight).FIELD(E, norm_weight).FIELD(E, norm_bias).FIELD(E, rows)
+      .FIELD(E, width).FIELD(E, length).FIELD(E, offset).FIELD(E, token_scale).FIELD(E, eps).FIELD(E, dropout);
+  using F = EmbeddingFwd;
+  Fields<F, E>(m, "EmbeddingFwd").FIELD(F, y);
+  using B = EmbeddingBwd;
+  Fields<B, E>(m, "EmbeddingBwd").FIELD(B, dy).FIELD(B, dx).FIELD(B, dweight_partial).FIELD(B, dbias_partial)
+      .FIELD(B, partial_stride);
+  using S = ListSum;
+  Fields<S>(m, "ListSum").FIELD(S, x).FIELD(S, order).FIELD(S, starts).FIELD(S, entries).FIELD(S, out).FIELD(S, lists)
+      .FIELD(S, width).FIELD(S, scale);
+  KERNEL(embedding_fwd);
+  KERNEL(embedding_bwd);
+  KERNEL(list_sum);
+}
+
 void define_products(py::module_& m) {
   using B = PackB;
   Fields<B>(m, "PackB").FIELD(B, b).FIELD(B, k_stride).FIELD(B, n_stride).FIELD(B, k).FIELD(B, n).FIELD(B, packed);
@@ -119,7 +157,7 @@ void define_products(py::module_& m) {
   Fields<G>(m, "Gemm").FIELD(G, a).FIELD(G, a_row_stride).FIELD(G, a_k_stride).FIELD(G, b).FIELD(G, b_k_stride)
       .FIELD(G, b_n_stride).FIELD(G, b_is_packed).FIELD(G, m).FIELD(G, n).FIELD(G, k).FIELD(G, threads).FIELD(G, bias)
       .FIELD(G, activation).FIELD(G, preact).FIELD(G, grad_preact).FIELD(G, recomputed).FIELD(G, residual).FIELD(G, c)
-      .FIELD(G, c_stride).FIELD(G, row_offset).FIELD(G, dropout);
+      .FIELD(G, residual_is_wide).FIELD(G, c_is_wide).FIELD(G, c_stride).FIELD(G, row_offset).FIELD(G, dropout);
   KERNEL(pack_b);
   KERNEL(gemm);
 }
@@ -196,6 +234,8 @@ void define_kernels(py::module_& m) {
   define_sums(m);
   define_pointwise(m);
   define_softmax(m);
+  define_cross_entropy(m);
+  define_embedding(m);
   define_products(m);
   define_attention(m);
   define_limits(m);

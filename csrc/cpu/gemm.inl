@@ -38,8 +38,15 @@ static FASTTX_INLINE void finish_tile(const Gemm& g, int64_t row, int64_t rows, 
       } else {
         value = dropped(gelu<kActivation>(value));
       }
-      if (g.residual != nullptr) value = value + load(g.residual, at);
-      store(g.c, value);
+      if (g.residual != nullptr) {
+        value = value + (g.residual_is_wide ? load_lanes<V>(static_cast<const A*>(g.residual) + at + j, lanes)
+                                            : load(g.residual, at));
+      }
+      if (g.c_is_wide) {
+        store_lanes(static_cast<A*>(g.c) + at + j, value, lanes);
+      } else {
+        store(g.c, value);
+      }
     });
   }
 }

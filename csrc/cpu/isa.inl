@@ -13,6 +13,8 @@
 #include "layer_norm.inl"
 #include "activation.inl"
 #include "softmax.inl"
+#include "cross_entropy.inl"
+#include "embedding.inl"
 #include "attention_product.inl"
 #include "attention_rows.inl"
 #include "attention_tile.inl"
@@ -49,6 +51,13 @@ inline constexpr KernelTable kTable = {
     .activation_bwd = FASTTX_KERNEL(ActivationBwdKernel),
     .softmax_fwd = FASTTX_KERNEL(SoftmaxFwdKernel),
     .softmax_bwd = FASTTX_KERNEL(SoftmaxBwdKernel),
+    .cross_entropy_fwd = FASTTX_KERNEL(CrossEntropyFwdKernel),
+    .cross_entropy_bwd = FASTTX_KERNEL(CrossEntropyBwdKernel),
+    .cross_entropy_sum = FASTTX_KERNEL(CrossEntropySumKernel),
+    .line_sum = FASTTX_KERNEL(LineSumKernel),
+    .embedding_fwd = FASTTX_KERNEL(EmbeddingFwdKernel),
+    .embedding_bwd = FASTTX_KERNEL(EmbeddingBwdKernel),
+    .list_sum = FASTTX_KERNEL(ListSumKernel),
     .pack_b = FASTTX_KERNEL(PackBKernel),
     .gemm = FASTTX_KERNEL(GemmKernel),
     .attention_pack = FASTTX_KERNEL(AttentionPackKernel),

@@ -232,9 +232,96 @@ struct Gemm {
   void* recomputed;         // T (m, n) or null: dropout(activation(grad_preact))
   const void* residual;     // T (m, n) or null: added last
   void* c;                  // T (m, n)
+  bool residual_is_wide, c_is_wide;  // A in place of T: a product of many parts is rounded once
   int64_t c_stride;         // also of preact, grad_preact, recomputed and residual
   int64_t row_offset;       // index of row 0 in the whole matrix, for the dropout
   Dropout dropout;
+};
+
+// Cross-entropy over classes that come a stretch after the other, those from first_class on in this call. The target
+// distribution gives 1 - label_smoothing to the target and spreads the rest over all classes. A line of logits is a class's,
+// as lanes are rows. Items are vectors of rows.
+struct CrossEntropyFwd {
+  const void* logits;     // A (columns, rows), row stride logits_stride, without the bias
+  const void* bias;       // T (columns) or null
+  const int64_t* target;  // (places)
+  const int64_t* places;  // (rows): which line of target, stats and loss each row has
+  void* stats;            // A (places, 2): the largest logit so far, and the sum of exponentials above it
+  void* loss;  // A (places): the target distribution's mean of the logits so far; after the last stretch, the loss
+  int64_t rows, columns, logits_stride, first_class, classes;
+  double label_smoothing;
+};
+
+struct CrossEntropyBwd {
+  const void* logits;  // these as above
+  const void* bias;
+  const int64_t* target;
+  const int64_t* places;
+  const void* stats;  // A (places, 2), of all classes
+  const void* grad;   // A: one for each place, or one
+  bool grad_is_shared;
+  int64_t divisor;  // of the gradient
+  void* dlogits;    // T (columns, rows), row stride logits_stride; may be the logits, where T is A
+  int64_t rows, columns, logits_stride, first_class, classes;
+  double label_smoothing;
+};
+
+// sum[i] = the sum of line i of x, added to what is there unless it is the `first`; out[i], after the `last`. Items are
+// lines.
+struct LineSum {
+  const void* x;  // T (lines, width), row stride x_stride
+  void* sum;      // A (lines)
+  void* out;      // T (lines), or null where others are still to be added
+  int64_t lines, width, x_stride;
+  bool first;
+};
+
+// out = the sum of the losses / divisor; one item.
+struct CrossEntropySum {
+  const void* loss;  // A (count)
+  int64_t count, divisor;
+  void* out;  // A
+};
+
+// y = dropout(layer_norm(token_scale * token_weight[token] + position_weight[position] + segment_weight[segment])); items
+// are rows.
+struct Embedding {
+  const int64_t* token_ids;     // (rows)
+  const int64_t* position_ids;  // (rows), or null: offset + row % length
+  const int64_t* segment_ids;   // (rows), or null: 0
+  const void* token_weight;     // T (.., width)
+  const void* position_weight;  // T (.., width) or null
+  const void* segment_weight;   // T (.., width) or null
+  const void* norm_weight;      // T (width), or null: no layer norm
+  const void* norm_bias;        // T (width) or null
+  int64_t rows, width, length, offset;
+  double token_scale, eps;
+  Dropout dropout;
+};
+
+struct EmbeddingFwd : Embedding {
+  void* y;  // T (rows, width)
+};
+
+// Items are chunks of rows; each writes its own line of the partial sums, which reduce_rows adds in order.
+struct EmbeddingBwd : Embedding {
+  const void* dy;         // T (rows, width)
+  void* dx;               // A (rows, width): gradient of the sum of the entries
+  void* dweight_partial;  // A (chunks, width) or null
+  void* dbias_partial;    // A (chunks, width) or null
+  int64_t partial_stride;
+};
+
+// out[entries[i]] = scale * the sum of the rows of x that list i names, in its order, by blocks of kSumBlock. Items are
+// (list, group of kListVectors vectors of columns).
+struct ListSum {
+  const void* x;          // A (rows, width)
+  const int64_t* order;   // the lists' rows, one list after the other
+  const int64_t* starts;  // (lists + 1): where in `order`
+  const int64_t* entries;  // (lists)
+  void* out;               // T (.., width)
+  int64_t lists, width;
+  double scale;
 };
 
 // Multiply-adds that stay in registers, which no product can outrun; each item is one thread's.
@@ -267,6 +354,13 @@ struct KernelTable {
   Kernel<ActivationBwd> activation_bwd[kDTypes];
   Kernel<SoftmaxFwd> softmax_fwd[kDTypes];
   Kernel<SoftmaxBwd> softmax_bwd[kDTypes];
+  Kernel<CrossEntropyFwd> cross_entropy_fwd[kDTypes];
+  Kernel<CrossEntropyBwd> cross_entropy_bwd[kDTypes];
+  Kernel<CrossEntropySum> cross_entropy_sum[kDTypes];
+  Kernel<LineSum> line_sum[kDTypes];
+  Kernel<EmbeddingFwd> embedding_fwd[kDTypes];
+  Kernel<EmbeddingBwd> embedding_bwd[kDTypes];
+  Kernel<ListSum> list_sum[kDTypes];
   Kernel<PackB> pack_b[kDTypes];
   Kernel<Gemm> gemm[kDTypes];
   Kernel<AttentionPack> attention_pack[kDTypes];

@@ -296,5 +296,43 @@ FEED_FORWARD = (
     ),
 )
 
-CASES = (*ATTENTION, *SOFTMAX, *LAYER_NORM, *GELU, *FEED_FORWARD)
+
+
+def _indices(count, *shape, ignored=0.0):
+    def draw(generator):
+        indices = torch.randint(0, count, shape, generator=generator)
+        if ignored:
+            indices[torch.rand(shape, generator=generator) < ignored] = -100
+        return indices
+
+    return draw
+
+
+CROSS_ENTROPY = tuple(
+    Case(
+        "linear_cross_entropy",
+        name,
+        {"input": (rows, 64), "weight": (classes, 64), "target": _indices(classes, rows, ignored=ignored)} | bias,
+        {"reduction": "none"} | options,
+    )
+    for name, rows, classes, ignored, bias, options in (
+        ("384 classes, bias", 60, 384, 0.0, {"bias": (384,)}, {}),
+        ("2500 classes, some ignored", 40, 2500, 0.3, {}, {}),
+        ("label smoothing", 60, 150, 0.3, {}, {"label_smoothing": 0.1}),
+    )
+)
+_ENTRIES = {
+    "token_ids": _indices(50, 4, 33), "token_weight": (50, 64), "position_weight": (40, 64),
+    "segment_ids": _indices(2, 4, 33), "segment_weight": (2, 64),
+}  # fmt: skip
+EMBEDDING = (
+    Case("embedding", "all, norm", _ENTRIES | {"norm_weight": (64,), "norm_bias": (64,)}),
+    Case("embedding", "all, no norm", _ENTRIES, {"offset": 5, "token_scale": 8.0}),
+    Case(
+        "embedding", "dropout", _ENTRIES | {"norm_weight": (64,), "norm_bias": (64,)},
+        {"dropout_p": 0.1, "training": True, "padding_idx": 3},
+    ),
+)  # fmt: skip
+
+CASES = (*ATTENTION, *SOFTMAX, *LAYER_NORM, *GELU, *FEED_FORWARD, *CROSS_ENTROPY, *EMBEDDING)
 OPS = tuple(dict.fromkeys(case.op for case in CASES))

@@ -183,6 +183,60 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -math.inf)
 
 
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """The linear layer, and cross_entropy of its output."""
+    logits = F.linear(input, weight, bias).flatten(0, -2)
+    loss = F.cross_entropy(
+        logits, target.flatten(), ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
+    )
+    return loss.view(target.shape) if reduction == "none" else loss
+
+
+def embedding(
+    token_ids: Tensor,
+    token_weight: Tensor,
+    position_weight: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    segment_weight: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    position_ids: Tensor | None = None,
+    offset: int = 0,
+    token_scale: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    padding_idx: int | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Sums of F.embedding, and F.layer_norm."""
+    total = F.embedding(token_ids, token_weight, padding_idx)
+    if token_scale != 1.0:
+        total = total * token_scale
+    if position_weight is not None:
+        positions = torch.arange(token_ids.shape[-1]) + offset if position_ids is None else position_ids
+        total = total + F.embedding(positions, position_weight)
+    if segment_weight is not None:
+        segments = torch.zeros_like(token_ids) if segment_ids is None else segment_ids
+        total = total + F.embedding(segments, segment_weight)
+    if norm_weight is not None:
+        total = F.layer_norm(total, (total.shape[-1],), norm_weight, norm_bias, eps)
+    if not training or dropout_p == 0.0:
+        return total
+    keep = philox.matrix_keep_mask(seed, token_ids.numel(), total.shape[-1], dropout_p)
+    return total * keep.view(total.shape).to(total.dtype).div(1 - dropout_p)
+
+
 def _mask(
     query: Tensor,
     key: Tensor,

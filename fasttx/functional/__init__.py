@@ -8,6 +8,8 @@ before anything is computed.
 
 from .attention import attention, attention_varlen
 from .attention_weights import attention_weights
+from .cross_entropy import linear_cross_entropy
+from .embedding import embedding
 from .feed_forward import feed_forward, linear
 from .gelu import bias_gelu, gelu
 from .layer_norm import add_layer_norm, layer_norm
@@ -20,10 +22,12 @@ __all__ = [
     "attention_varlen",
     "attention_weights",
     "bias_gelu",
+    "embedding",
     "feed_forward",
     "gelu",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "merge_attention",
     "softmax",
 ]

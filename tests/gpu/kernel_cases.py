@@ -2,7 +2,7 @@
 
 import torch
 
-from gpu import attention_cases, sample_kernels
+from gpu import attention_cases, op_cases, sample_kernels
 from gpu.compile_matrix import Case
 
 
@@ -31,4 +31,5 @@ CASES = [
     Case("sample attention", _attention, matrix=("",)),
     Case("sample layer norm", _layer_norm),
     *attention_cases.CASES,
+    *op_cases.ENDS,
 ]

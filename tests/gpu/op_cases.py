@@ -1,7 +1,7 @@
 """Calls of every kernel but attention's for the compile matrix: each configuration, laden with most that it can be."""
 
 import torch
-from fasttx.kernels import configs, gelu, layer_norm, matmul, softmax
+from fasttx.kernels import configs, cross_entropy, embedding, gelu, layer_norm, matmul, softmax
 from fasttx.kernels.configs import Config
 from fasttx.kernels.dropout import Dropout
 from fasttx.kernels.launch import KERNELS
@@ -45,6 +45,28 @@ def _softmax_bwd(width: int) -> None:
     softmax.softmax_bwd(_empty(_ROWS, width), _empty(_ROWS, width))
 
 
+def _embedding(width: int, backward: bool) -> None:
+    ids = torch.zeros(2, _ROWS // 2, dtype=torch.int64)
+    table, weight = _empty(_ROWS, width), _empty(width)
+    call = (ids, table, ids, table, ids, table, weight, weight, 2.0, 0, 1e-5, 0.1, _SEED, 0)
+    if backward:
+        embedding.embedding_bwd(_empty(*ids.shape, width), *call, *[True] * 5)
+    else:
+        embedding.embedding_fwd(*call)
+
+
+def _cross_entropy(dtype: torch.dtype, backward: bool) -> None:
+    target = torch.zeros(_ROWS, dtype=torch.int64)
+    call = (_empty(_ROWS, 256, dtype=dtype), _empty(512, 256, dtype=dtype), target, _empty(512, dtype=dtype))
+    if not backward:
+        cross_entropy.linear_cross_entropy_fwd(*call, -100, 0.1, 0)
+        return
+    # The products that follow are matmul's own cases.
+    cross_entropy.linear_cross_entropy_bwd(
+        torch.empty(_ROWS), *call, torch.empty(_ROWS, 2), -100, 0.1, 0, False, False, False
+    )
+
+
 def _row_cases(name: str, call) -> list[Case]:
     """A case for each entry of a table that goes by the width of a row, the same on every architecture."""
 
@@ -79,26 +101,45 @@ def _product(dtype: torch.dtype, epilogue: int) -> None:
         matmul.multiply_backward(x, weight.t(), h, activation=2, preact=y, dropout=dropout, hidden=y, wants_sums=True)
 
 
-def _matmul_cases() -> list[Case]:
-    """A case for each entry, on the architectures that have it."""
+def _tile_cases(kernel: str, call, matrix: str) -> list[Case]:
+    """A case for each entry of a table of products, on the architectures that have it; `matrix` names the kernels."""
     found: dict[str, tuple[Config, list[str]]] = {}
-    for architecture, table in configs.TABLES["matmul"].items():
+    for architecture, table in configs.TABLES[kernel].items():
         for config in table:
             blocks, up_to = "x".join(str(config.blocks[f"BLOCK_{axis}"]) for axis in "MNK"), config.up_to
-            name = f"matmul {blocks}, {config.num_warps} warps, {config.num_stages} stages, {up_to['bits']} bits"
+            name = f"{kernel} {blocks}, {config.num_warps} warps, {config.num_stages} stages, {up_to['bits']} bits"
             found.setdefault(name, (config, []))[1].append(architecture)
-
-    def run(config: Config) -> None:
-        with KERNELS["matmul"].using(config):
-            _product(torch.bfloat16 if config.up_to["bits"] == 16 else torch.float32, config.up_to["epilogue"])
-
     return [
         # float32 is multiplied by the vector units, unless PyTorch allows TF32.
-        Case(name, lambda c=c: run(c), ("matmul",) if c.up_to["bits"] == 16 else (), tuple(architectures))
+        Case(name, lambda c=c: call(c), (matrix,) if c.up_to["bits"] == 16 else (), tuple(architectures))
         for name, (c, architectures) in found.items()
     ]
 
 
+def _dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.up_to["bits"] == 16 else torch.float32
+
+
+def _run_matmul(config: Config) -> None:
+    with KERNELS["matmul"].using(config):
+        _product(_dtype(config), config.up_to["epilogue"])
+
+
+def _cross_entropy_cases(kernel: str) -> list[Case]:
+    def run(config: Config) -> None:
+        with KERNELS[kernel].using(config):
+            _cross_entropy(_dtype(config), backward=kernel.endswith("bwd"))
+
+    return _tile_cases(kernel, run, kernel)
+
+
+# What a model begins and ends with.
+ENDS = [
+    *_row_cases("embedding_fwd", lambda width: _embedding(width, False)),
+    *_row_cases("embedding_bwd", lambda width: _embedding(width, True)),
+    *_cross_entropy_cases("cross_entropy_fwd"),
+    *_cross_entropy_cases("cross_entropy_bwd"),
+]
 CASES = [
     *_row_cases("layer_norm_fwd", _layer_norm_fwd),
     *_row_cases("layer_norm_bwd", _layer_norm_bwd),
@@ -110,5 +151,6 @@ CASES = [
     *_row_cases("softmax_bwd", _softmax_bwd),
     Case("softmax_fwd wide", lambda: _softmax_fwd(20000), (), _ARCHITECTURES),
     Case("softmax_bwd wide", lambda: _softmax_bwd(20000), (), _ARCHITECTURES),
-    *_matmul_cases(),
+    *_tile_cases("matmul", _run_matmul, "matmul"),
+    *ENDS,
 ]
