@@ -23,7 +23,7 @@ def _load_scores(
     x_ptr, mask_ptr, row, column, rows, heads, queries, width,
     stride_mb, stride_mh, stride_mq, stride_mk, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """log2(e) times the masked input, (M, N) float32; -infinity where it is masked out or outside.
+    """The masked input, (M, N) float32; -infinity where it is masked out or outside.
 
     The rows are those of (batch, heads, queries); the mask's strides are 0 where it broadcasts.
     """
@@ -42,7 +42,13 @@ def _load_scores(
             scores += tl.load(mask_ptr + mask_at, mask=inside, other=0.0).to(tl.float32)
     if CAUSAL:
         scores = tl.where(column[None, :] <= query[:, None], scores, float("-inf"))
-    return scores * LOG2E
+    return scores
+
+
+@triton.jit
+def _exponential(scores, base):
+    """e^(scores - base), base finite; the difference first: multiplied out, large scores round it off."""
+    return tl.exp2((scores - base) * LOG2E)
 
 
 @triton.jit
@@ -72,7 +78,7 @@ def _softmax_fwd_kernel(
     scores = _load_scores(
         x_ptr, mask_ptr, row, column, rows, heads, queries, width, stride_mb, stride_mh, stride_mq, stride_mk, CAUSAL
     )  # fmt: skip
-    exponentials = tl.exp2(scores - _finite(tl.max(scores, 1))[:, None])
+    exponentials = _exponential(scores, _finite(tl.max(scores, 1))[:, None])
     y = exponentials * _reciprocal(tl.sum(exponentials, 1))[:, None]
     at = row.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(row < rows)[:, None] & (column < width)[None, :])
@@ -96,10 +102,10 @@ def _softmax_fwd_wide_kernel(
         )  # fmt: skip
         new_largest = tl.maximum(largest, scores)
         base = _finite(new_largest)
-        total = total * tl.exp2(largest - base) + tl.exp2(scores - base)
+        total = total * _exponential(largest, base) + _exponential(scores, base)
         largest = new_largest
     base = _finite(tl.max(largest, 1))[:, None]
-    scale = _reciprocal(tl.sum(total * tl.exp2(largest - base), 1))[:, None]
+    scale = _reciprocal(tl.sum(total * _exponential(largest, base), 1))[:, None]
     for start in range(0, width, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         scores = _load_scores(
@@ -107,7 +113,7 @@ def _softmax_fwd_wide_kernel(
             CAUSAL,
         )  # fmt: skip
         at = row.to(tl.int64)[:, None] * width + column[None, :]
-        y = tl.exp2(scores - base) * scale
+        y = _exponential(scores, base) * scale
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(column < width)[None, :])
 
 
