@@ -62,7 +62,8 @@ struct ScoreScale {
   explicit ScoreScale(const AttentionShape& g)
       : added(g.mask.kind == MaskKind::additive || g.alibi_slopes != nullptr),
         scale(static_cast<A>(g.scale < 0 ? -g.scale : g.scale)) {
-    constexpr double kLog2e = 1.4426950408889634, kTiny = 1e-30;  // which leaves of -inf what it is
+    constexpr double kLog2e = 1.4426950408889634;
+    constexpr double kTiny = sizeof(A) == 4 ? 0x1p-126 : 0x1p-1022;  // which leaves of -inf what it is
     const double size = g.scale < 0 ? -g.scale : g.scale;
     exponent = static_cast<A>(added ? kLog2e : size * kLog2e > kTiny ? size * kLog2e : kTiny);
   }
