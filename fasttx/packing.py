@@ -1,9 +1,9 @@
 """Packed copies of weights, made once and kept as long as the weight they were made from.
 
 The matrix kernels read a weight in panels of their register tile's width. A copy is valid for one tensor, its version
-counter, its memory, the instruction set, and a sample of its values: an optimizer step, `load_state_dict`, `.to()` and
-`set_isa` all show up in these. The sample is there for edits through `.data`, which no counter sees: it catches those
-that change the whole weight. After a partial edit through `.data`, call `invalidate()`.
+counter, its memory and strides, the instruction set, and a sample of its values: an optimizer step, `load_state_dict`,
+`.to()` and `set_isa` all show up in these. The sample is there for edits through `.data`, which no counter sees: it
+catches those that change the whole weight. After a partial edit through `.data`, call `invalidate()`.
 """
 
 import torch
@@ -35,7 +35,7 @@ def settled_state(tensor: Tensor | None) -> tuple | None:
         return None
     address = tensor.data_ptr()
     sample = extension.fingerprint(address, tensor.nbytes)
-    return tensor._version, address, tensor.shape, tensor.dtype, sample
+    return tensor._version, address, tensor.shape, tensor.stride(), tensor.dtype, sample
 
 
 def transposed(weight: Tensor) -> Tensor:
@@ -47,12 +47,17 @@ def transposed(weight: Tensor) -> Tensor:
     if not _is_settled(weight):
         return weight.t()
     known = _transposed.get(weight)
-    place = (weight.data_ptr(), weight.shape, weight.dtype)
+    place = place_of(weight)
     if known is None or known[0] != place:
         # Detached, so that it does not keep the weight alive that the cache forgets it with.
         known = (place, weight.detach().t())
         _transposed.set(weight, known)
     return known[1]
+
+
+def place_of(weight: Tensor) -> tuple:
+    """What changes when a tensor comes to lie elsewhere or otherwise: a view made of it before is then none of it."""
+    return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
 
 
 def packed(weight: Tensor) -> Tensor | None:

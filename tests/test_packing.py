@@ -13,6 +13,7 @@ import fasttx
 from fasttx import functional, packing
 from fasttx.dispatch import extension
 from fasttx.nn import _blocks
+from fasttx.nn.attention import _split_rows
 from fasttx.packing import packed
 
 pytestmark = pytest.mark.usefixtures("needs_extension", "_empty_cache")
@@ -103,6 +104,27 @@ def test_an_edit_of_the_data_is_seen_at_any_size(shape, dtype):
     weight.data.neg_()
     assert packed(weight) is not before
     assert_current(weight)
+
+
+@torch.no_grad()
+def test_other_strides_over_the_same_memory_are_seen():
+    """A square weight whose data is turned around: its memory, version and shape are what they were."""
+    weight = parameter(33, 33)
+    before, turned = packed(weight), packing.transposed(weight)
+    weight.data = weight.data.t()
+    assert packed(weight) is not before
+    assert_current(weight)
+    assert packing.transposed(weight) is not turned
+    assert torch.equal(packing.transposed(weight), weight.t())
+
+
+@torch.no_grad()
+def test_other_strides_of_joined_projections_are_seen():
+    """As before, of the rows for queries and those for keys and values, which attention keeps."""
+    weight = parameter(9, 9)
+    _split_rows(weight, 3)
+    weight.data = weight.data.t()
+    assert all(map(torch.equal, _split_rows(weight, 3), weight.split((3, 6))))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from fasttx.dispatch import takes_kernel
 from fasttx.functional.attention import attend
 from fasttx.ops.attention import EACH, MEAN, NONE
 from fasttx.ops.self_attention import self_attention
+from fasttx.packing import place_of
 from fasttx.rng import draw_seed
 
 from ._plain import parameter, step_aside
@@ -290,7 +291,7 @@ def _split_rows(weight: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The first `width` rows, and the others."""
     if torch.compiler.is_compiling() or (weight.requires_grad and torch.is_grad_enabled()):
         return weight.split((width, weight.shape[0] - width))
-    place = (weight.data_ptr(), weight.dtype)
+    place = place_of(weight)
     known = _rows.get(weight)
     if known is None or known[0] != place:
         # Detached, so that they do not keep the weight alive that the cache forgets them with.
