@@ -1,4 +1,4 @@
-"""Attention of float32 and float16 where it may run in bf16 parts: shapes that take them, values that they do not hold."""
+"""Attention of float32 and float16 where it may run in bf16 parts: shapes that take them, values they do not hold."""
 
 import math
 
@@ -63,7 +63,7 @@ def test_magnitudes_within_budget(name, power):
 @pytest.mark.parametrize("value", (math.inf, -math.inf, math.nan, torch.finfo(torch.float32).max), ids=str)
 @pytest.mark.parametrize("name", ("key", "value"))
 def test_values_that_parts_do_not_hold(isa, name, value):
-    """One such value: what is not finite in eager PyTorch is so here, and the rest is within the budget of the others."""
+    """One such value: what is not finite in eager PyTorch is so here, and the rest is within their budget."""
     inputs = {n: x.float() for n, x in draw_inputs(1, 2, 2, 70, 150, 64, 64).items()}
     inputs[name][0, 1, 40, 3] = value
     found = run_op(**inputs)[0]
