@@ -3,6 +3,33 @@
 // An item packs its rows once, and goes through its panels in waves whose sums stay in L2, a stretch of k after the other:
 // the stretch of a panel stays in L1 while the rows pass, and the next one is fetched meanwhile.
 
+// Finishes rows of a whole tile that want a bias, an activation or its gradient, and what goes with them: without a
+// question for every vector.
+template <class T, Activation kActivation, bool kStoresPreact, bool kGradient>
+static FASTTX_INLINE void finish_plain(const Gemm& g, int64_t row, int64_t rows, int64_t column, const accum_t<T>* sums) {
+  using V = Vec<accum_t<T>>;
+  V bias[kGemmVecs];
+  for (int j = 0; j < kGemmVecs; ++j)
+    bias[j] = g.bias == nullptr ? V::zero() : V::load(static_cast<const T*>(g.bias) + column + j * V::kWidth);
+  int64_t at = row * g.c_stride + column;
+  for (int64_t i = 0; i < rows; ++i, sums += kGemmCols<T>, at += g.c_stride) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kGemmVecs; ++j) {
+      const int64_t here = at + j * V::kWidth;
+      const V value = V::load(sums + j * V::kWidth) + bias[j];
+      T* c = static_cast<T*>(g.c) + here;
+      if constexpr (kGradient) {
+        const auto both = gelu_and_grad<kActivation>(V::load(static_cast<const T*>(g.grad_preact) + here));
+        (value * both.gradient).store(c);
+        if (g.recomputed != nullptr) both.value.store(static_cast<T*>(g.recomputed) + here);
+      } else {
+        if constexpr (kStoresPreact) value.store(static_cast<T*>(g.preact) + here);
+        gelu<kActivation>(value).store(c);
+      }
+    }
+  }
+}
+
 // Finishes a tile: `sums` holds the dot products of `rows` rows from `row` on with a panel's columns.
 template <class T, Activation kActivation>
 static FASTTX_INLINE void finish_tile(const Gemm& g, int64_t row, int64_t rows, int64_t column, const accum_t<T>* sums) {
@@ -62,11 +89,11 @@ struct GemmKernel {
 
   struct Scratch {
     ScratchPieces pieces;
-    A* sums;  // (panels of a wave, rows, kCols)
+    A* sums;  // (panels of a wave, rows, kCols), or two tiles
     Operands operands;
     Scratch(const Gemm& g, const Blocks& blocks, void* base)
         : pieces{static_cast<char*>(base)},
-          sums(pieces.take<A>(blocks.wave * blocks.rows * kCols)),
+          sums(pieces.take<A>(max_of(blocks.wave * blocks.rows, 2 * blocks.tile_rows) * kCols)),
           operands(g, blocks, pieces) {}
   };
 
@@ -95,6 +122,10 @@ struct GemmKernel {
                        int64_t row0, int64_t rows, int64_t panel0, int64_t past, bool first) {
     Operands& operands = scratch.operands;
     Unfinished unfinished{};
+    // Sums that no later stretch adds to are kept until the next tile is done: two places in turn, which stay in L1.
+    const bool is_whole = g.k <= kBlockK<T>;
+    A* spare = scratch.sums + blocks.tile_rows * kCols;
+    A* place = scratch.sums;
     int64_t k = 0;
     do {
       const int64_t depth = min_of(g.k - k, kBlockK<T>), next_k = k + depth;
@@ -109,14 +140,23 @@ struct GemmKernel {
         A* sums = scratch.sums + (panel - panel0) * blocks.rows * kCols;
         for (int64_t r = 0; r < rows; r += blocks.tile_rows) {
           const int64_t height = min_of(blocks.tile_rows, rows - r);
-          if (last) fetch_result(g, row0 + r, height, panel * kCols);
+          if (is_whole) {
+            std::swap(place, spare);
+          } else {
+            place = sums + r * kCols;
+          }
+          Lines lines{row0 + r, last ? height : 0, panel * kCols};
           // The epilogue of one tile is done while the next is computed, where another unit computes it.
           const int64_t share = kOnMatrixUnit<T> ? ceil_div(unfinished.rows * kAmxK, max_of(1, depth)) : unfinished.rows;
-          const auto meanwhile = [&] { finish(g, operands, unfinished, share); };
+          const int64_t fetched = kOnMatrixUnit<T> ? ceil_div(lines.rows * kAmxK, max_of(1, depth)) : lines.rows;
+          const auto meanwhile = [&] {
+            finish(g, operands, unfinished, share);
+            fetch(g, lines, fetched);
+          };
           if constexpr (!kOnMatrixUnit<T>) meanwhile();
-          operands.multiply(unit, r, height, k > 0, sums + r * kCols, meanwhile);
+          operands.multiply(unit, r, height, k > 0, place, meanwhile);
           finish(g, operands, unfinished, unfinished.rows);
-          if (last) unfinished = {row0 + r, height, panel * kCols, sums + r * kCols};
+          if (last) unfinished = {row0 + r, height, panel * kCols, place};
         }
       }
       k = next_k;
@@ -124,11 +164,28 @@ struct GemmKernel {
     finish(g, operands, unfinished, unfinished.rows);
   }
 
-  // A tile's lines of the result, so that its stores need not wait for them.
-  static void fetch_result(const Gemm& g, int64_t row, int64_t rows, int64_t column) {
-    const T* at = static_cast<const T*>(g.c) + row * g.c_stride + column;
-    for (int64_t i = 0; i < rows; ++i, at += g.c_stride)
-      for (int64_t line = 0; line < min_of(kCols, g.n - column); line += 64 / sizeof(T)) __builtin_prefetch(at + line, 1);
+  // Rows of a tile whose lines in the matrices beside the sums are still to be fetched, so that its epilogue need not wait
+  // for them.
+  struct Lines {
+    int64_t row, rows, column;
+  };
+  template <int kWritten>
+  static void fetch_line(const void* matrix, int64_t byte) {
+    if (matrix != nullptr) __builtin_prefetch(static_cast<const char*>(matrix) + byte, kWritten);
+  }
+  static void fetch(const Gemm& g, Lines& lines, int64_t most_rows) {
+    const int64_t rows = min_of(most_rows, lines.rows), bytes = min_of(kCols, g.n - lines.column) * sizeof(T);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = ((lines.row + i) * g.c_stride + lines.column) * sizeof(T);
+      for (int64_t line = at; line < at + bytes; line += 64) {
+        fetch_line<0>(g.grad_preact, line);
+        fetch_line<0>(g.residual, line);
+        fetch_line<1>(g.c, line);
+        fetch_line<1>(g.preact, line);
+        fetch_line<1>(g.recomputed, line);
+      }
+    }
+    lines = {lines.row + rows, lines.rows - rows, lines.column};
   }
 
   // Rows of a tile whose epilogue is still to be done.
@@ -140,8 +197,17 @@ struct GemmKernel {
     const int64_t rows = min_of(most_rows, tile.rows);
     if (rows == 0) return;
     operands.mend(tile.row, rows, tile.column, tile.sums);
+    const bool is_plain = tile.column + kCols <= g.n && g.residual == nullptr && !g.dropout.active && !g.c_is_wide;
     with_activation(g.activation, [&]<Activation kActivation>() {
-      finish_tile<T, kActivation>(g, tile.row, rows, tile.column, tile.sums);
+      if (!is_plain) {
+        finish_tile<T, kActivation>(g, tile.row, rows, tile.column, tile.sums);
+      } else if (g.grad_preact != nullptr) {
+        finish_plain<T, kActivation, false, true>(g, tile.row, rows, tile.column, tile.sums);
+      } else if (g.preact != nullptr) {
+        finish_plain<T, kActivation, true, false>(g, tile.row, rows, tile.column, tile.sums);
+      } else {
+        finish_plain<T, kActivation, false, false>(g, tile.row, rows, tile.column, tile.sums);
+      }
     });
     tile = {tile.row + rows, tile.rows - rows, tile.column, tile.sums + rows * kCols};
   }

@@ -24,8 +24,8 @@ struct GemmBlocks {
     wave = ceil_div(group, ceil_div(group, kMostWave));
   }
   int64_t groups() const { return ceil_div(panels, group); }
-  // The sums of a wave are at most 300 KiB in float32, 512 KiB on AMX.
-  static constexpr int64_t kMostRows = kOnMatrixUnit<T> ? 256 : 14 * kGemmRows;
+  // The sums of a wave are at most 300 KiB in float32, 512 KiB to 1 MiB on AMX.
+  static constexpr int64_t kMostRows = kUsesAmx<T> ? 512 : kOnMatrixUnit<T> ? 256 : 14 * kGemmRows;
   static constexpr int64_t kMostWave = kOnMatrixUnit<T> ? 16 : 12;
   static constexpr int64_t kMostKeptK = 4096;
 };
@@ -87,16 +87,21 @@ class PackedOperands {
   template <class F>
   void multiply([[maybe_unused]] ProductUnit<T>& unit, int64_t r, int64_t rows, bool add, A* sums,
                 [[maybe_unused]] const F& meanwhile) {
-    ahead_.fetch();
     const int64_t depth = packed_k<T>(depth_);
 #if defined(__AMX_BF16__)
     if constexpr (kUsesAmx<T>) {
+      const int64_t lines = ceil_div(ahead_.share, max_of(1, depth / kAmxK));
+      const auto also_fetch = [&] {
+        ahead_.fetch(lines);
+        meanwhile();
+      };
       const bool packed = left_stride_ == 0;
       amx_product<kCols>(unit, left_ + r * (packed ? depth : left_stride_), packed ? kAmxK : left_stride_,
-                         packed ? rows * kAmxK : kAmxK, panel_, depth, rows, kCols, add, sums, kCols, meanwhile);
+                         packed ? rows * kAmxK : kAmxK, panel_, depth, rows, kCols, add, sums, kCols, also_fetch);
       return;
     }
 #endif
+    ahead_.fetch(ahead_.share);
     with_count<kGemmRows>(rows, [&]<int kRows>() {
       const P* tile = left_ + r * depth;
       int64_t k = 0;
@@ -117,8 +122,8 @@ class PackedOperands {
     int64_t stride, runs;  // from one run to the next; how many are left
     int64_t run_bytes, share;
     int64_t at = 0;
-    void fetch() {
-      for (int64_t line = 0; line < share && runs > 0; ++line) {
+    void fetch(int64_t lines) {
+      for (; lines > 0 && runs > 0; --lines) {
         __builtin_prefetch(run + at, 0, 2);
         if ((at += 64) < run_bytes) continue;
         at = 0;

@@ -9,7 +9,7 @@ static inline int64_t packed_k(int64_t k) {
 // Values of k that are taken together: a tile's rows and as much of a panel, 24 KiB in float32, stay in L1; and the parts
 // of both, 18 KiB each. On AMX bf16 comes from L2 fast enough.
 template <class T>
-constexpr int64_t kBlockK = kUsesAmx<T> ? 768 : kSplits<T> ? 96 : 192;
+constexpr int64_t kBlockK = kUsesAmx<T> ? 1024 : kSplits<T> ? 96 : 192;
 // Rows of the left operand that are packed together as [step][row][kLeftStep].
 template <class T>
 constexpr int kLeftRows = kOnMatrixUnit<T> ? 32 : kGemmRows;
