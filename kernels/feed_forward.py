@@ -110,9 +110,9 @@ def feed_forward_block_fwd(
     input: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, norm_first: bool, activation: int,
     dropout1_p: float, seed1: Tensor | None, dropout2_p: float, seed2: Tensor | None, store: bool,
-    packed1: Tensor | None, packed2: Tensor | None,
+    packed1: Tensor | None, packed2: Tensor | None, decodes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """fasttx::feed_forward_block_fwd; weights are not packed here."""
+    """fasttx::feed_forward_block_fwd; weights are not packed here, and `decodes` is for the CPU."""
     _refuse_packed(packed1, packed2)
     none = input.new_empty((0,))
     require_input("input", input)

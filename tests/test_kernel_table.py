@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from budget import DTYPES
+from budget import DTYPES, assert_within_budget
 from properties import draw, same_bits
 
 from fasttx import reference
@@ -124,6 +124,12 @@ def gemm(isa, dtype, m=200, k=71, n=333, c_stride=340):
     fields |= {"threads": 8, "c_stride": c_stride}
     call = Call("gemm", "Gemm", isa, dtype, inputs, {"c": ((m, c_stride), dtype)}, **fields)
     call.x, call.weight, call.columns = x, weight, n
+    return call
+
+
+def gemm_on_vectors(isa, dtype, m=200, k=71, n=333):
+    call = gemm(isa, dtype, m, k, n)
+    call.fields["on_vectors"] = True
     return call
 
 
@@ -273,8 +279,8 @@ def attention_weights_bwd(isa, dtype):
 
 KERNELS = (
     layer_norm, layer_norm_bwd, reduce_rows, reduce_rows_to_two, column_sum, activation, without_bias, activation_bwd,
-    softmax_fwd, softmax_bwd, pack_b, gemm, attention_fwd, attention_bwd, attention_bias_bwd,
-    attention_alibi_bwd, attention_weights_fwd, attention_weights_mean, attention_weights_bwd,
+    softmax_fwd, softmax_bwd, pack_b, gemm, gemm_on_vectors, attention_fwd, attention_bwd,
+    attention_bias_bwd, attention_alibi_bwd, attention_weights_fwd, attention_weights_mean, attention_weights_bwd,
 )  # fmt: skip
 every_kernel = pytest.mark.parametrize("make", KERNELS, ids=lambda make: make.__name__)
 
@@ -388,6 +394,28 @@ def test_gemm_writes_its_columns_only(isa, dtype):
     truth = reference.linear(call.x.double(), call.weight.double(), call.inputs["bias"].double())
     tolerance = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(expected.double(), truth, rtol=tolerance, atol=8 * tolerance)
+
+
+@every_dtype
+@pytest.mark.parametrize("k", [1, 71, 300])
+def test_gemm_on_vectors(isa, dtype, k):
+    """Within the error budget, each row by itself, and where nothing comes in parts the bits of every product."""
+    call = gemm_on_vectors(isa, dtype, m=19, k=k)
+    found = call.whole()["c"][:, : call.columns]
+    bias = call.inputs["bias"]
+    operands = (call.x, call.weight, bias)
+    narrow = (x.float() for x in operands) if dtype == torch.float64 else operands
+    assert_within_budget(
+        actual=found, eager=torch.nn.functional.linear(*narrow),
+        truth=reference.linear(*(x.double() for x in operands)),
+        eager_truth=reference.linear(*(x.float().double() for x in operands)) if dtype == torch.float64 else None,
+    )  # fmt: skip
+    row = gemm_on_vectors(isa, dtype, m=1, k=k)
+    row.inputs |= {"a": call.x[:1].clone(), "b": call.inputs["b"], "bias": bias}
+    assert same_bits(row.whole()["c"][:, : call.columns], found[:1])
+    extension.set_isa(isa)
+    if isa != "amx" or dtype not in (torch.float32, torch.float16):
+        assert same_bits(found, torch.ops.fasttx.linear_fwd(call.x, call.weight, bias, None))
 
 
 @pytest.mark.parametrize("make", KERNELS, ids=lambda make: make.__name__)

@@ -224,7 +224,7 @@ BAD_FFN_BLOCK = [
 ]  # fmt: skip
 RAW["feed_forward_block_fwd"] = (
     {**FFN_BLOCK, "bias1": f32(S), "bias2": VECTOR, "norm_bias": VECTOR, "norm_first": False, "store": True,
-     "packed1": None, "packed2": None},
+     "packed1": None, "packed2": None, "decodes": False},
     [*BAD_FFN_BLOCK, wrong(bias1=f32(1)), wrong(bias2=f32(1)), wrong(norm_bias=f32(1)), wrong(packed1=U8),
      wrong(packed2=U8)],
 )  # fmt: skip

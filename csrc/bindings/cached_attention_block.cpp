@@ -43,8 +43,10 @@ Tensor cached_attention_block_fwd(const Tensor& input, const Tensor& weight_in, 
   STD_TORCH_CHECK(length >= 0 && seen <= keys.size(2), "keys have room for ", keys.size(2), " tokens, not for ", seen);
 
   const Tensor y = norm_first ? layer_norm_fwd(x, width_of(x), norm_weight, norm_bias, eps) : x;
+  // Tokens that come one at a time have few rows, whatever their batch.
+  const bool decodes = tokens == 1;
   Intermediate projected({batch, tokens, row}, x, false);
-  linear_forward(y, weight_in, bias_in, packed_in, {kNone, 0.0, kNone}, *projected);
+  linear_forward(y, weight_in, bias_in, packed_in, {kNone, 0.0, kNone}, *projected, decodes);
   const auto heads_of = [&](Tensor& of, int64_t part, int64_t stride) {
     char* first = static_cast<char*>(of.mutable_data_ptr()) + part * width * x.element_size();
     return view_of(first, {batch, heads, tokens, head}, {tokens * stride, head, stride, 1}, x);
@@ -64,7 +66,7 @@ Tensor cached_attention_block_fwd(const Tensor& input, const Tensor& weight_in, 
                     {attn_mask, kNone, kNone, kNone, kNone, is_causal, appends ? length : 0, -1, -1, 0.0, kNone, scale},
                     false, Weights::none, joined);
   Intermediate sum(sizes_of(x), x, norm_first);
-  linear_forward(*attended, weight_out, bias_out, packed_out, {x, 0.0, kNone}, *sum);
+  linear_forward(*attended, weight_out, bias_out, packed_out, {x, 0.0, kNone}, *sum, decodes);
   return norm_first ? *sum : layer_norm_fwd(*sum, width_of(x), norm_weight, norm_bias, eps);
 }
 

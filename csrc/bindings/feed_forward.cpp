@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_bwd(
 Tensor feed_forward_forward(const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1,
                             const Tensor& weight2, const OptionalTensor& bias2, int64_t activation, double dropout_p,
                             const OptionalTensor& seed, bool store_preact, const OptionalTensor& packed1,
-                            const OptionalTensor& packed2, const Ending& ending, Tensor& output) {
+                            const OptionalTensor& packed2, const Ending& ending, Tensor& output, bool on_vectors) {
   const Shape s = check(input, weight1, weight2);
   check_like(bias1, input, "bias1", {s.hidden});
   check_like(bias2, input, "bias2", {s.out});
@@ -82,11 +82,11 @@ Tensor feed_forward_forward(const Tensor& input, const Tensor& weight1, const Op
   for (int64_t row = 0; row < s.rows; row += kChunkRows) {
     const int64_t rows = std::min(kChunkRows, s.rows - row);
     multiply(s.dtype, {at_row(data(x), row, s.in, x), rows, s.in, s.in, 1}, w1,
-             {.bias = data(b1), .activation = make_activation(activation),
+             {.on_vectors = on_vectors, .bias = data(b1), .activation = make_activation(activation),
               .preact = at_row(out_or_null(preact), row, s.hidden, x), .c = hidden.data(), .c_stride = s.hidden,
               .row_offset = row, .dropout = dropout});
     multiply(s.dtype, {hidden.data(), rows, s.hidden, s.hidden, 1}, w2,
-             {.bias = data(b2), .residual = at_row(data(r), row, s.out, x), .c = at_row(out(output), row, s.out, x),
+             {.on_vectors = on_vectors, .bias = data(b2), .residual = at_row(data(r), row, s.out, x), .c = at_row(out(output), row, s.out, x),
               .c_stride = s.out, .row_offset = row, .dropout = dropout2});
   }
   return preact;

@@ -33,19 +33,20 @@ struct Ending {
   const OptionalTensor& seed;
 };
 
-// Writes the output, which is dense.
+// Writes the output, which is dense. on_vectors: as in Gemm.
 void linear_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& packed,
-                    const Ending& ending, Tensor& output);
+                    const Ending& ending, Tensor& output, bool on_vectors = false);
 // Writes dinput, which is dense, with `residual` added to it, unless it is null; returns (dweight, dbias).
 std::tuple<Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
                                            const OptionalTensor& residual, Tensor* dinput, bool needs_weight,
                                            bool needs_bias);
 
-// Writes the output, which is dense, and returns preact.
+// Writes the output, which is dense, and returns preact. on_vectors: as in Gemm.
 Tensor feed_forward_forward(const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1,
                             const Tensor& weight2, const OptionalTensor& bias2, int64_t activation, double dropout_p,
                             const OptionalTensor& seed, bool store_preact, const OptionalTensor& packed1,
-                            const OptionalTensor& packed2, const Ending& ending, Tensor& output);
+                            const OptionalTensor& packed2, const Ending& ending, Tensor& output,
+                            bool on_vectors = false);
 // `residual` is added to dinput.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> feed_forward_backward(
     const Tensor& grad, const Tensor& input, const Tensor& preact, const Tensor& weight1, const Tensor& weight2,

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& grad, const Tensor& 
 }  // namespace
 
 void linear_forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& packed,
-                    const Ending& ending, Tensor& output) {
+                    const Ending& ending, Tensor& output, bool on_vectors) {
   const Shape s = check(input, weight);
   check_like(bias, input, "bias", {s.out});
   check_like(ending.residual, input, "residual", s.output);
@@ -54,7 +54,7 @@ void linear_forward(const Tensor& input, const Tensor& weight, const OptionalTen
   const Tensor x = dense(input);
   const OptionalTensor b = dense(bias), r = dense(ending.residual);
   multiply(s.dtype, as_rows(x, s.rows, s.in), Right(s.dtype, as_matrix(weight).transposed(), s.rows, packed),
-           {.bias = data(b), .residual = data(r), .c = out(output), .c_stride = s.out,
+           {.on_vectors = on_vectors, .bias = data(b), .residual = data(r), .c = out(output), .c_stride = s.out,
             .dropout = make_dropout(ending.dropout_p, ending.seed)});
 }
 

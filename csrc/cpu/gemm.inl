@@ -78,13 +78,13 @@ static FASTTX_INLINE void finish_tile(const Gemm& g, int64_t row, int64_t rows, 
   }
 }
 
-// Items are (block of rows, group of panels), the groups the faster.
-template <class T>
-struct GemmKernel {
+// Items are (block of rows, group of panels), the groups the faster. kParts: operands are taken in parts.
+template <class T, bool kParts>
+struct GemmKernelOn {
   using A = accum_t<T>;
-  using Blocks = GemmBlocks<T>;
-  using Operands = typename GemmTypes<T>::Operands;
-  using Unit = typename GemmTypes<T>::Unit;
+  using Blocks = GemmBlocks<T, kParts>;
+  using Operands = typename GemmTypes<T, kParts>::Operands;
+  using Unit = typename GemmTypes<T, kParts>::Unit;
   static constexpr int64_t kCols = kGemmCols<T>;
 
   struct Scratch {
@@ -147,13 +147,13 @@ struct GemmKernel {
           }
           Lines lines{row0 + r, last ? height : 0, panel * kCols};
           // The epilogue of one tile is done while the next is computed, where another unit computes it.
-          const int64_t share = kOnMatrixUnit<T> ? ceil_div(unfinished.rows * kAmxK, max_of(1, depth)) : unfinished.rows;
-          const int64_t fetched = kOnMatrixUnit<T> ? ceil_div(lines.rows * kAmxK, max_of(1, depth)) : lines.rows;
+          const int64_t share = Blocks::kBeside ? ceil_div(unfinished.rows * kAmxK, max_of(1, depth)) : unfinished.rows;
+          const int64_t fetched = Blocks::kBeside ? ceil_div(lines.rows * kAmxK, max_of(1, depth)) : lines.rows;
           const auto meanwhile = [&] {
             finish(g, operands, unfinished, share);
             fetch(g, lines, fetched);
           };
-          if constexpr (!kOnMatrixUnit<T>) meanwhile();
+          if constexpr (!Blocks::kBeside) meanwhile();
           operands.multiply(unit, r, height, k > 0, place, meanwhile);
           finish(g, operands, unfinished, unfinished.rows);
           if (last) unfinished = {row0 + r, height, panel * kCols, place};
@@ -210,5 +210,21 @@ struct GemmKernel {
       }
     });
     tile = {tile.row + rows, tile.rows - rows, tile.column, tile.sums + rows * kCols};
+  }
+};
+
+template <class T>
+struct GemmKernel {
+  static Plan plan(const Gemm& g) {
+    if constexpr (kSplits<T>) {
+      if (!g.on_vectors) return GemmKernelOn<T, true>::plan(g);
+    }
+    return GemmKernelOn<T, false>::plan(g);
+  }
+  static void run(const Gemm& g, void* base, int64_t begin, int64_t end) {
+    if constexpr (kSplits<T>) {
+      if (!g.on_vectors) return GemmKernelOn<T, true>::run(g, base, begin, end);
+    }
+    GemmKernelOn<T, false>::run(g, base, begin, end);
   }
 };

@@ -6,40 +6,47 @@ constexpr int64_t kChainK = Vec<float>::kWidth == 1 ? 16 : 32;  // shorter where
 
 // How the result is cut: rows and panels of an item, rows of one tile, panels of one wave. Nothing of it shows in the
 // result.
-template <class T>
+template <class T, bool kParts>
 struct GemmBlocks {
+  // Whether products run beside the vector unit.
+  static constexpr bool kBeside = kUsesAmx<T> || kParts;
+
   int64_t rows, tile_rows, panels, group, wave;
   bool keeps_left;  // packed for the whole of k, not anew for every wave
   explicit GemmBlocks(const Gemm& g) : panels(ceil_div(g.n, kGemmCols<T>)), keeps_left(g.k <= kMostKeptK) {
     // Blocks and tiles of about one height: a low last one would take nearly as long as a whole one.
     const int64_t even = ceil_div(g.m, max_of(1, ceil_div(g.m, kMostRows)));
-    tile_rows = kOnMatrixUnit<T> ? kLeftRows<T> : ceil_div(even, max_of(1, ceil_div(even, kLeftRows<T>)));
+    tile_rows = kBeside ? kLeftRows<T> : ceil_div(even, max_of(1, ceil_div(even, int64_t{kGemmRows})));
     rows = round_up(even, max_of(1, tile_rows));
     // The more panels an item has, the less often its rows are packed; but the threads are to end together.
     const int64_t blocks = ceil_div(g.m, max_of(1, rows)), threads = max_of(1, g.threads);
     for (group = max_of(1, panels); group > 1; --group) {
       const int64_t items = blocks * ceil_div(panels, group);
-      if (ceil_div(items, threads) * threads * group * 15 <= blocks * panels * 16) break;
+      if (items >= kLeastItems * threads && ceil_div(items, threads) * threads * group * 15 <= blocks * panels * 16) break;
     }
     wave = ceil_div(group, ceil_div(group, kMostWave));
   }
   int64_t groups() const { return ceil_div(panels, group); }
   // The sums of a wave are at most 300 KiB in float32, 512 KiB to 1 MiB on AMX.
-  static constexpr int64_t kMostRows = kUsesAmx<T> ? 512 : kOnMatrixUnit<T> ? 256 : 14 * kGemmRows;
-  static constexpr int64_t kMostWave = kOnMatrixUnit<T> ? 16 : 12;
+  static constexpr int64_t kMostRows = kUsesAmx<T> ? 512 : kBeside ? 256 : 14 * kGemmRows;
+  static constexpr int64_t kMostWave = kBeside ? 16 : 12;
   static constexpr int64_t kMostKeptK = 4096;
+  // Of each thread: one that is held up by something else leaves the last ones to the others. Not where items have much
+  // to pack.
+  static constexpr int64_t kLeastItems = kUsesAmx<T> ? 4 : 1;
 };
 
 // The left operand packed or, on AMX, where it lies; the panels of the right one packed.
 template <class T>
 class PackedOperands {
+  using Blocks = GemmBlocks<T, false>;
   using P = typename Packed<T>::type;
   using A = accum_t<T>;
   using V = Vec<A>;
   static constexpr int64_t kCols = kGemmCols<T>, kItem = sizeof(T);
 
  public:
-  PackedOperands(const Gemm& g, const GemmBlocks<T>& blocks, ScratchPieces& pieces) : g_(g), blocks_(blocks) {
+  PackedOperands(const Gemm& g, const Blocks& blocks, ScratchPieces& pieces) : g_(g), blocks_(blocks) {
     const int64_t k = packed_k<T>(g.k), depth = min_of(k, kBlockK<T>);
     left_buffer_ = pieces.take<P>(blocks.rows * (blocks.keeps_left ? k : depth));
     panel_buffer_ = g.b_is_packed ? nullptr : pieces.take<P>(depth * kCols);
@@ -169,7 +176,7 @@ class PackedOperands {
   }
 
   const Gemm& g_;
-  const GemmBlocks<T>& blocks_;
+  const Blocks& blocks_;
   P *left_buffer_, *panel_buffer_;  // left: [stretch of k][tile][step][row][kLeftStep]
   int64_t k_ = 0, depth_ = 0, rows_ = 0;
   const P* left_ = nullptr;
@@ -182,10 +189,11 @@ class PackedOperands {
 // Both operands in three bf16 parts (split.inl): the left one of the whole item, the panels one ahead of their use.
 template <class T>
 class SplitOperands {
+  using Blocks = GemmBlocks<T, true>;
   static constexpr int64_t kCols = kGemmCols<T>;
 
  public:
-  SplitOperands(const Gemm& g, const GemmBlocks<T>& blocks, ScratchPieces& pieces) : g_(g), blocks_(blocks) {
+  SplitOperands(const Gemm& g, const Blocks& blocks, ScratchPieces& pieces) : g_(g), blocks_(blocks) {
     const int64_t depth = min_of(g.k, kBlockK<T>);
     left_buffer_ = pieces.take<bf16>(blocks.rows * left_size(blocks.keeps_left ? g.k : depth));
     for (bf16*& parts : parts_) parts = pieces.take<bf16>(ceil_div(depth, kAmxK) * kSplitPanelStep);
@@ -299,7 +307,7 @@ class SplitOperands {
     int64_t panel, k, depth, done;
   };
   const Gemm& g_;
-  const GemmBlocks<T>& blocks_;
+  const Blocks& blocks_;
   bf16 *left_buffer_, *parts_[2];  // left: [stretch of k][tile][step][part][row][32]
   float *partial_, *panel_buffer_;  // partial: a tile's sums over a stretch that is not the first
   int64_t k_ = 0, depth_ = 0, rows_ = 0;
@@ -310,7 +318,7 @@ class SplitOperands {
 };
 #endif
 
-template <class T, bool splits = kSplits<T>>
+template <class T, bool kParts>
 struct GemmTypes {
   using Operands = PackedOperands<T>;
   using Unit = ProductUnit<T>;

@@ -225,6 +225,7 @@ struct Gemm {
   bool b_is_packed;
   int64_t m, n, k;
   int64_t threads;  // how many will share the work: decides how it is cut, and nothing else
+  bool on_vectors;  // products that the matrix unit would take in parts (split.inl), which for a few rows takes longer
   const void* bias;  // T (n) or null
   Activation activation;
   void* preact;             // T (m, n) or null: a b + bias

@@ -21,7 +21,7 @@ from ._library import (
 
 def _feed_forward_block_fwd(
     input, weight1, bias1, weight2, bias2, norm_weight, norm_bias, eps, norm_first, activation,
-    dropout1_p, seed1, dropout2_p, seed2, store, packed1, packed2,
+    dropout1_p, seed1, dropout2_p, seed2, store, packed1, packed2, decodes,
 ):  # fmt: skip
     outer = input.shape[:-1]
     if norm_first:
@@ -50,7 +50,7 @@ feed_forward_block_fwd = define(
     "feed_forward_block_fwd(Tensor input, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2,"
     " Tensor? norm_weight, Tensor? norm_bias, float eps, bool norm_first, int activation,"
     " float dropout1_p, Tensor? seed1, float dropout2_p, Tensor? seed2, bool store,"
-    " Tensor? packed1, Tensor? packed2)"
+    " Tensor? packed1, Tensor? packed2, bool decodes)"
     " -> (Tensor output, Tensor preact, Tensor sum)",
     _feed_forward_block_fwd,
 )
@@ -67,7 +67,7 @@ feed_forward_block_bwd = define(
 
 
 def _save(ctx, inputs, output):
-    input, weight1, _, weight2, _, norm_weight, _, ctx.eps, _, *options, _, _, _ = inputs
+    input, weight1, _, weight2, _, norm_weight, _, ctx.eps, _, *options, _, _, _, _ = inputs
     ctx.activation, ctx.dropout1_p, seed1, ctx.dropout2_p, seed2 = options
     ctx.save_for_backward(input, weight1, weight2, norm_weight, *output[1:], seed1, seed2)
     ctx.mark_non_differentiable(*output[1:])
@@ -80,11 +80,11 @@ def _backward(ctx, grad, *_):
     gradients = feed_forward_block_bwd(
         grad, *tensors, ctx.eps, ctx.activation, ctx.dropout1_p, seed1, ctx.dropout2_p, seed2, *needs
     )
-    return (*map(given, gradients, needs), *[None] * 10)
+    return (*map(given, gradients, needs), *[None] * 11)
 
 
 # In training the norm comes last.
-differentiate(feed_forward_block_fwd, _backward, _save, lambda inputs: inputs[-3] and not inputs[8])
+differentiate(feed_forward_block_fwd, _backward, _save, lambda inputs: inputs[-4] and not inputs[8])
 forbid_double_backward(feed_forward_block_bwd)
 map_rows(feed_forward_block_fwd, "input", alone=("dropout1_p", "dropout2_p"))
 map_rows(
@@ -111,12 +111,13 @@ def feed_forward_block(
     seed1: Tensor | None,
     dropout2_p: float,
     seed2: Tensor | None,
+    decodes: bool = False,
 ) -> Tensor:
-    """The half's output; norm_first has no gradient."""
+    """The half's output; norm_first has no gradient. decodes: tokens come one at a time, as few rows."""
     tensors = (input, weight1, bias1, weight2, bias2, norm_weight, norm_bias)
     differentiable = wants_grad(*tensors)
     return run(
         feed_forward_block_fwd, differentiable,
         *tensors, eps, norm_first, ACTIVATIONS[activation], dropout1_p, seed1, dropout2_p, seed2,
-        differentiable, packed(weight1), packed(weight2),
+        differentiable, packed(weight1), packed(weight2), decodes,
     )[0]  # fmt: skip

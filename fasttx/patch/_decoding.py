@@ -73,7 +73,7 @@ class FeedForwardHalf(_Half):
         """The half's output."""
         return feed_forward_block_fwd.raw(
             x, *self.tensors, self.eps, self.norm_first, ACTIVATIONS[self.activation], 0.0, None, 0.0, None, False,
-            *self.packed,
+            *self.packed, x.shape[1] == 1,
         )[0]  # fmt: skip
 
 

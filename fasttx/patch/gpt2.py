@@ -55,6 +55,7 @@ class FastGPT2Block(GPT2Block):
             output = self._decode(hidden_states, past_key_values, attention_mask, kwargs)
             if output is not None:
                 return output
+        decodes = past_key_values is not None and hidden_states.shape[1] == 1
         refusal = self._refusal() or _hf.call_refusal(kwargs) or _hf.mask_refusal(attention_mask, hidden_states)
         if refusal is not None:
             step_aside("gpt2_attention", refusal)
@@ -67,7 +68,7 @@ class FastGPT2Block(GPT2Block):
             if encoder_hidden_states is None:
                 half = self._attention_half(hidden_states, past_key_values, attention_mask)
                 if half is not None:
-                    return self._feed_forward_half(half)
+                    return self._feed_forward_half(half, decodes)
             attended = self._attend(self.ln_1(hidden_states), past_key_values, attention_mask)
             dropout = self.attn.resid_dropout
         if encoder_hidden_states is not None:
@@ -81,7 +82,7 @@ class FastGPT2Block(GPT2Block):
             return x + self._feed_forward(normed)
         if dropout.training or not is_plain(dropout, *_blocks.DROPOUTS):
             attended = dropout(attended)
-        return self._feed_forward_half(hidden_states + attended)
+        return self._feed_forward_half(hidden_states + attended, decodes)
 
     def _decode(
         self, x: Tensor, cache: Cache, mask: Tensor | None, kwargs: dict[str, Any]
@@ -173,8 +174,8 @@ class FastGPT2Block(GPT2Block):
             encoder_attention_mask=memory_mask,
         )  # fmt: skip
 
-    def _feed_forward_half(self, x: Tensor) -> Tensor:
-        """x + f(ln_2(x)): as one operation where it has such a form."""
+    def _feed_forward_half(self, x: Tensor, decodes: bool) -> Tensor:
+        """x + f(ln_2(x)): as one operation where it has such a form; `decodes` as there."""
         mlp, norm = self.mlp, self.ln_2
         name = _activation_if_fused(mlp)
         if name is not None and is_plain(norm, *_blocks.NORMS) and _blocks.is_plain_dropout(mlp.dropout):
@@ -184,7 +185,7 @@ class FastGPT2Block(GPT2Block):
             if _blocks._can_fuse("feed_forward_block", tensors, norm, norm_first=True):
                 p = mlp.dropout.p if mlp.dropout.training else 0.0
                 seed = draw_seed() if p > 0.0 else None
-                return feed_forward_block(*tensors, norm.eps, True, name, 0.0, None, p, seed)
+                return feed_forward_block(*tensors, norm.eps, True, name, 0.0, None, p, seed, decodes)
         return x + self._feed_forward(norm(x))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
