@@ -18,6 +18,7 @@ from fasttx.packing import place_of
 from fasttx.rng import draw_seed
 
 from ._plain import parameter, step_aside
+from ._recall import is_transformed
 
 if TYPE_CHECKING:
     from .cache import KVCache
@@ -91,7 +92,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         self, x: Tensor, mask: Tensor | None, is_causal: bool, weights: int, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None] | None:
         """Projections and attention as one operation; None where the call has no such form."""
-        if x.dim() != (3 if cu_seqlens is None else 2) or not self.can_pack():
+        if x.dim() != (3 if cu_seqlens is None else 2) or not self.can_pack() or is_transformed():
             return None
         if mask is not None and mask.requires_grad and torch.is_grad_enabled():
             return None
