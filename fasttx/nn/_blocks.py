@@ -17,7 +17,7 @@ from fasttx.ops.feed_forward_block import feed_forward_block
 from fasttx.rng import draw_seed
 
 from ._plain import adopt, is_plain, parameter, step_aside, why_not_plain, why_patched
-from ._recall import is_observed
+from ._recall import is_observed, is_transformed
 from .attention import MultiheadAttention
 from .gelu import GELU
 from .layer_norm import LayerNorm
@@ -213,6 +213,8 @@ def attention_half(
         if norm_first:
             _call_end("attention_block", norm, dropout)
         return None
+    if is_transformed():
+        return None
     tensors = (x, *parameters, parameter(norm, "weight"), parameter(norm, "bias"))
     op = "attention_block" if cu_seqlens is None else "attention_block_varlen"
     if not _can_fuse(op, tensors, norm, norm_first, mask, parameters[0].shape[0] // (3 * heads)):
@@ -246,15 +248,16 @@ def attend_kept(
     mask: Tensor | None,
     is_causal: bool,
     scale: float,
+    cu_seqlens: tuple[Tensor, Tensor] = (None, None),
 ) -> Tensor:
     """attention_half in inference, to keys and values (B, H, capacity, D) of which so many places are filled.
 
     kept: keys, values and how many. The joined projections write the tokens of x (B, T, width) behind them; that of
-    queries alone writes nothing.
+    queries alone writes nothing, and with cu_seqlens, goes from each of x's packed sequences to one of (total, H, D).
     """
     return cached_attention_block(
         x, *parameters, parameter(norm, "weight"), parameter(norm, "bias"), norm.eps, norm_first, *kept, mask,
-        is_causal, scale,
+        is_causal, scale, *cu_seqlens,
     )  # fmt: skip
 
 
@@ -266,13 +269,15 @@ def cross_attention_half(
     memory: Tensor,
     *,
     norm_first: bool,
-    attn_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    is_causal: bool,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | None:
     """norm(x + attention of x to the memory), or x + attention of norm(x), in inference: two operations.
 
-    None where a child has to be called, and in training.
+    cu_seqlens: where packed sequences of x and of the memory begin. None where a child has to be called, and in
+    training.
     """
     if is_observed() or wants_grad(x, memory, attn_mask):
         return None
@@ -281,13 +286,19 @@ def cross_attention_half(
         return None
     if not attention.can_pack() or (attention.training and attention.dropout > 0.0):
         return None
-    if x.dim() != 3 or attention.refusal(x, memory, memory, key_padding_mask, attn_mask, is_causal):
-        return None
+    if cu_seqlens is None:
+        if x.dim() != 3 or attention.refusal(x, memory, memory, key_padding_mask, attn_mask, is_causal):
+            return None
     parameters = (*attention.projection_of_queries(), *attention.parameters_of_projections()[2:])
     of_memory = attention.projection_of_memory()
     if not can_attend_kept(norm, dropout, (x, memory, *parameters, *of_memory), norm_first):
         return None
-    keys, values = map(attention.split_heads, functional.linear(memory, *of_memory).chunk(2, -1))
+    kept = functional.linear(memory, *of_memory).chunk(2, -1)
+    if cu_seqlens is not None:
+        keys, values = (t.unflatten(-1, (attention.num_heads, -1)) for t in kept)
+        kept = keys, values, len(keys)
+        return attend_kept(x, parameters, norm, norm_first, kept, None, False, attention.head_dim**-0.5, cu_seqlens)
+    keys, values = map(attention.split_heads, kept)
     is_causal = is_causal and key_padding_mask is None
     mask = attention.mask(None if is_causal else attn_mask, key_padding_mask, x.dtype)
     output = attend_kept(

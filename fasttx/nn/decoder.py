@@ -123,8 +123,14 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             attention = self.multihead_attn
             return attention.attend_packed(x, memory, cu_seqlens, cu_seqlens_memory, False)
 
+        def cross(x: Tensor) -> Tensor | None:
+            return cross_attention_half(
+                self.multihead_attn, self.norm2, self.dropout2, x, memory, norm_first=self.norm_first,
+                cu_seqlens=(cu_seqlens, cu_seqlens_memory),
+            )  # fmt: skip
+
         half = self._attention_half(x, cu_seqlens=cu_seqlens, is_causal=is_causal)
-        return self._run(x, half, attend, lambda x: None, attend_memory)
+        return self._run(x, half, attend, cross, attend_memory)
 
     def _attention_half(self, x: Tensor, **options: Any) -> Tensor | None:
         return self_attention_half(
