@@ -159,7 +159,9 @@ def test_without_elements(sizes):
     batch, heads, queries, keys = sizes
     query, key = torch.randn(batch, heads, queries, D), torch.randn(batch, heads, keys, D)
     for lse in (None, torch.zeros(batch, heads, queries)):
-        assert functional.attention_weights(query, key, lse, dropout_p=0.1, seed=SEED).shape == sizes
+        for some in (key, key[:, :1]):
+            weights = functional.attention_weights(query, some, lse, dropout_p=0.1, seed=SEED, enable_gqa=heads > 0)
+            assert weights.shape == sizes
 
 
 # Several tiles of queries and keys, a few queries over many keys, and keys with holes between them.

@@ -92,8 +92,9 @@ def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
     query, keys = query.to(wide) * scale, key.to(wide).mT
     if heads == key.shape[1]:
         return query @ keys
-    grouped = query.reshape(batch, key.shape[1], -1, width) @ keys
-    return grouped.view(batch, heads, queries, -1)
+    of_each = heads // key.shape[1]
+    grouped = query.reshape(batch, key.shape[1], of_each * queries, width) @ keys
+    return grouped.view(batch, heads, queries, key.shape[2])
 
 
 def _mask(
