@@ -243,6 +243,7 @@ def test_what_a_decoder_refuses_leaves_the_cache_as_it_was(norm_first):
         r"attn_mask must have the shape \(1, 9\)": lambda: model(one, memory, torch.zeros(1, 1), cache=cache),
         "room for max_length=34": lambda: model(x, memory, cache=cache),
         "cache must be a fasttx.nn.KVCache, got dict": lambda: model(one, memory, cache={}),
+        "memory must be a tensor, got NoneType": lambda: model(one, None, cache=cache),
     }.items():
         with pytest.raises((TypeError, ValueError), match=message):
             call()

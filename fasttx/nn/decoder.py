@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttx import checks
+
 from . import _cached
 from ._blocks import (
     activation_name,
@@ -57,6 +59,8 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         *,
         cache: KVCache | None = None,
     ) -> Tensor:
+        if cache is not None:
+            checks.require_tensor("memory", memory)
         nested = "a tensor is nested" if tgt.is_nested or memory.is_nested else None
         refusal = why_patched(self) or nested
         if cache is not None:
@@ -212,6 +216,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
     ) -> Tensor:
         cached = {} if cache is None else {"cache": cache}
         if cache is not None:
+            checks.require_tensor("memory", memory)
             self._require_caching()
         batch_first = self.layers[0].self_attn.batch_first
         length = tgt.shape[1 if batch_first and tgt.dim() == 3 else 0]
