@@ -20,10 +20,12 @@ def require_tensor(name: str, value: object) -> None:
 
 
 def require_floating(name: str, tensor: Tensor) -> None:
-    """A real floating-point tensor."""
+    """A real floating-point tensor, of a dtype that PyTorch calculates in."""
     require_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+    if tensor.element_size() < 2:
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}")
 
 
 def require_same_device(first_name: str, first: Tensor, **others: Tensor | None) -> None:

@@ -10,7 +10,7 @@ from properties import assert_same_bits, assert_threads_do_not_matter, draw, res
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fasttx import philox
+from fasttx import functional, philox
 from fasttx.ops import attention as ops
 
 pytestmark = pytest.mark.usefixtures("needs_extension")
@@ -27,6 +27,8 @@ EMPTY = (
     ("no batch", (0, 2, 2, 5, 7, 8, 8)),
     ("no queries", (2, 2, 2, 0, 7, 8, 8)),
     ("no keys", (2, 2, 1, 5, 0, 8, 6)),
+    ("no keys, several tiles of queries", (2, 2, 1, 70, 0, 8, 6)),
+    ("no keys, more than one thread's queries", (1, 2, 2, 300, 0, 64, 64)),
     ("no heads", (2, 0, 0, 5, 7, 8, 8)),
     ("no value width", (2, 2, 2, 5, 7, 8, 0)),
     ("nothing", (0, 0, 0, 0, 0, 4, 0)),
@@ -181,6 +183,14 @@ def test_empty_sizes(isa, dtype, what, shape):
         found = results(run_op, inputs)
     if shape[3] and shape[4] == 0:
         assert not found["output 0"].any() and (found["output 1"] == -math.inf).all()
+
+
+def test_packed_sequences_without_any_keys():
+    query, none = torch.randn(300, 2, 64), torch.randn(0, 2, 64)
+    ends = torch.tensor([0, 120, 300]), torch.tensor([0, 0, 0])
+    with poisoned():
+        output, lse = functional.attention_varlen(query, none, none, *ends, return_lse=True)
+    assert not output.any() and (lse == -math.inf).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -102,6 +102,13 @@ def test_are_what_attention_applies(options, backend):
         assert_close(results(partial(in_steps, of_lse=of_lse), inputs), expected, rtol=1e-11, atol=1e-12)
 
 
+def test_masked_keys_weigh_nothing_whatever_lse_is():
+    query, key = torch.randn(1, 2, 3, D), torch.randn(1, 2, 4, D)
+    for lse in (torch.full((1, 2, 3), -1e4), torch.full((1, 2, 3), -math.inf)):
+        weights = functional.attention_weights(query, key, lse, is_causal=True)
+        assert not weights.triu(1).any() and not weights.isnan().any()
+
+
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_a_part_of_the_keys(backend):
     """Under the lse of all keys, parts give their columns."""
@@ -159,7 +166,9 @@ def test_without_elements(sizes):
     batch, heads, queries, keys = sizes
     query, key = torch.randn(batch, heads, queries, D), torch.randn(batch, heads, keys, D)
     for lse in (None, torch.zeros(batch, heads, queries)):
-        assert functional.attention_weights(query, key, lse, dropout_p=0.1, seed=SEED).shape == sizes
+        for some in (key, key[:, :1]):
+            weights = functional.attention_weights(query, some, lse, dropout_p=0.1, seed=SEED, enable_gqa=heads > 0)
+            assert weights.shape == sizes
 
 
 # Several tiles of queries and keys, a few queries over many keys, and keys with holes between them.

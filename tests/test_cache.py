@@ -1,58 +1,20 @@
-"""KVCache: decoding step by step against whole passes."""
+"""KVCache: attention step by step, and what is kept."""
 
 import copy
 
 import pytest
 import torch
 from budget import DTYPES, assert_within_budget
+from decoding import CHUNKS, B, E, H, S, T, attend, in_steps, inputs, later, make_attention, make_decoder
 
 import fasttx
 from fasttx.nn import KVCache
-
-B, T, S, E, H = 3, 34, 9, 32, 4
-CHUNKS = (1, 3, 17)
 
 
 @pytest.fixture(autouse=True)
 def _no_gradients():
     with torch.no_grad():
         yield
-
-
-def later(queries, keys=None):
-    """True where a query may not look: the causal mask, for the last of so many keys."""
-    keys = queries if keys is None else keys
-    return torch.ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
-
-
-def make_attention(**options):
-    return torch.nn.MultiheadAttention(E, H, **{"batch_first": True, **options}).eval()
-
-
-def make_decoder(layers=2, **options):
-    layer = torch.nn.TransformerDecoderLayer(E, H, 48, **{"batch_first": True, **options})
-    decoder = torch.nn.TransformerDecoder(layer, layers, torch.nn.LayerNorm(E)).eval()
-    for parameter in decoder.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
-    return decoder
-
-
-def inputs(batch_first=True):
-    tensors = torch.randn(B, T, E), torch.randn(B, S, E)
-    return tensors if batch_first else tuple(t.transpose(0, 1).contiguous() for t in tensors)
-
-
-def attend(attention, x, cache, **options):
-    return attention(x, x, x, need_weights=False, cache=cache, **options)[0]
-
-
-def in_steps(run, x, chunk, dim=1):
-    """run(part, the tokens before it) on each `chunk` tokens of x, joined again."""
-    parts, done = [], 0
-    for part in x.split(chunk, dim):
-        parts.append(run(part, done))
-        done += part.shape[dim]
-    return torch.cat(parts, dim)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -72,55 +34,6 @@ def test_attention_in_steps_is_the_whole_pass(dtype, chunk, batch_first):
     eager = whole(torch.float32 if dtype == torch.float64 else dtype)
     assert actual.dtype == dtype and cache.length() == cache.length(ours) == T
     assert_within_budget(actual=actual, eager=eager, truth=whole(torch.float64))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_decoder_in_steps_is_the_whole_pass(dtype, chunk, norm_first):
-    theirs = make_decoder(norm_first=norm_first).to(dtype)
-    ours = fasttx.optimize(copy.deepcopy(theirs))
-    x, memory = (t.to(dtype) for t in inputs())
-    cache = KVCache(max_length=T)
-    actual = in_steps(lambda part, _: ours(part, memory, cache=cache), x, chunk)
-
-    def whole(precision):
-        module = copy.deepcopy(theirs).to(precision)
-        return module(x.to(precision), memory.to(precision), tgt_mask=later(T))
-
-    eager = whole(torch.float32 if dtype == torch.float64 else dtype)
-    assert_within_budget(actual=actual, eager=eager, truth=whole(torch.float64))
-
-
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("padding", ["remove", "keep"])
-def test_masks_are_over_all_tokens_seen(batch_first, padding):
-    """Left-padded sequences, a padded memory, and biases of both kinds of shape, against torch's whole pass."""
-    theirs = make_decoder(batch_first=batch_first).double()
-    ours = fasttx.optimize(copy.deepcopy(theirs), padding=padding)
-    x, memory = (t.double() for t in inputs(batch_first))
-    of_x = torch.arange(T) < torch.tensor([[0], [5], [2]])
-    of_memory = torch.arange(S) >= torch.tensor([[S], [4], [1]])
-    shared, per_head = torch.randn(T, T).double(), torch.randn(B * H, T, T).double()
-    valid = ~of_x if batch_first else ~of_x.T
-    for bias in (None, shared, per_head):
-        whole = torch.zeros(T, T).double() if bias is None else bias
-        expected = theirs(
-            x, memory, tgt_mask=whole.masked_fill(later(T), -torch.inf),
-            tgt_key_padding_mask=torch.zeros(B, T).double().masked_fill(of_x, -torch.inf),
-            memory_key_padding_mask=of_memory,
-        )  # fmt: skip
-        cache = KVCache()
-
-        def run(part, done):
-            end = done + part.shape[1 if batch_first else 0]
-            return ours(
-                part, memory, tgt_mask=None if bias is None else bias[..., done:end, :end],  # noqa: B023
-                tgt_key_padding_mask=of_x[:, :end], memory_key_padding_mask=of_memory, cache=cache,  # noqa: B023
-            )  # fmt: skip
-
-        actual = in_steps(run, x, 4, 1 if batch_first else 0)
-        torch.testing.assert_close(actual[valid], expected[valid], rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("average", [False, True])
@@ -173,21 +86,6 @@ def test_unbatched():
         torch.testing.assert_close(output, expected[done:end])
         torch.testing.assert_close(weights, of_expected[done:end, :end])
         done = end
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_a_sequence_alone_and_among_others_is_the_same_bits(dtype, isa, threads):
-    model = fasttx.optimize(make_decoder().to(dtype))
-    x, memory = torch.randn(5, T, E).to(dtype), torch.randn(5, S, E).to(dtype)
-
-    def run(rows, cache):
-        return in_steps(lambda part, _: model(part, memory[rows], cache=cache), x[rows], 3)
-
-    with fasttx.backend("cpu"):
-        together = run(slice(0, 5), KVCache())
-        for row in (0, 3):
-            with threads(1 + row):
-                assert torch.equal(run(slice(row, row + 1), KVCache(T))[0], together[row])
 
 
 @pytest.mark.parametrize("options", [{}, {"kdim": 12, "vdim": 20}, {"bias": False}], ids=str)
@@ -308,6 +206,28 @@ def test_appends_in_place():
     assert len(set(sizes)) <= 5 and sizes[-1] < 4 * 2 * 600 * E * 4
 
 
+def test_room_is_taken_when_it_is_committed():
+    model, sizes = make_attention(), (B, H, 5, E // H)
+    cache = KVCache(max_length=8)
+    room = cache.reserve(model, torch.zeros(0), sizes)
+    assert room.keys.shape == room.values.shape == (B, H, 8, E // H) and (room.filled, room.first) == (0, 0)
+    assert cache.length() == cache.nbytes == 0
+    room.keys[:, :, :5], room.values[:, :, :5] = 1, 2
+    room.commit()
+    assert cache.length(model) == 5
+    keys, values, first = cache.append(model, *(torch.zeros(B, H, 1, E // H) for _ in range(2)))
+    assert first == 0 and keys[0, 0, :, 0].tolist() == [1] * 5 + [0] and values[0, 0, :, 0].tolist() == [2] * 5 + [0]
+    with pytest.raises(ValueError, match="room for max_length=8 tokens, and these make 11"):
+        cache.reserve(model, torch.zeros(0), sizes)
+    with pytest.raises(ValueError, match=r"key differs from the cache's in dtype: torch.float64, after torch.float32"):
+        cache.reserve(model, torch.zeros(0).double(), (B, H, 1, E // H))
+    windowed = KVCache(window=3)
+    for seen in range(9):
+        room = windowed.reserve(model, torch.zeros(0), (B, H, 1, E // H))
+        assert (room.filled, room.first) == (min(seen, 2), max(seen - 2, 0)) and room.keys.shape[2] > room.filled
+        room.commit()
+
+
 def test_a_copy_goes_its_own_way():
     model = fasttx.optimize(make_decoder())
     x, memory = inputs()
@@ -367,64 +287,6 @@ def test_forgets_a_module_that_is_gone():
     attend(model, inputs()[0], cache)
     del model
     assert cache.nbytes == 0
-
-
-def test_the_docstrings_greedy_decoding():
-    torch.manual_seed(4)
-    decoder, (_, memory) = fasttx.optimize(make_decoder()), inputs()
-    embed, head = torch.nn.Embedding(50, E), torch.nn.Linear(E, 50)
-    prompt, new_tokens = torch.randint(50, (B, 3)), 20
-    tokens = prompt
-    cache = fasttx.nn.KVCache()
-    with torch.inference_mode():
-        for _ in range(new_tokens):
-            hidden = decoder(embed(tokens[:, cache.length() :]), memory, cache=cache)
-            tokens = torch.cat((tokens, head(hidden[:, -1]).argmax(-1, keepdim=True)), dim=1)
-    expected = prompt
-    for _ in range(new_tokens):
-        hidden = decoder(embed(expected), memory, tgt_mask=later(expected.shape[1]))
-        expected = torch.cat((expected, head(hidden[:, -1]).argmax(-1, keepdim=True)), dim=1)
-    assert torch.equal(tokens, expected)
-
-
-def test_changed_children_are_honoured():
-    theirs = make_decoder().double()
-    theirs.layers[0].self_attn.register_forward_hook(lambda m, args, output: (output[0] * 2, None))
-    theirs.layers[0].linear1 = torch.nn.Sequential(theirs.layers[0].linear1, torch.nn.Tanh())
-    theirs.layers[1].norm2.register_forward_pre_hook(lambda m, args: (args[0] + 1,))
-    ours = fasttx.optimize(copy.deepcopy(theirs))
-    x, memory = (t.double() for t in inputs())
-    cache = KVCache()
-    actual = in_steps(lambda part, _: ours(part, memory, cache=cache), x, 4)
-    torch.testing.assert_close(actual, theirs(x, memory, tgt_mask=later(T)))
-
-
-class Other(torch.nn.Module):
-    """An attention of somebody else's."""
-
-    batch_first = True
-
-    def forward(self, query, key, value, **options):
-        return query, None
-
-
-def test_children_that_know_no_cache():
-    x, memory = inputs()
-    model = fasttx.optimize(make_decoder())
-    model.layers[1].multihead_attn = Other()
-    with pytest.raises(ValueError, match=r"cache: multihead_attn is a Other, not a fasttx.nn.MultiheadAttention"):
-        model(x, memory, cache=KVCache())
-    model.layers[0] = Other()
-    with pytest.raises(ValueError, match=r"cache: layers.0 is a Other, not a fasttx.nn.TransformerDecoderLayer"):
-        model(x, memory, cache=KVCache())
-    model = fasttx.optimize(make_decoder())
-    model.layers[1]._ff_block = lambda x: x
-    with pytest.raises(ValueError, match="a layer with a cache cannot run torch's forward: its _ff_block was replaced"):
-        model(x, memory, cache=KVCache())
-    model = fasttx.optimize(make_decoder())
-    model.layers[1] = model.layers[0]
-    with pytest.raises(ValueError, match="cache: layers share a self_attn"):
-        model(x, memory, cache=KVCache())
 
 
 def test_bad_arguments_leave_the_cache_as_it_was():

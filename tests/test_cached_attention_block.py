@@ -123,6 +123,28 @@ def test_batch_invariance(dtype, threads):
                 assert torch.equal(fused(**alone, **options)[0], expected[row : row + 1])
 
 
+@pytest.mark.parametrize("norm_first", [False, True], ids=["", "norm first"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_sequences_have_the_bits_of_each_alone(dtype, norm_first):
+    """Queries alone, among them sequences of none, and to no keys."""
+    of_queries, of_keys = (torch.tensor(lengths).cumsum(0) for lengths in ([0, 4, 0, 1, 7], [0, 9, 3, 0, 140]))
+    given = {k: v.to(dtype) for k, v in inputs(1, parts=1).items()}
+    parameters = [given[name] for name in list(given)[1:7]]
+    x, keys, values = draw(12, E).to(dtype), draw(152, H, D).to(dtype), draw(152, H, D).to(dtype)
+
+    def run(x, keys, values, *cu_seqlens):
+        return cached_attention_block(
+            x, *parameters, 1e-5, norm_first, keys, values, keys.shape[0 if cu_seqlens else 2], None, False, SCALE,
+            *cu_seqlens,
+        )  # fmt: skip
+
+    together = run(x, keys, values, of_queries, of_keys)
+    for n in range(4):
+        queries, seen = (slice(cu[n], cu[n + 1]) for cu in (of_queries, of_keys))
+        alone = run(x[None, queries], *(t[seen].transpose(0, 1)[None] for t in (keys, values)))
+        assert torch.equal(together[queries], alone[0])
+
+
 @pytest.mark.parametrize("outer", [(0, 3), (2, 0)])
 def test_empty(outer):
     given = inputs(3) | {"x": draw(*outer, E)}
@@ -136,7 +158,7 @@ def test_opcheck():
     arguments = [given[name] for name in list(given)[:7]]
     torch.library.opcheck(
         cached_attention_block_fwd.registered,
-        (*arguments, 1e-5, True, given["keys"], given["values"], 4, None, True, SCALE, None, None),
+        (*arguments, 1e-5, True, given["keys"], given["values"], 4, None, None, None, True, SCALE, None, None, False),
         test_utils=("test_schema", "test_faketensor"),
     )
     called = torch.compile(cached_attention_block, fullgraph=True, backend="aot_eager")

@@ -159,10 +159,16 @@ def test_a_tensor_that_is_missing(function, name):
     assert_raises(TypeError, name, function, **{name: None})
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("function, name", FLOATING)
 def test_a_dtype_that_is_not_floating(function, name, dtype):
     assert_raises(TypeError, name, function, **{name: VALID[function]()[name].to(dtype)})
+
+
+def test_attention_of_sparse_tensors():
+    query, key, value = (torch.randn(1, 2, 3, 4) for _ in range(3))
+    with pytest.raises(TypeError, match=r"key must be a dense tensor, got the layout torch.sparse_coo"):
+        functional.attention(query, key.to_sparse(), value)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("error:.*batching rule for fasttx"),
 ]
 SAMPLES, T, W, S = 3, 5, 8, 6
-HEADS = (2, 2, T, 4)
+HEADS, ONE = (2, 2, T, 4), (1, 2, T, 4)
 
 
 def draw(*shape):
@@ -63,7 +63,26 @@ CASES = {
     "attention of one key": (
         lambda f, *qkv: f.attention(*qkv, attn_mask=seen((T, T)), return_lse=True), [HEADS] * 3, 1,
     ),
+    "attention with masks": (
+        lambda f, *qkv: f.attention(
+            *qkv, attn_mask=seen((T, T)), key_lengths=torch.tensor([T, 2]), window=(3, 1), enable_gqa=True,
+            alibi_slopes=torch.tensor([0.5, 0.25]).double(), return_lse=True,
+        ), [HEADS, (2, 1, T, 4), (2, 1, T, 3)], 3,
+    ),
+    "attention of samples' biases": (
+        lambda f, *qkv: f.attention(*qkv[:3], attn_mask=qkv[3], is_causal=True), [*[HEADS] * 3, (2, 1, 1, T)], 4,
+    ),
+    "attention of samples of one sequence": (
+        lambda f, q, bias, k, v: f.attention(q, k, v, attn_mask=bias), [ONE, (1, 1, T, T), ONE, ONE], 2,
+    ),
+    "attention of a bias for all": (
+        lambda f, *qkv: f.attention(*qkv[:3], attn_mask=qkv[3]), [*[HEADS] * 3, (2, T, T)], 3,
+    ),
+    "attention of biases that a batch shares": (
+        lambda f, *qkv: f.attention(*qkv[:3], attn_mask=qkv[3]), [*[HEADS] * 3, (2, T, 1)], 4,
+    ),
 }  # fmt: skip
+REPEATED = ("attention of one key", "attention of biases that a batch shares")
 TRANSFORMS = {
     "grad": lambda call, in_dims, every: torch.func.grad(total(call), argnums=every),
     "vmap": lambda call, in_dims, every: torch.func.vmap(call, in_dims=in_dims),
@@ -109,7 +128,10 @@ class Count(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-ONE_CALL = [name for name in CASES if "mask" not in name and "weights" not in name and "attention" not in name]
+ONE_CALL = [
+    name for name in CASES
+    if name not in REPEATED and ("attention" in name or not ("mask" in name or "weights" in name))
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ONE_CALL)
@@ -131,6 +153,30 @@ def test_samples_are_rows_of_one_call_with_the_bits_of_their_own(name, in_dim):
         each = [function(*(x[i] if k < batched else x for k, x in enumerate(args))) for i in range(SAMPLES)]
         expected = pytree.tree_map(lambda *samples: torch.stack(samples), *each)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_attention_that_drops_or_is_packed_goes_sample_by_sample():
+    """Dropout's mask is that of a sample's own batch; a learned slope's gradient is a sum over one."""
+    q, cu_seqlens = draw(SAMPLES, *HEADS), torch.tensor([0, 2, T])
+
+    def dropped(q):
+        return functional.attention(q, q, torch.eye(T).double().expand(2, 2, T, T), dropout_p=0.5) == 0
+
+    masks = torch.func.vmap(dropped, randomness="same")(q)
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0, 0], masks[0, 1])
+
+    def packed(f, x):
+        return f.attention_varlen(x, x, x, cu_seqlens, cu_seqlens)
+
+    def by_slopes(f, q):
+        return torch.func.grad(lambda slopes: f.attention(q, q, q, alibi_slopes=slopes).square().sum())(draw(2))
+
+    for call, x in ((packed, draw(SAMPLES, T, 2, 4)), (by_slopes, q)):
+        results = []
+        for f in (functional, reference):
+            torch.manual_seed(0)
+            results.append(torch.func.vmap(partial(call, f), randomness="same")(x))
+        torch.testing.assert_close(*results)
 
 
 def test_the_overload_with_a_gradient_is_mapped_too():
@@ -226,6 +272,23 @@ def test_gradients_of_each_sample_by_functional_call(name, train):
         for module in (ours, theirs)
     )
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_samples_through_a_module_are_one_call_of_each_op(name):
+    module = fasttx.optimize(MODULES[name]().double().eval())
+    inputs = 3 if name == "attention" else 2 if name == "decoder layer" else 1
+
+    def call(x):
+        return pytree.tree_leaves(module(*(x,) * inputs))[0]
+
+    x = draw(SAMPLES, 2, T, W)
+    with torch.no_grad(), Count() as count:
+        mapped = torch.func.vmap(call)(x)
+    assert count.calls["attention_fwd"] == (2 if name == "decoder layer" else 1)
+    assert sum(count.calls.values()) <= 10, count.calls
+    with torch.no_grad():
+        torch.testing.assert_close(mapped, torch.stack(list(map(call, x))))
 
 
 def test_an_ensemble_of_weights():

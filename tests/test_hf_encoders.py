@@ -15,6 +15,17 @@ from fasttx import dispatch
 transformers = pytest.importorskip("transformers")
 hf_models = pytest.importorskip("hf_models")
 
+from hf_checks import (  # noqa: E402
+    Adapter,
+    assert_close,
+    assert_dropout_follows_the_seed,
+    assert_restores,
+    assert_same_gradients,
+    gradients,
+    pair,
+    run,
+)
+
 from fasttx.patch import _hf  # noqa: E402
 
 ENCODERS = ("bert", "roberta", "distilbert", "vit")
@@ -34,43 +45,14 @@ def valid(inputs):
     return slice(None) if mask is None else mask.bool()
 
 
-def pair(family, implementation="sdpa"):
-    """A model in float64 with an attention implementation of transformers', and a copy of it, optimized."""
-    theirs = hf_models.make(family, attn_implementation=implementation).double()
-    ours = fasttx.optimize(copy.deepcopy(theirs))
-    if family == "vit":
-        # Its eager attention rounds weights to float32, whatever the model's dtype.
-        theirs.set_attn_implementation("sdpa")
-    return theirs, ours
-
-
-def run(model, inputs, **options):
-    with torch.no_grad():
-        return model(**inputs, **options)
-
-
-def assert_close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
-
-
 def assert_same(theirs, ours, inputs, **options):
     expected, actual = run(theirs, inputs, **options), run(ours, inputs, **options)
     assert_close(actual.last_hidden_state[valid(inputs)], expected.last_hidden_state[valid(inputs)])
     return expected, actual
 
 
-def gradients(model, inputs):
-    model.zero_grad()
-    model(**inputs).last_hidden_state[valid(inputs)].square().sum().backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(theirs, ours, inputs):
-    expected, actual = gradients(theirs, inputs), gradients(ours, inputs)
-    assert actual.keys() == expected.keys()
-    scale = max(gradient.abs().max().item() for gradient in expected.values())
-    for name, gradient in actual.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-11 * scale)
+def loss(model, inputs):
+    return model(**inputs).last_hidden_state[valid(inputs)].square().sum()
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -87,8 +69,8 @@ def test_results_and_gradients(family, implementation):
             assert_same(theirs, kept, inputs)
             if family in WITH_MASKS:
                 assert (actual.last_hidden_state[inputs["attention_mask"] == 0] == 0).all()
-            assert_same_gradients(theirs, ours, inputs)
-    assert_same_gradients(theirs, kept, inputs)
+            assert_same_gradients(loss, theirs, ours, inputs)
+    assert_same_gradients(loss, theirs, kept, inputs)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -131,15 +113,9 @@ def test_collected_weights_are_those_applied():
 def test_restore(family):
     theirs = hf_models.make(family)
     ours, inputs = copy.deepcopy(theirs), hf_models.batch(family)
-    parameters = list(ours.parameters())
     fasttx.optimize(fasttx.optimize(ours))
     assert ours.config._attn_implementation == "fasttx" and type(layers(ours, family)[0]).__name__.startswith("Fast")
-    for model in (copy.deepcopy(ours), ours):
-        fasttx.restore(model)
-        assert model.config._attn_implementation == "sdpa"
-        assert [type(m) for m in model.modules()] == [type(m) for m in theirs.modules()]
-        assert torch.equal(run(model, inputs).last_hidden_state, run(theirs, inputs).last_hidden_state)
-    assert all(a is b for a, b in zip(ours.parameters(), parameters, strict=True))
+    assert_restores(theirs, ours, inputs)
     eager = fasttx.optimize(hf_models.make(family, attn_implementation="eager"))
     assert eager.config._attn_implementation == "fasttx-eager"
     assert fasttx.restore(eager).config._attn_implementation == "eager"
@@ -178,20 +154,7 @@ def test_gradient_checkpointing(family):
     theirs, ours = pair(family)
     for model in (theirs, ours):
         model.train().gradient_checkpointing_enable()
-    assert_same_gradients(theirs, ours, hf_models.batch(family))
-
-
-class Adapter(torch.nn.Module):
-    """As peft's LoRA: around a linear layer, under its name."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base_layer = base
-        self.down = torch.nn.Linear(base.in_features, 2, bias=False)
-        self.up = torch.nn.Linear(2, base.out_features, bias=False)
-
-    def forward(self, x):
-        return self.base_layer(x) + self.up(self.down(x))
+    assert_same_gradients(loss, theirs, ours, hf_models.batch(family))
 
 
 @pytest.mark.parametrize("family", ENCODERS)
@@ -217,7 +180,7 @@ def test_changed_children_are_honoured(family):
     for pattern in ("right", "none"):
         inputs = hf_models.batch(family, pattern)
         assert_same(theirs, ours, inputs)
-        assert_same_gradients(theirs, ours, inputs)
+        assert_same_gradients(loss, theirs, ours, inputs)
     path = LAYERS[family]
     reasons = {row.module: row.reason for row in fasttx.explain(ours).rows}
     for child in (f"0.{QUERIES[family]}", f"0.{DENSES[family]}", f"1.{QUERIES[family]}", f"1.{DENSES[family]}"):
@@ -331,7 +294,7 @@ def test_strict(family, needs_extension):
     """Nothing leaves the kernels, in training, in inference and while attentions are collected; a hook says where."""
     ours, inputs = fasttx.optimize(hf_models.make(family, dropout=True)), hf_models.batch(family)
     with fasttx.strict():
-        gradients(ours.train(), inputs)
+        gradients(loss, ours.train(), inputs)
         expected = run(ours.eval(), inputs).last_hidden_state
         run(ours, inputs, output_attentions=True)
         with torch.inference_mode():
@@ -421,7 +384,7 @@ def test_a_family_without_classes_of_its_own():
     ours, inputs = fasttx.optimize(copy.deepcopy(theirs)), hf_models.batch("bert")
     assert ours.config._attn_implementation == "fasttx"
     assert_same(theirs, ours, inputs)
-    assert_same_gradients(theirs, ours, inputs)
+    assert_same_gradients(loss, theirs, ours, inputs)
     assert {row.op for row in fasttx.explain(ours, **inputs).rows} == {"attention", "layer_norm", "gelu"}
     fasttx.restore(ours)
     assert torch.equal(run(ours, inputs).last_hidden_state, run(theirs, inputs).last_hidden_state)
@@ -460,15 +423,9 @@ def test_compiled():
     assert_close(run(compiled, inputs).last_hidden_state[valid(inputs)], expected)
 
 
-def test_dropout_follows_the_seed():
-    for family in ENCODERS:
-        ours, inputs = fasttx.optimize(hf_models.make(family, dropout=True)).train(), hf_models.batch(family)
-
-        def states(seed, model=ours, inputs=inputs):
-            torch.manual_seed(seed)
-            return run(model, inputs).last_hidden_state
-
-        assert torch.equal(states(1), states(1)) and not torch.equal(states(1), states(2))
+@pytest.mark.parametrize("family", ENCODERS)
+def test_dropout_follows_the_seed(family):
+    assert_dropout_follows_the_seed(family)
 
 
 def test_a_layer_by_itself():

@@ -11,28 +11,24 @@ import fasttx
 transformers = pytest.importorskip("transformers")
 hf_models = pytest.importorskip("hf_models")
 
+from hf_checks import (  # noqa: E402
+    Adapter,
+    assert_close,
+    assert_dropout_follows_the_seed,
+    assert_restores,
+    assert_same_gradients,
+    gradients,
+    pair,
+    run,
+)
+
 FAMILIES = ("bart", "marian", "whisper")
 PADDED = FAMILIES[:2]
-
-
-def pair(family, implementation="sdpa", **options):
-    """A model in float64 with an attention implementation of transformers', and a copy of it, optimized."""
-    theirs = hf_models.make(family, attn_implementation=implementation, **options).double()
-    return theirs, fasttx.optimize(copy.deepcopy(theirs))
 
 
 def batch(family, pattern="right"):
     inputs = hf_models.batch(family, pattern)
     return {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-
-
-def run(model, inputs, **options):
-    with torch.no_grad():
-        return model(**inputs, **options)
-
-
-def assert_close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
 def encoder_states(output, inputs):
@@ -47,19 +43,8 @@ def assert_same(theirs, ours, inputs, **options):
     return expected, actual
 
 
-def gradients(model, inputs):
-    model.zero_grad()
-    labels = inputs["decoder_input_ids"].roll(-1, 1)
-    model(**inputs, labels=labels).loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_gradients(theirs, ours, inputs):
-    expected, actual = gradients(theirs, inputs), gradients(ours, inputs)
-    assert actual.keys() == expected.keys()
-    scale = max(gradient.abs().max().item() for gradient in expected.values())
-    for name, gradient in actual.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-11 * scale)
+def loss(model, inputs):
+    return model(**inputs, labels=inputs["decoder_input_ids"].roll(-1, 1)).loss
 
 
 def layers(model):
@@ -81,7 +66,7 @@ def test_results_and_gradients(family, implementation):
             assert_same(theirs, kept, inputs)
             if family in PADDED:
                 assert (actual.encoder_last_hidden_state[inputs["attention_mask"] == 0] == 0).all()
-            assert_same_gradients(theirs, ours, inputs)
+            assert_same_gradients(loss, theirs, ours, inputs)
 
 
 @pytest.mark.parametrize("family", PADDED)
@@ -107,7 +92,7 @@ def test_padded_targets(family):
     inputs = batch(family)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 0]])
     assert_same(theirs, ours, inputs | {"decoder_attention_mask": mask}, use_cache=False)
-    assert_same_gradients(theirs, ours, inputs | {"decoder_attention_mask": mask})
+    assert_same_gradients(loss, theirs, ours, inputs | {"decoder_attention_mask": mask})
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -241,11 +226,7 @@ def test_restore_and_copies(family, tmp_path):
     torch.testing.assert_close(run(fasttx.optimize(loaded), inputs).logits, wanted)
     for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
         assert torch.equal(run(twin, inputs).logits, expected)
-    for model in (copy.deepcopy(ours), ours):
-        fasttx.restore(model)
-        assert model.config._attn_implementation == "sdpa"
-        assert [type(m) for m in model.modules()] == [type(m) for m in theirs.modules()]
-        assert torch.equal(run(model, inputs).logits, run(theirs, inputs).logits)
+    assert_restores(theirs, ours, inputs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -260,23 +241,10 @@ def test_gradient_checkpointing_and_layer_drop(family):
             expected, actual = [], []
             for model, found in ((theirs, expected), (ours, actual)):
                 torch.manual_seed(seed)
-                found.append(gradients(model, batch(family)))
+                found.append(gradients(loss, model, batch(family)))
             assert actual[0].keys() == expected[0].keys()
             for name, gradient in actual[0].items():
                 torch.testing.assert_close(gradient, expected[0][name], rtol=1e-8, atol=1e-10)
-
-
-class Adapter(torch.nn.Module):
-    """As peft's LoRA: around a linear layer, under its name."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base_layer = base
-        self.down = torch.nn.Linear(base.in_features, 2, bias=False)
-        self.up = torch.nn.Linear(2, base.out_features, bias=False)
-
-    def forward(self, x):
-        return self.base_layer(x) + self.up(self.down(x))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -301,7 +269,7 @@ def test_changed_children_are_honoured(family):
     inputs = batch(family)
     for cached in (False, True):
         assert_same(theirs, ours, inputs, use_cache=cached)
-    assert_same_gradients(theirs, ours, inputs)
+    assert_same_gradients(loss, theirs, ours, inputs)
     reasons = {row.module: row.reason for row in fasttx.explain(ours).rows}
     for stack in ("model.encoder", "model.decoder"):
         for child in ("0.self_attn.q_proj", "0.fc1", "1.self_attn.q_proj", "1.fc2", "1.self_attn_layer_norm"):
@@ -341,10 +309,4 @@ def test_float16_is_clamped():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropout_follows_the_seed(family):
-    ours, inputs = fasttx.optimize(hf_models.make(family, dropout=True)).train(), hf_models.batch(family)
-
-    def logits(seed):
-        torch.manual_seed(seed)
-        return run(ours, inputs).logits
-
-    assert torch.equal(logits(1), logits(1)) and not torch.equal(logits(1), logits(2))
+    assert_dropout_follows_the_seed(family)

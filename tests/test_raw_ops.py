@@ -178,9 +178,16 @@ RAW["attention_block_bwd"] = (
 )  # fmt: skip
 CACHED = {k: v for k, v in BLOCK.items() if k not in ("heads", "batch_first", "cu_seqlens") and "dropout" not in k}
 CACHED = {k: v for k, v in CACHED.items() if k not in ("attention_p", "attention_seed", "seed")}
+OF_TWO = torch.tensor([0, 1, T])
+PACKED = {
+    "input": f32(T, W), "weight_in": f32(H * D, W), "bias_in": f32(H * D), "keys": f32(S, H, D),
+    "values": f32(S, H, D), "length": S, "cu_seqlens_q": torch.tensor([0, T]), "cu_seqlens_k": torch.tensor([0, S]),
+    "attn_mask": None,
+}  # fmt: skip
 RAW["cached_attention_block_fwd"] = (
     {**CACHED, "bias_in": f32(3 * H * D), "bias_out": VECTOR, "norm_bias": VECTOR, "norm_first": False,
-     "keys": f32(B, H, S, D), "values": f32(B, H, S, D), "length": S - T, "packed_in": None, "packed_out": None},
+     "keys": f32(B, H, S, D), "values": f32(B, H, S, D), "length": S - T, "cu_seqlens_q": None, "cu_seqlens_k": None,
+     "packed_in": None, "packed_out": None, "decodes": False},
     [wrong(weight_in=f32(3 * H * D, W + 1)), wrong(weight_in=f32(2 * H * D, W)), wrong(weight_in=f32(H * D, W)),
      wrong(weight_out=f32(W + 1, H * D)), wrong(weight_out=f32(W, H * D + 1)), wrong(weight_out=f32(W, H * D).double()),
      wrong(norm_weight=f32(W + 1)), wrong(input=f32(T, W)), wrong(input=f32(B, T, W).half()), wrong(input=f32(1, T, W)),
@@ -188,7 +195,13 @@ RAW["cached_attention_block_fwd"] = (
      wrong(length=-1), wrong(length=S - T + 1), wrong(keys=f32(B, H, S, D + 1)), wrong(values=f32(B, H, S + 1, D)),
      wrong(keys=f32(B, H, S, D).double()), wrong(values=f32(B, H, S, D).half()), wrong(keys=f32(B, 2 * H, S, D)),
      wrong(keys=f32(H, S, D), values=f32(H, S, D)), wrong(keys=f32(B, H, D, S).mT), wrong(values=f32(B, H, D, S).mT),
-     wrong(packed_in=U8), wrong(packed_out=U8)],
+     wrong(packed_in=U8), wrong(packed_out=U8), wrong(cu_seqlens_q=OF_TWO), wrong(cu_seqlens_k=OF_TWO),
+     wrong(cu_seqlens_q=OF_TWO, cu_seqlens_k=OF_TWO), wrong(**PACKED | {"weight_in": f32(3 * H * D, W)}),
+     wrong(**PACKED | {"keys": f32(S, H, D + 1)}), wrong(**PACKED | {"values": f32(S + 1, H, D)}),
+     wrong(**PACKED | {"keys": f32(B, H, S, D), "values": f32(B, H, S, D)}), wrong(**PACKED | {"length": S + 1}),
+     wrong(**PACKED | {"cu_seqlens_q": torch.tensor([0, T + 1])}),
+     wrong(**PACKED | {"cu_seqlens_k": torch.tensor([0])}),
+     wrong(**PACKED | {"cu_seqlens_k": torch.tensor([0, S + 1])}), wrong(**PACKED | {"input": f32(1, T, W)})],
 )  # fmt: skip
 SELF = {k: v for k, v in BLOCK.items() if k not in ("norm_weight", "eps", "dropout_p", "seed")}
 BAD_SELF = [

@@ -99,25 +99,50 @@ def given(**masks):
 
 @pytest.mark.parametrize("options", LAYER_OPTIONS, ids=LAYER_IDS)
 @pytest.mark.parametrize("training", [False, True])
-def test_layer_arguments_and_masks(options, training):
+@pytest.mark.parametrize("gradients", [False, True])
+def test_layer_arguments_and_masks(options, training, gradients):
     layer = make_layer(**options).train(training)
     for some in masks():
-        fast = assert_equals_torch(layer, inputs(options.get("batch_first", False)), given(**some))
+        batch = inputs(options.get("batch_first", False))
+        fast = assert_equals_torch(layer, batch, given(**some), gradients=gradients)
         assert type(fast) is fasttx.nn.TransformerDecoderLayer
     unbatched = {"tgt": torch.randn(T, E), "memory": torch.randn(S, E)}
-    assert_equals_torch(layer, unbatched, given(tgt_mask=CAUSAL))
+    assert_equals_torch(layer, unbatched, given(tgt_mask=CAUSAL), gradients=gradients)
+
+
+def test_in_inference_the_cross_attention_half_is_one_operation(needs_extension):
+    def ops(layer, some):
+        return sorted(row.op for row in fasttx.explain(layer, **some).rows)
+
+    wanted = ["attention_block", "cached_attention_block", "feed_forward_block", "linear"]
+    for options in ({}, {"norm_first": True}, {"batch_first": True}, {"bias": False}):
+        layer = fasttx.optimize(make_layer(**options)).eval()
+        some = inputs(options.get("batch_first", False)) | {"memory_mask": torch.randn(T, S)}
+        assert ops(layer, some) == wanted
+        layer.train()
+        assert (ops(layer, some) == wanted) == ("norm_first" not in options)
+        layer.dropout2.p = 0.5
+        assert "cached_attention_block" not in ops(layer, some)
+    for name in ("multihead_attn", "norm2"):
+        for norm_first in (False, True):
+            layer = fasttx.optimize(make_layer(norm_first=norm_first)).eval()
+            getattr(layer, name).register_forward_hook(lambda *args: None)
+            with torch.no_grad(), fasttx.strict(), pytest.raises(fasttx.FallbackError, match="it has hooks"):
+                layer(**inputs(False))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_layer_within_budget(dtype, norm_first):
+@pytest.mark.parametrize("gradients", [False, True])
+def test_layer_within_budget(dtype, norm_first, gradients):
     torch.manual_seed(5)
     layer = torch.nn.TransformerDecoderLayer(
         64, 4, 128, dropout=0.0, activation="gelu", batch_first=True, norm_first=norm_first
     )
     some = {"tgt": torch.randn(8, 24, 64), "memory": torch.randn(8, 19, 64)}
     causal = torch.ones(24, 24, dtype=torch.bool).triu(1)
-    assert_module_within_budget(layer, some, dtype, given(tgt_mask=causal, tgt_is_causal=True))
+    run = given(tgt_mask=causal, tgt_is_causal=True)
+    assert_module_within_budget(layer.train(gradients), some, dtype, run, gradients=gradients)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

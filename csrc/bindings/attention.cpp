@@ -185,7 +185,8 @@ const void* present(const Tensor& tensor) { return tensor.numel() == 0 ? &tensor
 void run_forward(int dtype, AttentionFwd args) {
   const KernelTable& kernels = table();
   const AttentionShape& shape = args.shape;
-  if (shape.queries * (shape.heads / shape.kv_heads) <= 32 || !threads_share_pairs(shape)) {
+  // Without keys nothing is packed, and there would be no wave to write the zeros.
+  if (shape.keys == 0 || shape.queries * (shape.heads / shape.kv_heads) <= 32 || !threads_share_pairs(shape)) {
     launch(kernels.attention_fwd[dtype], args);
     return;
   }

@@ -1,5 +1,6 @@
 // The attention half of a decoder layer over keys and values that are kept from call to call, in inference:
-// norm(x + out(attention(q, keys, values))), or x + out(attention(q, keys, values)) with q of norm(x).
+// norm(x + out(attention(q, keys, values))), or x + out(attention(q, keys, values)) with q of norm(x). Queries alone
+// may be those of packed sequences, to as many packed sequences of keys and values.
 #include <cstring>
 
 #include "layers.h"
@@ -24,34 +25,44 @@ Tensor cached_attention_block_fwd(const Tensor& input, const Tensor& weight_in, 
                                   const Tensor& weight_out, const OptionalTensor& bias_out,
                                   const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps,
                                   bool norm_first, const Tensor& keys, const Tensor& values, int64_t length,
-                                  const OptionalTensor& attn_mask, bool is_causal, double scale,
-                                  const OptionalTensor& packed_in, const OptionalTensor& packed_out) {
+                                  const OptionalTensor& attn_mask, const OptionalTensor& cu_queries,
+                                  const OptionalTensor& cu_keys, bool is_causal, double scale,
+                                  const OptionalTensor& packed_in, const OptionalTensor& packed_out, bool decodes) {
   dtype_index(input, "input");
-  STD_TORCH_CHECK(input.dim() == 3, "input must have 3 dimensions");
-  STD_TORCH_CHECK(keys.dim() == 4 && sizes_of(values) == sizes_of(keys), "keys and values must be of one shape, with 4 "
-                                                                         "dimensions");
+  const bool packed = cu_queries.has_value();
+  STD_TORCH_CHECK(packed == cu_keys.has_value(), "cu_seqlens_q and cu_seqlens_k come together");
+  STD_TORCH_CHECK(input.dim() == (packed ? 2 : 3), "input must have ", packed ? 2 : 3, " dimensions");
+  const int64_t dims = packed ? 3 : 4;
+  STD_TORCH_CHECK(keys.dim() == dims && sizes_of(values) == sizes_of(keys),
+                  "keys and values must be of one shape, with ", dims, " dimensions");
   check_like(keys, input, "keys");
   check_like(values, input, "values");
   const Tensor x = dense(input);
-  const int64_t batch = x.size(0), tokens = x.size(1), heads = keys.size(1), head = keys.size(3), width = heads * head;
-  STD_TORCH_CHECK(keys.size(0) == batch, "keys and input differ in batch");
-  STD_TORCH_CHECK(head <= 1 || (keys.stride(3) == 1 && values.stride(3) == 1), "keys and values must have unit rows");
+  const int64_t batch = packed ? 1 : x.size(0), tokens = x.size(x.dim() - 2), heads = keys.size(1),
+                head = keys.size(dims - 1), width = heads * head;
+  STD_TORCH_CHECK(packed || keys.size(0) == batch, "keys and input differ in batch");
+  STD_TORCH_CHECK(head <= 1 || (keys.stride(dims - 1) == 1 && values.stride(dims - 1) == 1),
+                  "keys and values must have unit rows");
   STD_TORCH_CHECK(weight_in.dim() == 2 && (weight_in.size(0) == 3 * width || weight_in.size(0) == width),
                   "weight_in must be (heads * head width, in), or three times as high");
   const bool appends = weight_in.size(0) == 3 * width;
-  const int64_t row = weight_in.size(0), seen = length + (appends ? tokens : 0);
-  STD_TORCH_CHECK(length >= 0 && seen <= keys.size(2), "keys have room for ", keys.size(2), " tokens, not for ", seen);
+  STD_TORCH_CHECK(!(appends && packed), "packed sequences have no room for keys: weight_in must be (heads * head width, "
+                                        "in)");
+  const int64_t row = weight_in.size(0), seen = length + (appends ? tokens : 0), places = keys.size(packed ? 0 : 2);
+  STD_TORCH_CHECK(length >= 0 && seen <= places, "keys have room for ", places, " tokens, not for ", seen);
 
   const Tensor y = norm_first ? layer_norm_fwd(x, width_of(x), norm_weight, norm_bias, eps) : x;
-  // Tokens that come one at a time have few rows, whatever their batch.
-  const bool decodes = tokens == 1;
-  Intermediate projected({batch, tokens, row}, x, false);
+  Sizes sizes = sizes_of(x);
+  sizes.back() = row;
+  Intermediate projected(sizes, x, false);
   linear_forward(y, weight_in, bias_in, packed_in, {kNone, 0.0, kNone}, *projected, decodes);
   const auto heads_of = [&](Tensor& of, int64_t part, int64_t stride) {
     char* first = static_cast<char*>(of.mutable_data_ptr()) + part * width * x.element_size();
-    return view_of(first, {batch, heads, tokens, head}, {tokens * stride, head, stride, 1}, x);
+    return packed ? view_of(first, {tokens, heads, head}, {stride, head, 1}, x)
+                  : view_of(first, {batch, heads, tokens, head}, {tokens * stride, head, stride, 1}, x);
   };
   const auto seen_of = [&](const Tensor& kept) {
+    if (packed) return kept;
     return view_of(kept.mutable_data_ptr(), {batch, heads, seen, head},
                    {kept.stride(0), kept.stride(1), kept.stride(2), 1}, x);
   };
@@ -60,10 +71,12 @@ Tensor cached_attention_block_fwd(const Tensor& input, const Tensor& weight_in, 
     append(heads_of(*projected, 1, row), key, length);
     append(heads_of(*projected, 2, row), value, length);
   }
-  Intermediate attended({batch, tokens, width}, x, false);
+  sizes.back() = width;
+  Intermediate attended(sizes, x, false);
   Tensor joined = heads_of(*attended, 0, width);
   attention_forward(heads_of(*projected, 0, row), key, value,
-                    {attn_mask, kNone, kNone, kNone, kNone, is_causal, appends ? length : 0, -1, -1, 0.0, kNone, scale},
+                    {attn_mask, kNone, cu_queries, cu_keys, kNone, is_causal, appends ? length : 0, -1, -1, 0.0, kNone,
+                     scale},
                     false, Weights::none, joined);
   Intermediate sum(sizes_of(x), x, norm_first);
   linear_forward(*attended, weight_out, bias_out, packed_out, {x, 0.0, kNone}, *sum, decodes);

@@ -83,8 +83,10 @@ def check_common(
 
 
 def require_dims(name: str, tensor: Tensor, dims: int, meaning: str) -> None:
-    """A floating-point tensor of that many dimensions."""
+    """A dense floating-point tensor of that many dimensions."""
     checks.require_floating(name, tensor)
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got the layout {tensor.layout}")
     if tensor.dim() != dims:
         raise ValueError(f"{name} must be {meaning}, got the shape {checks.shape(tensor)}")
 

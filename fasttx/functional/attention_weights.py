@@ -62,27 +62,45 @@ def attention_weights(
         checks.require_same_device("query", query, lse=lse)
     if dropout_p > 0.0 and seed is None:
         raise ValueError(f"seed must be given where dropout_p is {dropout_p}")
-    if lse is None:
-        seed = torch.tensor(seed) if isinstance(seed, int) else seed
-        nothing = key.new_empty((*key.shape[:-1], 0))  # what the weights are applied to
-        return attend(
-            query, key, nothing, attn_mask=attn_mask, key_lengths=key_lengths, **options, seed=seed,
-            weights=EACH, op="attention_weights", backend=backend,
-        )[2]  # fmt: skip
-    if choose("attention_weights", (query, key), backend) == "reference":
+    if lse is not None and choose("attention_weights", (query, key), backend) == "reference":
         return reference.attention_weights(
             query, key, lse, attn_mask=attn_mask, key_lengths=key_lengths, **options, seed=seed, enable_gqa=True
         )
+    if lse is None or _is_worth_two_passes(query, attn_mask, key_lengths, is_causal, window, alibi_slopes):
+        seed = torch.tensor(seed) if isinstance(seed, int) else seed
+        nothing = key.new_empty((*key.shape[:-1], 0))  # what the weights are applied to
+        _, own, weights = attend(
+            query, key, nothing, attn_mask=attn_mask, key_lengths=key_lengths, **options, seed=seed,
+            return_lse=lse is not None, weights=EACH, op="attention_weights", backend=backend,
+        )  # fmt: skip
+        if lse is None:
+            return weights
+        # Finite, so that keys which are masked get 0 whatever lse is.
+        most = math.log(torch.finfo(own.dtype).max) - 1
+        return weights * (own - _without_keys(lse)).clamp(max=most).exp()[..., None]
     scores = _scores(query, key, scale_of(scale, query))
     mask = _mask(scores, attn_mask, key_lengths, is_causal, query_offset, window, alibi_slopes)
-    # A query without keys has lse = -inf; its weights are to be zero.
-    weights = scores.sub_(lse.masked_fill(lse == -math.inf, math.inf)[..., None])
+    weights = scores.sub_(_without_keys(lse)[..., None])
     if mask is not None:
         weights = weights.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else weights.add_(mask)
     weights = weights.exp_()
     if dropout_p > 0.0:
         weights = (weights * _kept(weights, seed, dropout_p)).mul_(1.0 / (1.0 - dropout_p))
     return weights.to(query.dtype)
+
+
+def _is_worth_two_passes(query: Tensor, *masks: object) -> bool:
+    """Whether to take the softmax's weights from the kernel, and scale them: it has masks in the same pass.
+
+    Not where that would round twice, to a half.
+    """
+    wide = query.dtype in (torch.float32, torch.float64)
+    return wide and query.is_cpu and any(mask is not None and mask is not False for mask in masks)
+
+
+def _without_keys(lse: Tensor) -> Tensor:
+    """lse, and inf in place of the -inf of a query without keys, whose weights are to be zero."""
+    return lse.masked_fill(lse == -math.inf, math.inf)
 
 
 def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -92,8 +110,9 @@ def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
     query, keys = query.to(wide) * scale, key.to(wide).mT
     if heads == key.shape[1]:
         return query @ keys
-    grouped = query.reshape(batch, key.shape[1], -1, width) @ keys
-    return grouped.view(batch, heads, queries, -1)
+    of_each = heads // key.shape[1]
+    grouped = query.reshape(batch, key.shape[1], of_each * queries, width) @ keys
+    return grouped.view(batch, heads, queries, key.shape[2])
 
 
 def _mask(

@@ -17,6 +17,7 @@ from fasttx.ops.feed_forward_block import feed_forward_block
 from fasttx.rng import draw_seed
 
 from ._plain import adopt, is_plain, parameter, step_aside, why_not_plain, why_patched
+from ._recall import is_observed, is_transformed
 from .attention import MultiheadAttention
 from .gelu import GELU
 from .layer_norm import LayerNorm
@@ -212,6 +213,8 @@ def attention_half(
         if norm_first:
             _call_end("attention_block", norm, dropout)
         return None
+    if is_transformed():
+        return None
     tensors = (x, *parameters, parameter(norm, "weight"), parameter(norm, "bias"))
     op = "attention_block" if cu_seqlens is None else "attention_block_varlen"
     if not _can_fuse(op, tensors, norm, norm_first, mask, parameters[0].shape[0] // (3 * heads)):
@@ -223,30 +226,88 @@ def attention_half(
     )  # fmt: skip
 
 
-def cached_attention_half(
+def can_attend_kept(
+    norm: Module, dropout: Module | Dropout, tensors: tuple[Tensor | None, ...], norm_first: bool
+) -> bool:
+    """Whether `attend_kept` may run on these tensors, keys and values included: only in inference."""
+    if not (is_plain(norm, *NORMS) and is_plain_dropout(dropout)):
+        if norm_first:
+            _call_end("cached_attention_block", norm, dropout)
+        return False
+    if (dropout.training and dropout.p > 0.0) or is_observed() or wants_grad(*tensors):
+        return False
+    return _can_fuse("cached_attention_block", tensors, norm, norm_first)
+
+
+def attend_kept(
     x: Tensor,
     parameters: tuple[Tensor | None, ...],
     norm: Module,
-    dropout: Module | Dropout,
-    *,
     norm_first: bool,
     kept: tuple[Tensor, Tensor, int],
-    scale: float,
     mask: Tensor | None,
     is_causal: bool,
-) -> Tensor | None:
+    scale: float,
+    cu_seqlens: tuple[Tensor, Tensor] = (None, None),
+    decodes: bool = False,
+) -> Tensor:
     """attention_half in inference, to keys and values (B, H, capacity, D) of which so many places are filled.
 
     kept: keys, values and how many. The joined projections write the tokens of x (B, T, width) behind them; that of
-    queries alone writes nothing.
+    queries alone writes nothing, and with cu_seqlens, goes from each of x's packed sequences to one of (total, H, D).
+    decodes: its tokens come one at a time.
     """
-    if not (is_plain(norm, *NORMS) and is_plain_dropout(dropout)) or (dropout.training and dropout.p > 0.0):
+    return cached_attention_block(
+        x, *parameters, parameter(norm, "weight"), parameter(norm, "bias"), norm.eps, norm_first, *kept, mask,
+        is_causal, scale, *cu_seqlens, decodes,
+    )  # fmt: skip
+
+
+def cross_attention_half(
+    attention: Module,
+    norm: Module,
+    dropout: Module | Dropout,
+    x: Tensor,
+    memory: Tensor,
+    *,
+    norm_first: bool,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
+) -> Tensor | None:
+    """norm(x + attention of x to the memory), or x + attention of norm(x), in inference: two operations.
+
+    cu_seqlens: where packed sequences of x and of the memory begin. None where a child has to be called, and in
+    training.
+    """
+    if is_observed() or wants_grad(x, memory, attn_mask):
         return None
-    keys, values, _ = kept
-    tensors = (x, *parameters, parameter(norm, "weight"), parameter(norm, "bias"))
-    if torch.is_grad_enabled() or not _can_fuse("cached_attention_block", (*tensors, keys, values), norm, norm_first):
+    if not is_plain(attention, MultiheadAttention):
+        step_aside("cached_attention_block", f"attention: {why_not_plain(attention, MultiheadAttention)}")
         return None
-    return cached_attention_block(*tensors, norm.eps, norm_first, *kept, mask, is_causal, scale)
+    if not attention.can_pack() or (attention.training and attention.dropout > 0.0):
+        return None
+    if cu_seqlens is None:
+        if x.dim() != 3 or attention.refusal(x, memory, memory, key_padding_mask, attn_mask, is_causal):
+            return None
+    parameters = (*attention.projection_of_queries(), *attention.parameters_of_projections()[2:])
+    of_memory = attention.projection_of_memory()
+    if not can_attend_kept(norm, dropout, (x, memory, *parameters, *of_memory), norm_first):
+        return None
+    kept = functional.linear(memory, *of_memory).chunk(2, -1)
+    if cu_seqlens is not None:
+        keys, values = (t.unflatten(-1, (attention.num_heads, -1)) for t in kept)
+        kept = keys, values, len(keys)
+        return attend_kept(x, parameters, norm, norm_first, kept, None, False, attention.head_dim**-0.5, cu_seqlens)
+    keys, values = map(attention.split_heads, kept)
+    is_causal = is_causal and key_padding_mask is None
+    mask = attention.mask(None if is_causal else attn_mask, key_padding_mask, x.dtype)
+    output = attend_kept(
+        x if attention.batch_first else x.transpose(0, 1), parameters, norm, norm_first,
+        (keys, values, keys.shape[2]), mask, is_causal, attention.head_dim**-0.5,
+    )  # fmt: skip
+    return output if attention.batch_first else output.transpose(0, 1)
 
 
 def self_attention_half(
@@ -291,8 +352,12 @@ def feed_forward_half(
     x: Tensor,
     name: str | None,
     norm_first: bool = False,
+    decodes: bool = False,
 ) -> Tensor:
-    """norm(x + dropout2(f(x))), or x + dropout2(f(norm(x))), where f is feed_forward; `name` as there."""
+    """norm(x + dropout2(f(x))), or x + dropout2(f(norm(x))), where f is feed_forward; `name` as there.
+
+    decodes: the tokens come one at a time.
+    """
     plain_end = is_plain(norm, *NORMS) and is_plain_dropout(dropout2)
     if (
         name is not None
@@ -306,7 +371,7 @@ def feed_forward_half(
             p1 = dropout1.p if dropout1 is not None and dropout1.training else 0.0
             p2 = dropout2.p if dropout2.training else 0.0
             return feed_forward_block(
-                *tensors, norm.eps, norm_first, name, p1, _seed(p1), p2, _seed(p2)
+                *tensors, norm.eps, norm_first, name, p1, _seed(p1), p2, _seed(p2), decodes
             )
     if norm_first:
         if not plain_end:

@@ -24,6 +24,11 @@ packing.dependents.append(_known)
 _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 
 
+def is_transformed() -> bool:
+    """Whether a function transform looks on: vmap makes one call of attention's, and many of an operation around it."""
+    return not is_compiling() and _are_functorch_transforms_active()
+
+
 def is_observed() -> bool:
     """Whether a compiler, a function transform or a hook of every module looks on: no time to recall or remember."""
     return is_compiling() or _are_functorch_transforms_active() or has_global_hooks()

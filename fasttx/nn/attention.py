@@ -18,6 +18,7 @@ from fasttx.packing import place_of
 from fasttx.rng import draw_seed
 
 from ._plain import parameter, step_aside
+from ._recall import is_transformed
 
 if TYPE_CHECKING:
     from .cache import KVCache
@@ -58,7 +59,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         cache: "KVCache | None" = None,
     ) -> tuple[Tensor, Tensor | None]:
         if cache is not None:
-            from .cache import attend_cached  # it imports this module
+            from ._cached import attend_cached  # it imports this module
 
             return attend_cached(
                 self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, cache
@@ -76,7 +77,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         wanted = NONE if not need_weights else MEAN if average_attn_weights else EACH
         results = self._self_attention(query, mask, is_causal, wanted) if query is key and key is value else None
         if results is None:
-            q, k, v = map(self._split_heads, self._project(query, key, value))
+            q, k, v = map(self.split_heads, self._project(query, key, value))
             k, v, mask = self._extend(k, v, mask)
             dropout_p = self.dropout if self.training else 0.0
             output, _, weights = attend(
@@ -91,7 +92,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         self, x: Tensor, mask: Tensor | None, is_causal: bool, weights: int, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None] | None:
         """Projections and attention as one operation; None where the call has no such form."""
-        if x.dim() != (3 if cu_seqlens is None else 2) or not self.can_pack():
+        if x.dim() != (3 if cu_seqlens is None else 2) or not self.can_pack() or is_transformed():
             return None
         if mask is not None and mask.requires_grad and torch.is_grad_enabled():
             return None
@@ -124,6 +125,17 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             parameter(self, "in_proj_weight"), parameter(self, "in_proj_bias"),
             parameter(out, "weight"), parameter(out, "bias"),
         )  # fmt: skip
+
+    def projection_of_queries(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the queries' projection alone."""
+        weight, bias = parameter(self, "in_proj_weight"), parameter(self, "in_proj_bias")
+        weight = self.q_proj_weight if weight is None else _split_rows(weight, self.embed_dim)[0]
+        return weight, None if bias is None else _split_rows(bias, self.embed_dim)[0]
+
+    def projection_of_memory(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the joined projections of keys and values, where they have the queries' width."""
+        weight, bias = parameter(self, "in_proj_weight"), parameter(self, "in_proj_bias")
+        return _split_rows(weight, self.embed_dim)[1], None if bias is None else _split_rows(bias, self.embed_dim)[1]
 
     def can_pack(self) -> bool:
         """Whether attention over packed sequences is this module's: one width, and no keys of its own."""
@@ -237,23 +249,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """The three projections, fused as far as their inputs are one tensor."""
         weight, bias = parameter(self, "in_proj_weight"), parameter(self, "in_proj_bias")
-        width = self.embed_dim
         if weight is not None and query is key and key is value:
             return functional.linear(query, weight, bias).chunk(3, -1)
         if weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         elif key is value:
-            query_bias, bias = (None, None) if bias is None else _split_rows(bias, width)
-            query_weight, weight = _split_rows(weight, width)
-            keys_values = functional.linear(key, weight, bias).chunk(2, -1)
-            return functional.linear(query, query_weight, query_bias), *keys_values
+            keys_values = functional.linear(key, *self.projection_of_memory()).chunk(2, -1)
+            return functional.linear(query, *self.projection_of_queries()), *keys_values
         else:
             weights = weight.chunk(3)
         biases = (None, None, None) if bias is None else bias.chunk(3)
         inputs = (query, key, value)
         return tuple(map(functional.linear, inputs, weights, biases))
 
-    def _split_heads(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         """(B, T, E), (T, B, E) or (T, E) -> (B, H, T, D), a view."""
         x = x.view(*x.shape[:-1], self.num_heads, self.head_dim)
         if x.dim() == 3:

@@ -1,19 +1,14 @@
-"""Keys and values that decoding step by step keeps, and attention over them."""
+"""Keys and values that decoding step by step keeps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.nn import Module
-from torch.nn import functional as F
 
-from fasttx import checks, functional
+from fasttx import checks
 from fasttx._weak import WeakCache
-
-from ._plain import parameter
-from .attention import MultiheadAttention, _split_rows
 
 _LEAST_CAPACITY = 64  # tokens
 
@@ -68,26 +63,51 @@ class KVCache:
         0 without a window. Raises ValueError where they do not go with those before, or there is no room.
         """
         _check_pair(key, value)
+        room = self._reserve(layer, key, key.shape, value, value.shape)
+        start, tokens = room.filled, key.shape[2]
+        end = start + tokens
+        room.keys[:, :, start:end].copy_(key)
+        room.values[:, :, start:end].copy_(value)
+        room.commit()
+        return room.keys[:, :, :end], room.values[:, :, :end], room.first
+
+    def reserve(self, layer: Module, like: Tensor, sizes: tuple[int, int, int, int]) -> "Room":
+        """Room for keys and values (B, H, T, D) of these sizes, in the dtype and on the device of `like`.
+
+        For who writes them there itself: the attention `layer` has seen those tokens once the room's `commit` is
+        called. Raises as `append`.
+        """
+        return self._reserve(layer, like, sizes, like, sizes)
+
+    def _reserve(
+        self, layer: Module, key: Tensor, key_sizes: tuple[int, ...], value: Tensor, value_sizes: tuple[int, ...]
+    ) -> "Room":
         kept = self._kept.get(layer)
         if kept is None:
-            kept = _Kept(key[:, :, :0], value[:, :, :0])
+            kept = _Kept(_empty(key, key_sizes, 0), _empty(value, value_sizes, 0))
         else:
-            _check_same("key", key, kept.keys)
-            _check_same("value", value, kept.values)
-        tokens = key.shape[2]
+            _check_same("key", key, key_sizes, kept.keys)
+            _check_same("value", value, value_sizes, kept.values)
+        tokens = key_sizes[2]
         length = kept.length + tokens
         if self.max_length is not None and length > self.max_length:
             raise ValueError(f"the cache has room for max_length={self.max_length} tokens, and these make {length}")
         seen = kept.end if self.window is None else min(kept.end, self.window - 1)
         if kept.end + tokens > kept.keys.shape[2]:
             kept.move(seen, self._capacity(seen + tokens))
-        kept.keys[:, :, kept.end : kept.end + tokens].copy_(key)
-        kept.values[:, :, kept.end : kept.end + tokens].copy_(value)
-        kept.end += tokens
-        kept.length = length
-        self._kept.set(layer, kept)
-        first = kept.end - seen - tokens
-        return kept.keys[:, :, first : kept.end], kept.values[:, :, first : kept.end], length - seen - tokens
+
+        def commit() -> None:
+            kept.end += tokens
+            kept.length = length
+            self._kept.set(layer, kept)
+
+        start = kept.end - seen
+        return Room(kept.keys[:, :, start:], kept.values[:, :, start:], seen, kept.length - seen, commit)
+
+    def memory(self, layer: Module) -> tuple[Tensor, Tensor] | None:
+        """What `project_once` keeps for the attention `layer`, if it does yet."""
+        memory = self._projected.get(layer)
+        return None if memory is None else (memory.keys, memory.values)
 
     def project_once(
         self, layer: Module, make: Callable[[], tuple[Tensor, Tensor]]
@@ -139,6 +159,22 @@ class KVCache:
         return capacity if self.max_length is None else min(capacity, self.max_length)
 
 
+@dataclass(frozen=True)
+class Room:
+    """Places for new tokens, behind those kept ones that they may attend to.
+
+    keys, values (B, H, places, D): views, of which the first `filled` hold kept tokens and at least as many as there
+    are new ones are free. first: the position of the first of them, 0 without a window. commit: makes the new tokens,
+    once they are written, seen ones.
+    """
+
+    keys: Tensor
+    values: Tensor
+    filled: int
+    first: int
+    commit: Callable[[], None]
+
+
 @dataclass
 class _Kept:
     """Buffers (B, H, capacity, D) whose first `end` places hold the last `end` of `length` tokens."""
@@ -152,7 +188,7 @@ class _Kept:
         """The last `seen` tokens into new buffers of this capacity: views handed out before stay as they are."""
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = _empty(old, old.shape[0], capacity)
+            new = _empty(old, old.shape, capacity)
             new[:, :, :seen].copy_(old[:, :, self.end - seen : self.end])
             setattr(self, name, new)
         self.end = seen
@@ -161,7 +197,7 @@ class _Kept:
         """The sequences `index`, in new buffers of the same capacity."""
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = _empty(old, len(index), old.shape[2])
+            new = _empty(old, (len(index), *old.shape[1:]), old.shape[2])
             new[:, :, : self.end].copy_(old[:, :, : self.end].index_select(0, index))
             setattr(self, name, new)
 
@@ -178,10 +214,11 @@ class _Memory:
         self.keys, self.values = (tensor.index_select(0, index) for tensor in (self.keys, self.values))
 
 
-def _empty(like: Tensor, batch: int, capacity: int) -> Tensor:
+def _empty(like: Tensor, sizes: tuple[int, ...], capacity: int) -> Tensor:
+    """(B, H, capacity, D) for sizes (B, H, any, D)."""
     # One made in inference mode could not be appended to outside of it.
     with torch.inference_mode(False):
-        return like.new_empty((batch, like.shape[1], capacity, like.shape[3]))
+        return like.new_empty((*sizes[:2], capacity, sizes[3]))
 
 
 def _check_pair(key: Tensor, value: Tensor) -> None:
@@ -189,23 +226,24 @@ def _check_pair(key: Tensor, value: Tensor) -> None:
         checks.require_floating(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, length, width), got the shape {checks.shape(tensor)}")
-        _refuse_gradient(name, tensor)
+        refuse_gradient(name, tensor)
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(f"key and value differ: {checks.shape(key)} and {checks.shape(value)}")
 
 
-def _refuse_gradient(name: str, tensor: Tensor) -> None:
+def refuse_gradient(name: str, tensor: Tensor) -> None:
+    """No tensor whose gradient is wanted."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name} wants a gradient, and a cache holds none: call it under torch.no_grad() or torch.inference_mode()"
         )
 
 
-def _check_same(name: str, tensor: Tensor, before: Tensor) -> None:
+def _check_same(name: str, tensor: Tensor, sizes: tuple[int, ...], before: Tensor) -> None:
     for what, now, then in (
-        ("sequences", tensor.shape[0], before.shape[0]),
-        ("heads", tensor.shape[1], before.shape[1]),
-        ("width", tensor.shape[3], before.shape[3]),
+        ("sequences", sizes[0], before.shape[0]),
+        ("heads", sizes[1], before.shape[1]),
+        ("width", sizes[3], before.shape[3]),
         ("dtype", tensor.dtype, before.dtype),
         ("device", tensor.device, before.device),
     ):
@@ -219,125 +257,3 @@ def _check_index(index: Tensor, kept: Tensor) -> None:
     sequences = kept.shape[0]
     if index.is_cpu and bool(((index < 0) | (index >= sequences)).any()):
         raise ValueError(f"index must lie in [0, {sequences}), got {index.tolist()}")
-
-
-def attend_cached(
-    mha: MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    need_weights: bool,
-    attn_mask: Tensor | None,
-    average_attn_weights: bool,
-    cache: KVCache,
-) -> tuple[Tensor, Tensor | None]:
-    """mha.forward with a cache: causal self-attention where query is key is value, else attention to a memory.
-
-    Masks are over all tokens that have been seen, these included, or over the memory: attn_mask (T, Tk) or
-    (B * H, T, Tk), key_padding_mask (B, Tk). Whatever is wrong raises before the cache has changed.
-    """
-    if is_compiling():
-        # Without fullgraph=True, this is where torch.compile leaves the call to eager execution.
-        raise RuntimeError(
-            "a KVCache cannot be compiled, as it is longer at every call: call the module as it is, or compile without "
-            "fullgraph=True, which leaves attention with a cache as it is"
-        )
-    if not isinstance(cache, KVCache):
-        raise TypeError(f"cache must be a fasttx.nn.KVCache, got {type(cache).__name__}")
-    if mha.bias_k is not None or mha.add_zero_attn:
-        raise ValueError("a cache has no place for keys of the module's own (add_bias_kv, add_zero_attn)")
-    of_itself = query is key and key is value
-    if of_itself:
-        _require(mha, query, query, query)
-        q, k, v = map(mha._split_heads, mha._project(query, query, query))
-        before = cache.length(mha)
-        keys = before + q.shape[2]
-    else:
-
-        def project() -> tuple[Tensor, Tensor]:
-            _require(mha, query, key, value)
-            # With no query, whose projection is not kept.
-            return tuple(map(mha._split_heads, mha._project(query[:0], key, value)[1:]))
-
-        _require_layout(mha, query)
-        k, v = cache.project_once(mha, project)
-        q = mha._split_heads(_project_query(mha, query))
-        keys = k.shape[2]
-    _refuse_gradient("query", q)
-    _check_masks(q, keys, key_padding_mask, attn_mask, query.dim())
-    offset, first, window = 0, 0, None
-    if of_itself:
-        k, v, first = cache.append(mha, k, v)
-        offset = before - first
-        window = None if cache.window is None else (cache.window - 1, -1)
-    mask = mha.mask(
-        None if attn_mask is None else attn_mask[..., first:],
-        None if key_padding_mask is None else key_padding_mask[..., first:],
-        query.dtype,
-    )
-    # One token sees everything that is kept.
-    causal = of_itself and q.shape[2] > 1
-    dropout_p = mha.dropout if mha.training else 0.0
-    if not need_weights:
-        output = functional.attention(
-            q, k, v, attn_mask=mask, is_causal=causal, query_offset=offset, window=window if causal else None,
-            dropout_p=dropout_p,
-        )  # fmt: skip
-        return mha._join_heads(output, query.dim()), None
-    if causal:
-        mask = _within(mask, q, k, offset, cache.window)
-    weights = functional.softmax((q * mha.head_dim**-0.5) @ k.transpose(-2, -1), mask=mask)
-    weights = F.dropout(weights, dropout_p)
-    output = mha._join_heads(weights @ v, query.dim())
-    weights = weights.mean(dim=1) if average_attn_weights else weights
-    return output, weights if query.dim() == 3 else weights.squeeze(0)
-
-
-def _require(mha: MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> None:
-    refusal = mha.refusal(query, key, value, None, None, False)
-    if refusal is not None:
-        raise ValueError(f"attention with a cache cannot take this call: {refusal}")
-
-
-def _require_layout(mha: MultiheadAttention, query: Tensor) -> None:
-    checks.require_floating("query", query)
-    if query.dim() not in (2, 3) or query.shape[-1] != mha.embed_dim:
-        raise ValueError(f"query must be (batch, length, {mha.embed_dim}) or unbatched, got {checks.shape(query)}")
-
-
-def _project_query(mha: MultiheadAttention, query: Tensor) -> Tensor:
-    weight, bias = parameter(mha, "in_proj_weight"), parameter(mha, "in_proj_bias")
-    weight = mha.q_proj_weight if weight is None else _split_rows(weight, mha.embed_dim)[0]
-    return functional.linear(query, weight, None if bias is None else _split_rows(bias, mha.embed_dim)[0])
-
-
-def _check_masks(
-    q: Tensor, keys: int, key_padding_mask: Tensor | None, attn_mask: Tensor | None, dims: int
-) -> None:
-    """Masks for q (B, H, T, D) and so many keys."""
-    batch, heads, queries, _ = q.shape
-    of_padding = ((batch, keys),) if dims == 3 else ((keys,),)
-    for name, mask, shapes in (
-        ("key_padding_mask", key_padding_mask, of_padding),
-        ("attn_mask", attn_mask, ((queries, keys), (batch * heads, queries, keys))),
-    ):
-        if mask is None:
-            continue
-        checks.require_tensor(name, mask)
-        if tuple(mask.shape) not in shapes:
-            wanted = " or ".join(map(str, shapes))
-            raise ValueError(f"{name} must have the shape {wanted}, over all tokens seen, got {checks.shape(mask)}")
-        if mask.dtype not in (torch.bool, torch.float32, q.dtype):
-            raise TypeError(f"{name} must be torch.bool, torch.float32 or {q.dtype}, got {mask.dtype}")
-        _refuse_gradient(name, mask)
-
-
-def _within(mask: Tensor | None, q: Tensor, k: Tensor, offset: int, window: int | None) -> Tensor:
-    """The mask, with what causality and the window leave of it."""
-    allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(offset)
-    if window is not None:
-        allowed = allowed.triu(offset - window + 1)
-    if mask is None:
-        return allowed
-    return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, -torch.inf)

@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttx import checks
+
+from . import _cached
 from ._blocks import (
     activation_name,
     add_norm,
     add_norm_and_sum,
     adopt_children,
     can_pack,
+    cross_attention_half,
     feed_forward,
     feed_forward_half,
     parts,
@@ -55,6 +59,8 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         *,
         cache: KVCache | None = None,
     ) -> Tensor:
+        if cache is not None:
+            checks.require_tensor("memory", memory)
         nested = "a tensor is nested" if tgt.is_nested or memory.is_nested else None
         refusal = why_patched(self) or nested
         if cache is not None:
@@ -83,12 +89,32 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
                 need_weights=False, is_causal=memory_is_causal, **cached,
             )[0]  # fmt: skip
 
-        half = None
+        tgt_masks = {"attn_mask": tgt_mask, "key_padding_mask": tgt_key_padding_mask}
+        memory_masks = {"attn_mask": memory_mask, "key_padding_mask": memory_key_padding_mask}
         if cache is None:
-            half = self._attention_half(
-                tgt, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask, is_causal=tgt_is_causal
+            half = self._attention_half(tgt, **tgt_masks, is_causal=tgt_is_causal)
+
+            def cross(x: Tensor) -> Tensor | None:
+                return cross_attention_half(
+                    self.multihead_attn, self.norm2, self.dropout2, x, memory, norm_first=self.norm_first,
+                    **memory_masks, is_causal=memory_is_causal,
+                )  # fmt: skip
+
+        else:
+            _cached.check(self.self_attn, tgt, None, cache, **tgt_masks)
+            _cached.check(self.multihead_attn, tgt, memory, cache, **memory_masks)
+            half = _cached.self_attention_half(
+                self.self_attn, self.norm1, self.dropout1, tgt, cache, norm_first=self.norm_first, **tgt_masks
             )
-        return self._run(tgt, half, attend, attend_memory)
+
+            def cross(x: Tensor) -> Tensor | None:
+                return _cached.cross_attention_half(
+                    self.multihead_attn, self.norm2, self.dropout2, x, memory, cache, norm_first=self.norm_first,
+                    **memory_masks,
+                )  # fmt: skip
+
+        decodes = cache is not None and self.self_attn._length(tgt) == 1
+        return self._run(tgt, half, attend, cross, attend_memory, decodes)
 
     def run_packed(
         self, x: Tensor, memory: Tensor, cu_seqlens: Tensor, cu_seqlens_memory: Tensor, is_causal: bool
@@ -102,8 +128,14 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             attention = self.multihead_attn
             return attention.attend_packed(x, memory, cu_seqlens, cu_seqlens_memory, False)
 
+        def cross(x: Tensor) -> Tensor | None:
+            return cross_attention_half(
+                self.multihead_attn, self.norm2, self.dropout2, x, memory, norm_first=self.norm_first,
+                cu_seqlens=(cu_seqlens, cu_seqlens_memory),
+            )  # fmt: skip
+
         half = self._attention_half(x, cu_seqlens=cu_seqlens, is_causal=is_causal)
-        return self._run(x, half, attend, attend_memory)
+        return self._run(x, half, attend, cross, attend_memory)
 
     def _attention_half(self, x: Tensor, **options: Any) -> Tensor | None:
         return self_attention_half(
@@ -115,21 +147,30 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         x: Tensor,
         half: Tensor | None,
         attend: Callable[[Tensor], Tensor],
+        cross: Callable[[Tensor], Tensor | None],
         attend_memory: Callable[[Tensor], Tensor],
+        decodes: bool = False,
     ) -> Tensor:
         """The layer on tokens in any layout (..., width), given the attention among them and to the memory.
 
-        half: what the self-attention's half made of x, where that was one operation.
+        half: what the self-attention's half made of x, and cross(x) what the memory's does, where they are one
+        operation. decodes: tokens come one at a time.
         """
         name = activation_name(self.activation)
         ends = (self.linear1, self.activation, self.dropout, self.linear2)
         if not self.norm_first:
             x = add_norm(self.norm1, self.dropout1, attend(x), x) if half is None else half
-            x = add_norm(self.norm2, self.dropout2, attend_memory(x), x)
-            return feed_forward_half(*ends, self.dropout3, self.norm3, x, name)
+            crossed = cross(x)
+            x = add_norm(self.norm2, self.dropout2, attend_memory(x), x) if crossed is None else crossed
+            return feed_forward_half(*ends, self.dropout3, self.norm3, x, name, decodes=decodes)
         if half is None:
             normed, x = add_norm_and_sum(self.norm2, self.dropout1, attend(self.norm1(x)), x)
         else:
+            crossed = cross(half)
+            if crossed is not None:
+                return feed_forward_half(
+                    *ends, self.dropout3, self.norm3, crossed, name, norm_first=True, decodes=decodes
+                )
             normed, x = self.norm2(half), half
         normed, x = add_norm_and_sum(self.norm3, self.dropout2, attend_memory(normed), x)
         return x + self.dropout3(feed_forward(*ends, normed, name))
@@ -179,6 +220,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
     ) -> Tensor:
         cached = {} if cache is None else {"cache": cache}
         if cache is not None:
+            checks.require_tensor("memory", memory)
             self._require_caching()
         batch_first = self.layers[0].self_attn.batch_first
         length = tgt.shape[1 if batch_first and tgt.dim() == 3 else 0]

@@ -84,6 +84,61 @@ def as_rows(op: Callable, names: list[str], rows: tuple[str, ...], alone: tuple[
     return rule
 
 
+def as_batches(op: Callable, names: list[str], batches: tuple[str, ...], alone: tuple[str, ...], mask: bool) -> Rule:
+    """The rule of an op on batches: those of the samples become one, so many times as long, of one call.
+
+    names: the op's arguments; batches: those whose first dim is the batch's, or 1 in what broadcasts over it. Where
+    another is batched, one of `alone` is set, or a tensor would have to be repeated in memory, each sample goes by
+    itself; so it does where `mask`: the op gives attn_mask's gradient, and sums it over a sample's batch.
+    """
+    each = one_by_one(op)
+    is_batch = [name in batches for name in names]
+    lone, of_mask = [names.index(name) for name in alone], names.index("attn_mask")
+
+    def rule(info, in_dims, *args):
+        # Arguments that are their defaults are left out.
+        triples = list(zip(args, in_dims, is_batch, strict=False))
+        others = (dim for _, dim, batch in triples if not batch)
+        if any(dim is not None for dim in others) or any(_is_set(args[i]) for i in lone):
+            return each(info, in_dims, *args)
+        length = _length(args[0], in_dims[0])
+        if mask and length > 1 and _length(args[of_mask], in_dims[of_mask]) == 1:
+            return each(info, in_dims, *args)
+        folded = [
+            _folded(arg, dim, info.batch_size, length) if batch and arg is not None else arg
+            for arg, dim, batch in triples
+        ]
+        if any(new is None is not arg for new, arg in zip(folded, args, strict=True)):
+            return each(info, in_dims, *args)
+        outputs = op(*folded)
+        sizes = info.batch_size, length
+        if isinstance(outputs, Tensor):
+            return outputs.unflatten(0, sizes), 0
+        # What was not asked for is empty, whatever the batch.
+        is_empty = [output.shape == (0,) for output in outputs]
+        unfolded = (
+            output if empty else output.unflatten(0, sizes) for output, empty in zip(outputs, is_empty, strict=True)
+        )
+        return tuple(unfolded), tuple(None if empty else 0 for empty in is_empty)
+
+    return rule
+
+
+def _length(tensor: Tensor, dim: int | None) -> int:
+    """The first size of one sample."""
+    return tensor.shape[0] if dim is None else tensor.movedim(dim, 0).shape[1]
+
+
+def _folded(tensor: Tensor, dim: int | None, samples: int, length: int) -> Tensor | None:
+    """The samples' batches of this length as one; None where that would repeat them in memory."""
+    if dim is not None:
+        tensor = tensor.movedim(dim, 0)
+        return tensor.flatten(0, 1) if tensor.shape[1] == length else None
+    if tensor.shape[0] == 1:
+        return tensor.expand(samples * length, *tensor.shape[1:])
+    return tensor.repeat(samples) if tensor.dim() == 1 else None
+
+
 def _is_set(value: object) -> bool:
     return value is not None and (isinstance(value, Tensor) or bool(value))
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ._functorch import as_batches
 from ._library import (
     accumulate_dtype,
     define,
@@ -87,6 +88,15 @@ attention_bwd = define(
 )
 attention_bias_bwd = define(f"attention_bias_bwd({_BACKWARD}) -> Tensor dmask", _attention_bias_bwd)
 attention_alibi_bwd = define(f"attention_alibi_bwd({_BACKWARD}) -> Tensor dslopes", _attention_alibi_bwd)
+
+
+_BATCHES = (
+    "grad", "grad_lse", "query", "key", "value", "output", "stats", "attn_mask", "key_lengths", "grad_weights"
+)  # fmt: skip
+for _op in (attention_fwd, attention_bwd, attention_bias_bwd):
+    _names = [argument.name for argument in _op.registered._schema.arguments]
+    # The mask that dropout draws depends on a sequence's place in the batch.
+    _op.vmap_rule = as_batches(_op.raw, _names, _BATCHES, ("cu_seqlens_q", "dropout_p"), _op is attention_bias_bwd)
 
 
 def _save(ctx, inputs, output):

@@ -14,8 +14,8 @@ from ._library import define
 cached_attention_block_fwd = define(
     "cached_attention_block_fwd(Tensor input, Tensor weight_in, Tensor? bias_in, Tensor weight_out,"
     " Tensor? bias_out, Tensor? norm_weight, Tensor? norm_bias, float eps, bool norm_first, Tensor(a!) keys,"
-    " Tensor(b!) values, int length, Tensor? attn_mask, bool is_causal, float scale,"
-    " Tensor? packed_in, Tensor? packed_out) -> Tensor",
+    " Tensor(b!) values, int length, Tensor? attn_mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, bool is_causal,"
+    " float scale, Tensor? packed_in, Tensor? packed_out, bool decodes) -> Tensor",
     lambda input, *_: input.new_empty(input.shape),
 )
 
@@ -36,15 +36,21 @@ def cached_attention_block(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    decodes: bool = False,
 ) -> Tensor:
     """The half's output (B, T, width); it has no gradient.
 
     keys, values (B, H, capacity, D): room of which `length` places are filled. weight_in (3 * H * D, width): those of
     the tokens of input go to the places after, and is_causal lets each attend to itself and what is before it.
     weight_in (H * D, width): nothing is written. attn_mask has 4 dims that broadcast to (B, H, T, all that is seen).
+    With cu_seqlens_q and cu_seqlens_k, input (total_q, width) and keys, values (total_k, H, D) are packed sequences.
+    decodes: tokens come one at a time, as few rows.
     """
     op = cached_attention_block_fwd.registered if is_compiling() else cached_attention_block_fwd.raw
     return op(
         input, weight_in, bias_in, weight_out, bias_out, norm_weight, norm_bias, eps, norm_first, keys, values,
-        length, attn_mask, is_causal, scale, packed(weight_in), packed(weight_out),
+        length, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, packed(weight_in), packed(weight_out),
+        decodes,
     )  # fmt: skip

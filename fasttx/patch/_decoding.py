@@ -55,8 +55,9 @@ class AttentionHalf(_Half):
     def __call__(self, x: Tensor, kept: tuple[Tensor, Tensor, int], mask: Tensor | None, is_causal: bool) -> Tensor:
         """The half's output; kept: keys and values (B, H, capacity, D), and how many of their places are filled."""
         return cached_attention_block_fwd.raw(
-            x, *self.tensors, self.eps, self.norm_first, *kept, mask, is_causal, self.scale, *self.packed
-        )
+            x, *self.tensors, self.eps, self.norm_first, *kept, mask, None, None, is_causal, self.scale, *self.packed,
+            x.shape[1] == 1,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

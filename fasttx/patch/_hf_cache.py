@@ -146,18 +146,19 @@ def attention_half(
 
     None where it has no such form.
     """
-    if dropout_p > 0.0:
+    # The room that is made has the dtype and the device of x.
+    if dropout_p > 0.0 or not _blocks.can_attend_kept(norm, dropout, (x, *parameters), norm_first):
         return None
     room = reserve(cache, index, x, heads, mask)
     if room is None:
         return None
     layer, kept = room
-    output = _blocks.cached_attention_half(
-        x, parameters, norm, dropout, norm_first=norm_first, kept=kept, scale=scale, mask=mask,
-        is_causal=mask is None and x.shape[1] > 1,
-    )  # fmt: skip
-    if output is not None:
-        layer.fill(kept[2] + x.shape[1])
+    tokens = x.shape[1]
+    is_causal = mask is None and tokens > 1
+    output = _blocks.attend_kept(
+        x, parameters, norm, norm_first, kept, mask, is_causal, scale, decodes=x.shape[1] == 1
+    )
+    layer.fill(kept[2] + tokens)
     return output
 
 
