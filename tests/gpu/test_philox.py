@@ -1,7 +1,10 @@
 """Dropout's mask in Triton, bit for bit that of fasttx.philox; seeds on the device; the online softmax's step."""
 
+import math
+
 import pytest
 import torch
+from budget import assert_within_budget
 
 pytest.importorskip("triton")
 
@@ -111,6 +114,9 @@ def test_online_softmax(target):
     largest, total, again = out.cpu()
     scores = scores.cpu()
     assert largest[0] == -torch.inf and total[0] == again[0] == 0
-    lse = (largest.double() + total.double().log2()) * torch.log(torch.tensor(2.0, dtype=torch.float64))
-    torch.testing.assert_close(lse[1:], torch.logsumexp(scores[1:].double(), 1), atol=0, rtol=1e-6)
-    torch.testing.assert_close(again, total)
+    lse = (largest.double() + total.double().log2()) * math.log(2)
+    assert_within_budget(
+        actual=lse.float(), eager=torch.logsumexp(scores, 1), truth=torch.logsumexp(scores.double(), 1), name="lse"
+    )
+    # The three blocks after the first round once each in `total`, by a fused multiply-add, and twice in the other.
+    assert ((again.double() - total).abs() <= 3 * 3 * 2**-24 * total).all()
