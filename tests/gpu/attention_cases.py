@@ -40,7 +40,7 @@ def _inputs(width: int, queries: int, dtype: torch.dtype) -> list[torch.Tensor]:
 def _train(width: int, dtype: torch.dtype, laden: str) -> None:
     query, key, value = _inputs(width, _TOKENS, dtype)
     options = _options(_TOKENS, **_LADEN[laden](_TOKENS))
-    output, _, stats = attention_fwd(query, key, value, *options)
+    output, _, stats, _ = attention_fwd(query, key, value, *options)
     arguments = (output, None, query, key, value, output, stats, *options)
     attention_bwd(*arguments)
     if laden == ", bias":
