@@ -5,6 +5,15 @@ from .configs import TABLES, Config, everywhere
 # What a configuration is chosen by: the padded width of rows, the bits of what is multiplied (TF32 has 19), and whether
 # scores are laden with more than their places: a mask, or dropout.
 PROBLEM = ("width", "bits", "laden")
+# Up to which width float32 is multiplied in three products of TF32. Their operands take twice the registers: of wider
+# rows they would spill, and the vector units multiply.
+WIDEST_IN_THREE = {
+    "attention_fwd": 64,
+    "attention_split": 64,
+    "attention_bwd_dq": 64,
+    "attention_bwd_dkdv": 32,
+    "attention_bias_bwd": 64,
+}
 # Architectures with less shared memory.
 _SMALL = ("sm_86", "sm_89", "sm_120", "gfx942")
 

@@ -299,14 +299,14 @@ def attention_bwd(
         lambda blocks: (call.programs(blocks["BLOCK_M"]),),
         (*inputs, output, grad, stats, launch.dense(grad_lse), delta, dq,
          *(s for x in (*inputs, output, grad, dq) for s in strides_of(x)), *call.shared),
-        call.constants,
+        call.constants_of("attention_bwd_dq"),
         call.problem,
     )  # fmt: skip
     _dkdv(
         lambda blocks: (call.programs(blocks["BLOCK_N"], of_keys=True),),
         (*inputs, grad, stats, delta, dk, dv, *(s for x in (*inputs, grad, dk, dv) for s in strides_of(x)),
          *call.shared),
-        call.constants,
+        call.constants_of("attention_bwd_dkdv"),
         call.problem,
     )  # fmt: skip
     return gradients

@@ -14,6 +14,7 @@ from fasttx.kernels.dropout import Dropout  # noqa: E402
 from fasttx.kernels.math import LOG2E, dropout_keep, online_softmax_step  # noqa: E402
 
 from fasttx import philox  # noqa: E402
+from fasttx.rng import draw_seed  # noqa: E402
 from gpu.launchers import by_target, on_triton  # noqa: E402
 
 SEEDS = (0, 1, -1, 2**31, 2**63 - 1, -(2**63), 12345678901234567)
@@ -67,6 +68,21 @@ def test_a_seed_in_memory(target):
     in_memory = Dropout.of(0.3, seed)._replace(seed_ptr=seed, numbers=(0, *Dropout.of(0.3, seed).numbers[1:]))
     with on_triton(target):
         assert torch.equal(kept(in_memory, 1, 0, 0, 4), expected(2**40 + 9, 0.3, 1, 0, 0, 4))
+
+
+def test_a_seed_on_the_device_is_not_waited_for():
+    seed = torch.empty((), dtype=torch.int64, device="meta")  # has no value that could be asked for
+    assert Dropout.of(0.5, seed) == (True, seed, (0, 2**31, 2.0))
+
+
+def test_a_captured_graph_draws_its_seeds_on_the_device(monkeypatch):
+    assert draw_seed().is_cpu
+    drawn = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch, "randint", lambda *_, device, **__: drawn.append(device))
+    draw_seed()
+    assert drawn == ["cuda"]
 
 
 @pytest.mark.parametrize(
