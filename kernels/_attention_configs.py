@@ -29,8 +29,8 @@ _FORWARD_WIDE = (
     _tile(32, 32, 8, 2, width=256),
     _tile(32, 32, 8, 1, width=64, bits=32, laden=False),
     _tile(64, 16, 8, 1, width=64, bits=32),
-    _tile(32, 16, 8, 1, width=128, bits=32),
-    _tile(16, 16, 8, 1, width=256, bits=32),
+    _tile(32, 16, 8, 1, width=128, bits=19),
+    _tile(16, 16, 4, 1, width=256, bits=32),
 )
 _FORWARD_LARGE = (
     _tile(128, 64, 8, 3, width=64),
@@ -58,7 +58,9 @@ TABLES["attention_fwd"] = everywhere(
 TABLES["attention_split"] = everywhere(
     _tile(16, 64, 4, 3, width=128),
     _tile(16, 32, 4, 2, width=256),
-    _tile(16, 32, 4, 1, width=128, bits=32),
+    _tile(16, 32, 4, 1, width=64, bits=32),
+    _tile(16, 32, 4, 1, width=128, bits=19),
+    _tile(16, 16, 4, 1, width=128, bits=32),
     _tile(16, 16, 8, 1, width=256, bits=32),
 )
 TABLES["attention_join"] = everywhere(Config(num_warps=4))
@@ -68,8 +70,8 @@ TABLES["attention_bwd_dq"] = everywhere(
     _tile(64, 64, 8, 2, width=128, laden=False),
     _tile(64, 32, 8, 2, width=128),
     _tile(32, 32, 8, 1, width=256),
-    _tile(32, 16, 8, 1, width=64, bits=32, laden=False),
-    _tile(32, 16, 8, 1, width=128, bits=32),
+    _tile(32, 16, 8, 1, width=64, bits=32),
+    _tile(32, 16, 8, 1, width=128, bits=19),
     _tile(16, 16, 8, 1, width=256, bits=32),
 )
 _KEYS_LARGE = (
@@ -81,8 +83,11 @@ _KEYS_LARGE = (
     _tile(16, 16, 8, 1, width=256),
 )
 _KEYS_EXACT = (
-    _tile(32, 32, 8, 1, width=64, bits=32),
-    _tile(16, 32, 8, 1, width=128, bits=32),
+    _tile(32, 32, 8, 1, width=32, bits=32),
+    _tile(32, 32, 8, 1, width=64, bits=19),
+    _tile(16, 32, 8, 1, width=128, bits=19),
+    _tile(16, 16, 8, 1, width=64, bits=32),
+    _tile(16, 16, 4, 1, width=128, bits=32),
     _tile(16, 16, 8, 1, width=256, bits=32),
 )
 TABLES["attention_bwd_dkdv"] = everywhere(
@@ -99,6 +104,6 @@ TABLES["attention_bias_bwd"] = everywhere(
     _tile(64, 32, 8, 1, width=64),
     _tile(32, 16, 8, 1, width=256),
     _tile(32, 16, 8, 1, width=64, bits=32),
-    _tile(32, 16, 8, 1, width=128, bits=32),
+    _tile(32, 16, 8, 1, width=128, bits=19),
     _tile(16, 16, 8, 1, width=256, bits=32),
 )
