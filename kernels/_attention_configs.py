@@ -60,7 +60,6 @@ TABLES["attention_split"] = everywhere(
     _tile(16, 32, 4, 2, width=256),
     _tile(16, 32, 4, 1, width=64, bits=32),
     _tile(16, 32, 4, 1, width=128, bits=19),
-    _tile(16, 16, 4, 1, width=128, bits=32),
     _tile(16, 16, 8, 1, width=256, bits=32),
 )
 TABLES["attention_join"] = everywhere(Config(num_warps=4))
@@ -100,10 +99,14 @@ TABLES["attention_bwd_dkdv"] = everywhere(
     sm_90=(*_KEYS_LARGE, *_KEYS_EXACT),
     sm_100=(*_KEYS_LARGE, *_KEYS_EXACT),
 )
-TABLES["attention_bias_bwd"] = everywhere(
+_BIAS = (
     _tile(64, 32, 8, 1, width=64),
     _tile(32, 16, 8, 1, width=256),
     _tile(32, 16, 8, 1, width=64, bits=32),
     _tile(32, 16, 8, 1, width=128, bits=19),
+)
+TABLES["attention_bias_bwd"] = everywhere(
+    *_BIAS,
     _tile(16, 16, 8, 1, width=256, bits=32),
+    sm_120=(*_BIAS, _tile(16, 16, 8, 1, width=128, bits=32), _tile(32, 16, 8, 1, width=256, bits=32)),
 )
