@@ -213,7 +213,7 @@ def attend(
         valid = valid_keys(keys, bounds[1], seen_ptr, MASKED)
         across = None if valid is None else valid[None, :]
         if q.dtype == tl.float32 and BLOCK_D > 128:
-            # Depends on the loop, or all that a thread multiplies of it would be kept in registers, which do not suffice.
+            # Depends on the loop, or all that a thread multiplies of it would be kept in registers: too many.
             q = tl.where(key >= 0, q, 0.0)
         k = load_rows(k_ptr + tl.cast(key, tl.int64) * stride_kt, stride_kt, offsets, valid, D, BLOCK_D)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)

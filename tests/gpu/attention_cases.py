@@ -51,17 +51,24 @@ def _decode(width: int, dtype: torch.dtype, laden: str) -> None:
     attention_fwd(*_inputs(width, 1, dtype), *_options(1, **_LADEN[laden](1)))
 
 
+def _laden(call, dtype: torch.dtype) -> tuple[str, ...]:
+    """What calls come with: all kinds where tiles differ by it, else what takes most."""
+    if call is _decode:
+        return ("",)
+    return tuple(_LADEN) if dtype == torch.bfloat16 else (", bias",)
+
+
 # Words in the names of the kernels that multiply matrices: all but the one that joins splits.
 _MATRIX = ("fwd", "bwd", "split")
 CASES = [
     Case(
         f"attention{kind} {str(dtype)[6:]} {width}{laden}",
         lambda call=call, width=width, dtype=dtype, laden=laden: call(width, dtype, laden),
-        _MATRIX,
-        ("sm_90",),
+        _MATRIX if dtype == torch.bfloat16 else (),
+        ("sm_90",) if dtype == torch.bfloat16 else ("sm_80", "sm_90", "sm_120"),
     )
     for dtype in (torch.bfloat16, torch.float32)
     for width in (64, 128, 256)
     for kind, call in (("", _train), (" of one query", _decode))
-    for laden in (_LADEN if call is _train and dtype == torch.bfloat16 else ("",))
+    for laden in (_laden(call, dtype))
 ]
