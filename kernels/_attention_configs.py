@@ -89,15 +89,19 @@ _KEYS_EXACT = (
     _tile(16, 16, 4, 1, width=128, bits=32),
     _tile(16, 16, 8, 1, width=256, bits=32),
 )
-TABLES["attention_bwd_dkdv"] = everywhere(
-    _tile(32, 64, 8, 1, width=64, laden=False),
+_KEYS_SMALL = (
     _tile(32, 32, 8, 2, width=64),
     _tile(32, 64, 8, 1, width=128, laden=False),
     _tile(32, 32, 8, 1, width=128),
     _tile(16, 32, 8, 1, width=256),
     *_KEYS_EXACT,
+)
+TABLES["attention_bwd_dkdv"] = everywhere(
+    _tile(32, 64, 8, 1, width=64, laden=False),
+    *_KEYS_SMALL,
     sm_90=(*_KEYS_LARGE, *_KEYS_EXACT),
     sm_100=(*_KEYS_LARGE, *_KEYS_EXACT),
+    sm_120=_KEYS_SMALL,
 )
 _BIAS = (
     _tile(64, 32, 8, 1, width=64),

@@ -58,6 +58,13 @@ def _laden(call, dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(_LADEN) if dtype == torch.bfloat16 else (", bias",)
 
 
+def _architectures(dtype: torch.dtype, laden: str) -> tuple[str, ...]:
+    """One of each group that shares its tiles; what is laden in bfloat16, on one."""
+    if dtype == torch.float32:
+        return "sm_80", "sm_90", "sm_120"
+    return ("sm_90",) if laden else ("sm_80", "sm_90", "sm_100", "sm_120")
+
+
 # Words in the names of the kernels that multiply matrices: all but the one that joins splits.
 _MATRIX = ("fwd", "bwd", "split")
 CASES = [
@@ -65,7 +72,7 @@ CASES = [
         f"attention{kind} {str(dtype)[6:]} {width}{laden}",
         lambda call=call, width=width, dtype=dtype, laden=laden: call(width, dtype, laden),
         _MATRIX if dtype == torch.bfloat16 else (),
-        ("sm_90",) if dtype == torch.bfloat16 else ("sm_80", "sm_90", "sm_120"),
+        _architectures(dtype, laden),
     )
     for dtype in (torch.bfloat16, torch.float32)
     for width in (64, 128, 256)
