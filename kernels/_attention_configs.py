@@ -60,6 +60,7 @@ TABLES["attention_split"] = everywhere(
     _tile(16, 32, 4, 2, width=256),
     _tile(16, 32, 4, 1, width=64, bits=32),
     _tile(16, 32, 4, 1, width=128, bits=19),
+    _tile(16, 16, 4, 1, width=128, bits=32),
     _tile(16, 16, 8, 1, width=256, bits=32),
 )
 TABLES["attention_join"] = everywhere(Config(num_warps=4))
@@ -86,7 +87,7 @@ _KEYS_EXACT = (
     _tile(32, 32, 8, 1, width=64, bits=19),
     _tile(16, 32, 8, 1, width=128, bits=19),
     _tile(16, 16, 8, 1, width=64, bits=32),
-    _tile(16, 16, 4, 1, width=128, bits=32),
+    _tile(16, 16, 8, 1, width=128, bits=32),
     _tile(16, 16, 8, 1, width=256, bits=32),
 )
 _KEYS_SMALL = (
@@ -112,5 +113,5 @@ _BIAS = (
 TABLES["attention_bias_bwd"] = everywhere(
     *_BIAS,
     _tile(16, 16, 8, 1, width=256, bits=32),
-    sm_120=(*_BIAS, _tile(16, 16, 8, 1, width=128, bits=32), _tile(32, 16, 8, 1, width=256, bits=32)),
+    sm_120=(*_BIAS, _tile(16, 16, 8, 1, width=256, bits=32)),
 )
