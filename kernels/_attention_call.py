@@ -7,8 +7,10 @@ from torch import Tensor
 
 from . import launch
 from ._attention_checks import require_call
+from ._attention_configs import WIDEST_IN_THREE
 from ._attention_tile import ADDITIVE, BOOLEAN, NO_MASK
 from .dropout import Dropout
+from .matmul import precision
 
 _LOG2E = math.log2(math.e)
 # Positions further off than any tensor is long are all alike, and their differences must not overflow 32 bits.
@@ -30,7 +32,7 @@ def strides_of(tensor: Tensor) -> tuple[int, int, int]:
 class Call:
     """What one call of attention_fwd, attention_bwd or attention_bias_bwd hands to each of its kernels.
 
-    shared: the arguments that end every kernel's; constants: those that end its constants; problem: what its
+    shared: the arguments that end every kernel's; constants_of: those that end its constants; problem: what its
     configuration is chosen by. Raises TypeError or ValueError for what the kernels cannot take.
     """
 
@@ -68,10 +70,20 @@ class Call:
         self.block_d, self.block_dv = (launch.block_of(max(x, 1)) for x in (self.width, self.value_width))
         self.constants = (
             self.width, self.value_width, self.block_d, self.block_dv, has_lo, has_hi, kind, per_key,
-            alibi_slopes is not None, self.scaled, dropout.active, _precision(query.dtype),
+            alibi_slopes is not None, self.scaled, dropout.active,
         )  # fmt: skip
-        bits = 16 if query.element_size() == 2 else 19 if self.constants[-1] == "tf32" else 32
+        self._precision = precision(query.dtype)
+        bits = 16 if query.element_size() == 2 else 19 if self._precision == "tf32" else 32
         self.problem = (max(self.block_d, self.block_dv), bits, dropout.active or kind != NO_MASK.value)
+
+    def constants_of(self, kernel: str) -> tuple:
+        """What ends a kernel's constants, how it multiplies among them.
+
+        Three products of TF32 halves are as exact as float32, and use the tensor cores.
+        """
+        width, bits, _ = self.problem
+        is_split = bits == 32 and width <= WIDEST_IN_THREE[kernel] and torch.version.hip is None
+        return *self.constants, "tf32x3" if is_split else self._precision
 
     def tiles(self, block: int, *, of_keys: bool = False) -> int:
         """Tiles of `block` tokens of one head: of each sequence, or of packed ones all together."""
@@ -110,13 +122,3 @@ class Call:
 
 def _near(position: int) -> int:
     return max(-_FAR, min(_FAR, position))
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How float32 matrices are multiplied: in TF32 where PyTorch's own products may be, else as exactly as float32.
-
-    Three products of TF32 halves are that exact, and use the tensor cores.
-    """
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"

@@ -5,6 +5,15 @@ from .configs import TABLES, Config, everywhere
 # What a configuration is chosen by: the padded width of rows, the bits of what is multiplied (TF32 has 19), and whether
 # scores are laden with more than their places: a mask, or dropout.
 PROBLEM = ("width", "bits", "laden")
+# Up to which width float32 is multiplied in three products of TF32. Their operands take twice the registers: of wider
+# rows they would spill, and the vector units multiply.
+WIDEST_IN_THREE = {
+    "attention_fwd": 64,
+    "attention_split": 64,
+    "attention_bwd_dq": 64,
+    "attention_bwd_dkdv": 32,
+    "attention_bias_bwd": 64,
+}
 # Architectures with less shared memory.
 _SMALL = ("sm_86", "sm_89", "sm_120", "gfx942")
 
@@ -20,8 +29,8 @@ _FORWARD_WIDE = (
     _tile(32, 32, 8, 2, width=256),
     _tile(32, 32, 8, 1, width=64, bits=32, laden=False),
     _tile(64, 16, 8, 1, width=64, bits=32),
-    _tile(32, 16, 8, 1, width=128, bits=32),
-    _tile(16, 16, 8, 1, width=256, bits=32),
+    _tile(32, 16, 8, 1, width=128, bits=19),
+    _tile(16, 16, 4, 1, width=256, bits=32),
 )
 _FORWARD_LARGE = (
     _tile(128, 64, 8, 3, width=64),
@@ -49,7 +58,9 @@ TABLES["attention_fwd"] = everywhere(
 TABLES["attention_split"] = everywhere(
     _tile(16, 64, 4, 3, width=128),
     _tile(16, 32, 4, 2, width=256),
-    _tile(16, 32, 4, 1, width=128, bits=32),
+    _tile(16, 32, 4, 1, width=64, bits=32),
+    _tile(16, 32, 4, 1, width=128, bits=19),
+    _tile(16, 16, 4, 1, width=128, bits=32),
     _tile(16, 16, 8, 1, width=256, bits=32),
 )
 TABLES["attention_join"] = everywhere(Config(num_warps=4))
@@ -59,8 +70,8 @@ TABLES["attention_bwd_dq"] = everywhere(
     _tile(64, 64, 8, 2, width=128, laden=False),
     _tile(64, 32, 8, 2, width=128),
     _tile(32, 32, 8, 1, width=256),
-    _tile(32, 16, 8, 1, width=64, bits=32, laden=False),
-    _tile(32, 16, 8, 1, width=128, bits=32),
+    _tile(32, 16, 8, 1, width=64, bits=32),
+    _tile(32, 16, 8, 1, width=128, bits=19),
     _tile(16, 16, 8, 1, width=256, bits=32),
 )
 _KEYS_LARGE = (
@@ -72,24 +83,35 @@ _KEYS_LARGE = (
     _tile(16, 16, 8, 1, width=256),
 )
 _KEYS_EXACT = (
-    _tile(32, 32, 8, 1, width=64, bits=32),
-    _tile(16, 32, 8, 1, width=128, bits=32),
+    _tile(32, 32, 8, 1, width=32, bits=32),
+    _tile(32, 32, 8, 1, width=64, bits=19),
+    _tile(16, 32, 8, 1, width=128, bits=19),
+    _tile(16, 16, 8, 1, width=64, bits=32),
+    _tile(16, 16, 8, 1, width=128, bits=32),
     _tile(16, 16, 8, 1, width=256, bits=32),
 )
-TABLES["attention_bwd_dkdv"] = everywhere(
-    _tile(32, 64, 8, 1, width=64, laden=False),
+_KEYS_SMALL = (
     _tile(32, 32, 8, 2, width=64),
     _tile(32, 64, 8, 1, width=128, laden=False),
     _tile(32, 32, 8, 1, width=128),
     _tile(16, 32, 8, 1, width=256),
     *_KEYS_EXACT,
+)
+TABLES["attention_bwd_dkdv"] = everywhere(
+    _tile(32, 64, 8, 1, width=64, laden=False),
+    *_KEYS_SMALL,
     sm_90=(*_KEYS_LARGE, *_KEYS_EXACT),
     sm_100=(*_KEYS_LARGE, *_KEYS_EXACT),
+    sm_120=_KEYS_SMALL,
 )
-TABLES["attention_bias_bwd"] = everywhere(
+_BIAS = (
     _tile(64, 32, 8, 1, width=64),
     _tile(32, 16, 8, 1, width=256),
     _tile(32, 16, 8, 1, width=64, bits=32),
-    _tile(32, 16, 8, 1, width=128, bits=32),
+    _tile(32, 16, 8, 1, width=128, bits=19),
+)
+TABLES["attention_bias_bwd"] = everywhere(
+    *_BIAS,
     _tile(16, 16, 8, 1, width=256, bits=32),
+    sm_120=(*_BIAS, _tile(16, 16, 8, 1, width=256, bits=32)),
 )

@@ -196,6 +196,34 @@ def inverse(total):
 
 
 @triton.jit
+def dot_rows(a, b, PRECISION: tl.constexpr):
+    """a b^T of rows (M, D) and (N, D).
+
+    The vector units sum a wide row in four chains, which are then added up: one over all of it would round more often than
+    PyTorch's own products do.
+    """
+    if (PRECISION == "ieee" and a.dtype == tl.float32) and a.shape[1] > 32:
+        CHAINS: tl.constexpr = 4
+        CHAIN: tl.constexpr = a.shape[1] // CHAINS
+        left = tl.permute(tl.reshape(a, (a.shape[0], CHAINS, CHAIN)), (1, 0, 2))
+        right = tl.permute(tl.reshape(b, (b.shape[0], CHAINS, CHAIN)), (1, 2, 0))
+        products = tl.sum(tl.dot(left, right, input_precision=PRECISION), axis=0)
+    else:
+        products = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return products
+
+
+@triton.jit
+def add_product(sums, a, b, PRECISION: tl.constexpr):
+    """sums + a b; on the vector units, each tile's sums are a chain of their own."""
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        sums = tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, sums)
+    else:
+        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
 def attend(
     acc, largest, total, q, k_ptr, v_ptr, stride_kt, stride_vt, first, last, rows, bounds, seen_ptr, bias, dropout,
     scale, exponent,
@@ -212,8 +240,11 @@ def attend(
         keys = key + offsets
         valid = valid_keys(keys, bounds[1], seen_ptr, MASKED)
         across = None if valid is None else valid[None, :]
+        if q.dtype == tl.float32 and BLOCK_D > 128:
+            # Depends on the loop, or all that a thread multiplies of it would be kept in registers: too many.
+            q = tl.where(key >= 0, q, 0.0)
         k = load_rows(k_ptr + tl.cast(key, tl.int64) * stride_kt, stride_kt, offsets, valid, D, BLOCK_D)
-        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        products = dot_rows(q, k, PRECISION)
         scores = scores_of(
             products, rows[:, None], keys[None, :], across, bounds, bias, scale, HAS_LO, HAS_HI, MASK, ALIBI, SCALED,
             MASKED,
@@ -227,7 +258,7 @@ def attend(
             seed, threshold, sequence, head = dropout
             p = tl.where(dropout_keep(seed, None, threshold, sequence, head, rows, key, BLOCK_N), p, 0.0)
         v = load_rows(v_ptr + tl.cast(key, tl.int64) * stride_vt, stride_vt, offsets, valid, DV, BLOCK_DV)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        acc = add_product(acc * shrink[:, None], p.to(v.dtype), v, PRECISION)
         largest = larger
     return acc, largest, total
 

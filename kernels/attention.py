@@ -136,7 +136,7 @@ def attention_fwd(
     _forward(
         lambda blocks: (call.programs(blocks["BLOCK_M"]),),
         (*tensors, output, lse, stats, *(s for x in (*tensors, output) for s in strides_of(x)), *call.shared),
-        (with_lse, *call.constants),
+        (with_lse, *call.constants_of("attention_fwd")),
         call.problem,
     )
     return results

@@ -154,7 +154,7 @@ def attention_bias_bwd(
         ),
         (*tensors, launch.dense(stats), launch.dense(grad_lse), dmask, *(s for x in tensors for s in strides_of(x)),
          mask_heads, mask_q, mask_k, *call.shared),
-        (*every, *call.constants),
+        (*every, *call.constants_of("attention_bias_bwd")),
         call.problem,
     )  # fmt: skip
     return dmask

@@ -18,6 +18,8 @@ from ._attention_checks import refuse_weights, require_results
 from ._attention_configs import PROBLEM
 from ._attention_tile import (
     NO_MASK,
+    add_product,
+    dot_rows,
     exponentials,
     load_rows,
     mask_rows,
@@ -58,14 +60,18 @@ def score_gradient(
     keys = key + offsets
     valid = valid_keys(keys, bounds[1], seen_ptr, MASKED)
     across = None if valid is None else valid[None, :]
+    if q.dtype == tl.float32 and BLOCK_D > 128:
+        # Depends on the loop, or all that a thread multiplies of them would be kept in registers, which do not suffice.
+        q = tl.where(key >= 0, q, 0.0)
+        g = tl.where(key >= 0, g, 0.0)
     k = load_rows(k_ptr + tl.cast(key, tl.int64) * stride_kt, stride_kt, offsets, valid, D, BLOCK_D)
     v = load_rows(v_ptr + tl.cast(key, tl.int64) * stride_vt, stride_vt, offsets, valid, DV, BLOCK_DV)
-    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    products = dot_rows(q, k, PRECISION)
     scores = scores_of(
         products, rows[:, None], keys[None, :], across, bounds, bias, scale, HAS_LO, HAS_HI, MASK, ALIBI, SCALED, MASKED
     )
     p = exponentials(scores, base[:, None], exponent) * factor[:, None]
-    dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+    dp = dot_rows(g, v, PRECISION)
     if DROPOUT:
         seed, threshold, sequence, head = dropout
         keep = dropout_keep(seed, None, threshold, sequence, head, rows, key, BLOCK_N)
@@ -135,7 +141,7 @@ def _attention_bwd_dq_kernel(
                     (seed, threshold, sequence, head), scale, exponent, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
                     HAS_LO, HAS_HI, MASK, ALIBI, SCALED, DROPOUT, PRECISION, phase != 1,
                 )  # fmt: skip
-                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+                dq = add_product(dq, ds.to(k.dtype), k, PRECISION)
     store_rows(dq_ptr, stride_dqt, offsets, present, dq * scale, D, BLOCK_D)
 
 
@@ -159,6 +165,10 @@ def key_gradients(
         rows = row + offsets
         present = rows < bounds[0]
         loaded = present if MASKED else None
+        if k.dtype == tl.float32 and BLOCK_D > 128:
+            # As q and g in score_gradient.
+            k = tl.where(row >= 0, k, 0.0)
+            v = tl.where(row >= 0, v, 0.0)
         start = tl.cast(row, tl.int64)
         q = load_rows(q_ptr + start * stride_qt, stride_qt, offsets, loaded, D, BLOCK_D)
         g = load_rows(g_ptr + start * stride_gt, stride_gt, offsets, loaded, DV, BLOCK_DV)
@@ -169,20 +179,20 @@ def key_gradients(
         if MASK != NO_MASK:
             mask_at = mask_rows(mask_ptr, stride_mq, rows[None, :], bounds[0], PER_KEY)
         scores = scores_of(
-            tl.dot(k, tl.trans(q), input_precision=PRECISION), rows[None, :], keys[:, None], valid[:, None], bounds,
+            dot_rows(k, q, PRECISION), rows[None, :], keys[:, None], valid[:, None], bounds,
             (mask_at, stride_mk, slope, origin), scale, HAS_LO, HAS_HI, MASK, ALIBI, SCALED, MASKED,
         )  # fmt: skip
         p = exponentials(scores, base[None, :], exponent) * factor[None, :]
-        dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+        dp = dot_rows(v, g, PRECISION)
         applied = p
         if DROPOUT:
             seed, threshold, sequence, head = dropout
             keep = tl.trans(dropout_keep(seed, None, threshold, sequence, head, rows, first_key, BLOCK_N))
             applied = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
-        dv = tl.dot(applied.to(g.dtype), g, dv, input_precision=PRECISION)
+        dv = add_product(dv, applied.to(g.dtype), g, PRECISION)
         ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk = add_product(dk, ds.to(q.dtype), q, PRECISION)
     return dk, dv
 
 
@@ -299,14 +309,14 @@ def attention_bwd(
         lambda blocks: (call.programs(blocks["BLOCK_M"]),),
         (*inputs, output, grad, stats, launch.dense(grad_lse), delta, dq,
          *(s for x in (*inputs, output, grad, dq) for s in strides_of(x)), *call.shared),
-        call.constants,
+        call.constants_of("attention_bwd_dq"),
         call.problem,
     )  # fmt: skip
     _dkdv(
         lambda blocks: (call.programs(blocks["BLOCK_N"], of_keys=True),),
         (*inputs, grad, stats, delta, dk, dv, *(s for x in (*inputs, grad, dk, dv) for s in strides_of(x)),
          *call.shared),
-        call.constants,
+        call.constants_of("attention_bwd_dkdv"),
         call.problem,
     )  # fmt: skip
     return gradients

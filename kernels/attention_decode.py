@@ -155,7 +155,7 @@ def attend_split(call: Call, output: Tensor, lse: Tensor, stats: Tensor, with_ls
         lambda blocks: (splits * call.sequences * call.kv_heads,),
         (*tensors, output, lse, stats, part, part_stats, *(s for x in (*tensors, output) for s in strides_of(x)),
          *call.shared),
-        (with_lse, alone, MOST_ROWS, SPLIT, *call.constants),
+        (with_lse, alone, MOST_ROWS, SPLIT, *call.constants_of("attention_split")),
         call.problem,
     )  # fmt: skip
     if not alone:

@@ -40,7 +40,7 @@ def _inputs(width: int, queries: int, dtype: torch.dtype) -> list[torch.Tensor]:
 def _train(width: int, dtype: torch.dtype, laden: str) -> None:
     query, key, value = _inputs(width, _TOKENS, dtype)
     options = _options(_TOKENS, **_LADEN[laden](_TOKENS))
-    output, _, stats = attention_fwd(query, key, value, *options)
+    output, _, stats, _ = attention_fwd(query, key, value, *options)
     arguments = (output, None, query, key, value, output, stats, *options)
     attention_bwd(*arguments)
     if laden == ", bias":
@@ -51,17 +51,31 @@ def _decode(width: int, dtype: torch.dtype, laden: str) -> None:
     attention_fwd(*_inputs(width, 1, dtype), *_options(1, **_LADEN[laden](1)))
 
 
+def _laden(call, dtype: torch.dtype) -> tuple[str, ...]:
+    """What calls come with: all kinds where tiles differ by it, else what takes most."""
+    if call is _decode:
+        return ("",)
+    return tuple(_LADEN) if dtype == torch.bfloat16 else (", bias",)
+
+
+def _architectures(dtype: torch.dtype, laden: str) -> tuple[str, ...]:
+    """One of each group that shares its tiles; what is laden in bfloat16, on one."""
+    if dtype == torch.float32:
+        return "sm_80", "sm_90", "sm_120"
+    return ("sm_90",) if laden else ("sm_80", "sm_90", "sm_100", "sm_120")
+
+
 # Words in the names of the kernels that multiply matrices: all but the one that joins splits.
 _MATRIX = ("fwd", "bwd", "split")
 CASES = [
     Case(
         f"attention{kind} {str(dtype)[6:]} {width}{laden}",
         lambda call=call, width=width, dtype=dtype, laden=laden: call(width, dtype, laden),
-        _MATRIX,
-        ("sm_90",),
+        _MATRIX if dtype == torch.bfloat16 else (),
+        _architectures(dtype, laden),
     )
     for dtype in (torch.bfloat16, torch.float32)
     for width in (64, 128, 256)
     for kind, call in (("", _train), (" of one query", _decode))
-    for laden in (_LADEN if call is _train and dtype == torch.bfloat16 else ("",))
+    for laden in (_laden(call, dtype))
 ]

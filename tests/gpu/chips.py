@@ -35,12 +35,19 @@ def shared_limit(arch: int) -> int:
     return LIMITS[arch].block_shared if arch in LIMITS else 64 * _KIB
 
 
+# Of a multiprocessor and one clock: float32 multiply-adds, and multiply-adds of 16-bit matrices with float32 sums
+# (programming guide, "Arithmetic Instructions"; the architectures' white papers. GeForce's of sm_89 run at half rate).
+VECTOR_LANES = {80: 64, 89: 128, 90: 128, 100: 128}
+MATRIX_LANES = {80: 1024, 89: 256, 90: 2048, 100: 4096}
+
+
 @dataclass(frozen=True)
 class Chip:
-    """A GPU's peak rates: dense, with float32 accumulation, at the boost clock (NVIDIA's data sheets).
+    """A GPU's peak rates: dense, with float32 accumulation (NVIDIA's data sheets and white papers).
 
-    matrix: tensor-core FLOP/s by operand type; vector: float32 FLOP/s; bandwidth: bytes/s of the device's memory.
-    Special functions: 16 per multiprocessor and clock.
+    clock: at which `vector` is reached, the highest there is; that of the tensor cores may be lower. matrix:
+    tensor-core FLOP/s by operand type; vector: float32 FLOP/s; bandwidth: bytes/s of the device's memory. Where two
+    documents differ, the higher rate: a bound must stay one. Special functions: 16 per multiprocessor and clock.
     """
 
     name: str
@@ -62,8 +69,8 @@ def _rates(half: float, tf32: float) -> dict:
 
 CHIPS = [
     Chip("A100", 80, 108, 1.41e9, _rates(312, 156), 19.5e12, 2.039e12),
-    Chip("H100", 90, 132, 1.83e9, _rates(989.4, 494.7), 66.9e12, 3.35e12),
-    Chip("H200", 90, 132, 1.83e9, _rates(989.4, 494.7), 66.9e12, 4.8e12),
+    Chip("H100", 90, 132, 1.98e9, _rates(989.4, 494.7), 66.9e12, 3.35e12),
+    Chip("H200", 90, 132, 1.98e9, _rates(989.4, 494.7), 66.9e12, 4.8e12),
     Chip("RTX 4090", 89, 128, 2.52e9, _rates(165.2, 82.6), 82.6e12, 1.008e12),
-    Chip("B200", 100, 148, 1.85e9, _rates(2250, 1125), 75e12, 8e12),
+    Chip("B200", 100, 148, 2.11e9, _rates(2250, 1125), 80e12, 8e12),
 ]

@@ -110,13 +110,13 @@ def complaints(case: Case, architecture: str, name: str, new: Resources, old: di
     wrong = []
     if new.shared > limit:
         wrong.append(f"{where}: {new.shared} bytes of shared memory, the chip has {limit}")
+    if new.spills:
+        wrong.append(f"{where}: spills {new.spills} bytes")
     if any(word in name for word in case.matrix) and not new.matrix:
         wrong.append(f"{where}: no matrix instructions")
     if old is None:
-        wrong += [f"{where}: not in the table"]
-        wrong += [f"{where}: spills {new.spills} bytes"] if new.spills else []
-        return wrong
-    for field in ("registers", "spills", "shared"):
+        return [*wrong, f"{where}: not in the table"]
+    for field in ("registers", "shared"):
         if getattr(new, field) > old[field]:
             wrong.append(f"{where}: {field} went from {old[field]} to {getattr(new, field)}")
     if new.matrix < old["matrix"] and any(word in name for word in case.matrix):
@@ -152,15 +152,11 @@ def main(arguments: list[str]) -> int:
             if options.write:
                 found = compile_case(case, architecture)
                 table.setdefault(case.name, {})[architecture] = {name: asdict(r) for name, r in found.items()}
-                new = [c for n, r in found.items() for c in complaints(case, architecture, n, r, asdict(r))]
-                wrong += new + [
-                    f"{case.name}, {architecture}, {n}: spills {r.spills}" for n, r in found.items() if r.spills
-                ]
+                wrong += [c for n, r in found.items() for c in complaints(case, architecture, n, r, asdict(r))]
+                TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
             else:
                 wrong += check(case, architecture)
         print(case.name, "done", flush=True)
-    if options.write:
-        TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     print("\n".join(wrong))
     return bool(wrong) and not options.write
 

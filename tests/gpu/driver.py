@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -268,12 +269,13 @@ def emulated(
 @contextlib.contextmanager
 def captured(target: str | int) -> Iterator[Capture]:
     """Compiles every Triton launch inside to a binary, for "sm_80" to "sm_120" or "gfx942", and runs none."""
+    hip = torch.version.hip
     if target in _AMD:
-        capture, device = Capture(GPUTarget("hip", target, 64)), _FIRST_CAPTURING + _AMD[target]
+        capture, device, hip = Capture(GPUTarget("hip", target, 64)), _FIRST_CAPTURING + _AMD[target], hip or "7.0"
     else:
         arch = parse_arch(target)
         capture, device = Capture(GPUTarget("cuda", arch, 32)), _FIRST_CAPTURING + arch
-    with _standing_in(capture, StubDriver(capture.target, device), None):
+    with _standing_in(capture, StubDriver(capture.target, device), None), mock.patch.object(torch.version, "hip", hip):
         yield capture
 
 

@@ -12,12 +12,12 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def _matmul(dtype: torch.dtype) -> None:
     a, b, out = _empty(512, 512, dtype=dtype), _empty(512, 512, dtype=dtype), _empty(512, 512, dtype=dtype)
-    sample_kernels.matmul[(8, 8)](a, b, out, 512, 512, 512, 64, 64, 32, False, False, num_warps=4, num_stages=3)
+    sample_kernels.matmul[(8, 8)](a, b, out, 512, 512, 512, 64, 64, 32, False, False, num_warps=4, num_stages=2)
 
 
 def _attention() -> None:
     q, k, v, out = (_empty(2, 256, 64) for _ in range(4))
-    sample_kernels.attention[(4, 2)](q, k, v, out, 0.18, 256, True, 64, 64, 64, num_warps=4, num_stages=2)
+    sample_kernels.attention[(4, 2)](q, k, v, out, 0.18, 256, True, 64, 64, 32, num_warps=4, num_stages=2)
 
 
 def _layer_norm() -> None:

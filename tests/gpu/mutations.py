@@ -74,6 +74,12 @@ def _nudge(line: str) -> list[str]:
     return []
 
 
+def _late(line: str) -> list[str]:
+    """A wait for copies that lets two more groups be under way, and three at least."""
+    match = re.search(r"\b(cp\.async\.wait_group\s+)(\d+);", line)
+    return [line.replace(match[0], f"{match[1]}{max(3, int(match[2]) + 2)};")] if match else []
+
+
 _STRICTNESS = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
 
 
@@ -110,7 +116,7 @@ KINDS: dict[str, Callable[[str], list[str]]] = {
     "dropped barrier": _drop(r"\bbar\.sync\s+\d+;"),
     "dropped warp barrier": _drop(r"\bbar\.warp\.sync\s+-?\w+;"),
     "dropped wait": _drop(r"\bcp\.async\.wait_(?:group\s+\d+|all\s*);"),
-    "late wait": _replace(r"\b(cp\.async\.wait_group\s+)(\d+);", r"\g<1>3;"),
+    "late wait": _late,
     "dropped commit": _drop(r"\bcp\.async\.commit_group;"),
     "whole copy": _replace(r"(cp\.async\.c[ag][^;]*, (?:0x)?\d+), %r\d+;", r"\1;"),
     "dropped wgmma wait": _drop(r"\bwgmma\.wait_group\.sync\.aligned\s+\d+;"),
@@ -145,8 +151,8 @@ def of(text: str, kinds: Iterable[str] | None = None, most: int | None = None) -
         yield from found[::step]
 
 
-def compiled(target: str, call: Callable[[], object]) -> str:
-    """The PTX of the one kernel that a call launches."""
+def compiled(target: str, call: Callable[[], object], kernel: str = "") -> str:
+    """The PTX of the one kernel that a call launches, or of the one whose name has `kernel` in it."""
     texts = []
 
     def keep(text: str) -> str:
@@ -155,15 +161,16 @@ def compiled(target: str, call: Callable[[], object]) -> str:
 
     with emulated(target, transform=keep):
         call()
-    if len(set(texts)) != 1:
-        raise ValueError(f"the call launches {len(set(texts))} kernels, expected one")
-    return texts[0]
+    texts = {text for text in texts if re.search(rf"\.entry \w*{kernel}", text)}
+    if len(texts) != 1:
+        raise ValueError(f"the call launches {len(texts)} kernels {kernel}, expected one")
+    return texts.pop()
 
 
-def judge(mutation: Mutation, target: str, trial: Trial) -> Outcome:
-    """Runs a call with its kernel changed."""
+def judge(mutation: Mutation, target: str, trial: Trial, original: str) -> Outcome:
+    """Runs a call with its kernel changed, whose PTX is `original`; others that it launches stay as they are."""
     try:
-        with emulated(target, transform=mutation):
+        with emulated(target, transform=lambda text: mutation(text) if text == original else text):
             result = trial.call()
     except CheckFailed as error:
         return Outcome(mutation, error.check, error.message)
@@ -173,19 +180,24 @@ def judge(mutation: Mutation, target: str, trial: Trial) -> Outcome:
 
 
 def survivors(
-    target: str, trials: list[Trial], kinds: Iterable[str] | None = None, most: int | None = None
+    target: str,
+    trials: list[Trial],
+    kinds: Iterable[str] | None = None,
+    most: int | None = None,
+    kernel: str = "",
 ) -> tuple[list[Mutation], list[Outcome]]:
     """Judges the mutations of a kernel: those that no trial noticed, and all outcomes.
 
-    All trials must launch the same PTX: sizes that Triton specialises alike.
+    All trials must launch the same PTX: sizes that Triton specialises alike. kernel: which one of several that a call
+    launches, by a part of its name.
     """
-    text = compiled(target, trials[0].call)
+    text = compiled(target, trials[0].call, kernel)
     for trial in trials[1:]:
-        if compiled(target, trial.call) != text:
+        if compiled(target, trial.call, kernel) != text:
             raise ValueError("the trials do not launch the same PTX")
     left, outcomes = list(of(text, kinds, most)), []
     for trial in trials:
-        judged = [judge(mutation, target, trial) for mutation in left]
+        judged = [judge(mutation, target, trial, text) for mutation in left]
         outcomes += [outcome for outcome in judged if outcome.check is not None]
         left = [outcome.mutation for outcome in judged if outcome.check is None]
     return left, outcomes + [Outcome(mutation, None) for mutation in left]

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from gpu.bounds import blocks_per_multiprocessor, bound, report
-from gpu.chips import CHIPS
+from gpu.chips import CHIPS, MATRIX_LANES, VECTOR_LANES, Chip
 from gpu.ptx import Counts
 
 A100, H100 = CHIPS[0], CHIPS[1]
@@ -30,6 +30,16 @@ def test_blocks_per_multiprocessor(arch: int, threads: int, registers: int, shar
     assert blocks_per_multiprocessor(arch, threads, registers, shared) == blocks
 
 
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
+def test_documented_rates_are_those_of_the_units(chip: Chip) -> None:
+    per_clock = 2 * chip.multiprocessors
+    assert chip.vector == pytest.approx(per_clock * VECTOR_LANES[chip.arch] * chip.clock, rel=2e-3)
+    lanes = per_clock * MATRIX_LANES[chip.arch]
+    # The tensor cores' clock is the other's or lower, by an eighth at most.
+    assert 0.875 * chip.clock <= chip.matrix["bf16"] / lanes <= 1.001 * chip.clock
+    assert chip.matrix["f16"] == chip.matrix["bf16"] == 2 * chip.matrix["tf32"]
+
+
 def test_what_limits_a_launch() -> None:
     memory = Counts(read=2 * 10**9, written=39 * 10**6, programs=1000)
     assert bound(memory, A100).limiter == "memory"
@@ -38,7 +48,7 @@ def test_what_limits_a_launch() -> None:
     assert bound(matrix, A100).limiter == "matrix" and bound(matrix, A100).seconds == pytest.approx(1)
     # One program keeps one multiprocessor busy.
     assert bound(Counts(matrix_flops=Counter(bf16=312e12), programs=1), A100).seconds == pytest.approx(108)
-    special = Counts(special=16 * 132 * 1.83e9, programs=132)
+    special = Counts(special=16 * 132 * 1.98e9, programs=132)
     assert bound(special, H100).limiter == "special" and bound(special, H100).seconds == pytest.approx(1)
 
 

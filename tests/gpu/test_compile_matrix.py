@@ -32,7 +32,7 @@ def test_what_is_worse_is_named() -> None:
     assert complaints(case, "sm_90", "mm", fine, old) == []
     for change, word in [
         ({"registers": 101}, "registers went from 100 to 101"),
-        ({"spills": 8}, "spills went from 0 to 8"),
+        ({"spills": 8}, "spills 8 bytes"),
         ({"shared": 2048}, "shared went from 1024 to 2048"),
         ({"shared": 228 * 1024}, "the chip has 232448"),
         ({"matrix": 4}, "matrix instructions went from 8 to 4"),

@@ -1,7 +1,10 @@
 """Dropout's mask in Triton, bit for bit that of fasttx.philox; seeds on the device; the online softmax's step."""
 
+import math
+
 import pytest
 import torch
+from budget import assert_within_budget
 
 pytest.importorskip("triton")
 
@@ -11,6 +14,7 @@ from fasttx.kernels.dropout import Dropout  # noqa: E402
 from fasttx.kernels.math import LOG2E, dropout_keep, online_softmax_step  # noqa: E402
 
 from fasttx import philox  # noqa: E402
+from fasttx.rng import draw_seed  # noqa: E402
 from gpu.launchers import by_target, on_triton  # noqa: E402
 
 SEEDS = (0, 1, -1, 2**31, 2**63 - 1, -(2**63), 12345678901234567)
@@ -66,6 +70,21 @@ def test_a_seed_in_memory(target):
         assert torch.equal(kept(in_memory, 1, 0, 0, 4), expected(2**40 + 9, 0.3, 1, 0, 0, 4))
 
 
+def test_a_seed_on_the_device_is_not_waited_for():
+    seed = torch.empty((), dtype=torch.int64, device="meta")  # has no value that could be asked for
+    assert Dropout.of(0.5, seed) == (True, seed, (0, 2**31, 2.0))
+
+
+def test_a_captured_graph_draws_its_seeds_on_the_device(monkeypatch):
+    assert draw_seed().is_cpu
+    drawn = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch, "randint", lambda *_, device, **__: drawn.append(device))
+    draw_seed()
+    assert drawn == ["cuda"]
+
+
 @pytest.mark.parametrize(
     ("p", "seed", "reason"),
     [
@@ -111,6 +130,9 @@ def test_online_softmax(target):
     largest, total, again = out.cpu()
     scores = scores.cpu()
     assert largest[0] == -torch.inf and total[0] == again[0] == 0
-    lse = (largest.double() + total.double().log2()) * torch.log(torch.tensor(2.0, dtype=torch.float64))
-    torch.testing.assert_close(lse[1:], torch.logsumexp(scores[1:].double(), 1), atol=0, rtol=1e-6)
-    torch.testing.assert_close(again, total)
+    lse = (largest.double() + total.double().log2()) * math.log(2)
+    assert_within_budget(
+        actual=lse.float(), eager=torch.logsumexp(scores, 1), truth=torch.logsumexp(scores.double(), 1), name="lse"
+    )
+    # The three blocks after the first round once each in `total`, by a fused multiply-add, and twice in the other.
+    assert ((again.double() - total).abs() <= 3 * 3 * 2**-24 * total).all()

@@ -6,6 +6,7 @@ from budget import assert_op_within_budget, assert_within_budget
 from properties import draw
 
 from fasttx import reference
+from fasttx.measure import ulp
 from fasttx.ops import softmax as ops
 from gpu.launchers import by_dtype, by_target, full, on_triton, shipped, using
 
@@ -50,7 +51,7 @@ MASKS = {
     "bool, nothing": lambda: torch.zeros(2, 1, 5, 40, dtype=torch.bool),
     "bool, strided": lambda: (torch.rand(40, 5) > 0.3).t(),
     "additive": lambda: draw(3, 5, 40),
-    "additive, heads": lambda: draw(3, 1, 1),
+    "additive, one query": lambda: draw(3, 1, 40),
 }
 
 
@@ -66,6 +67,28 @@ def test_masks(target, kind):
 @pytest.mark.parametrize("kind", MASKS)
 def test_masks_in_every_dtype(target, dtype, kind):
     check(target, dtype, (2, 3, 5, 40), MASKS[kind]())
+
+
+@full
+@by_target
+@by_dtype
+def test_a_mask_of_whole_rows_has_no_gradient(target, dtype):
+    # Whatever is added to all of a row changes nothing: the gradient is a sum that cancels. The ulp of slack is that of
+    # what is summed, as a sum of such terms can be no better known than the terms.
+    x, mask = (3 * draw(2, 3, 5, 40)).to(dtype), draw(3, 1, 1).to(dtype)
+    slope = draw(*x.shape).to(dtype)
+
+    def gradient(function):
+        given = mask.clone().requires_grad_()
+        return torch.autograd.grad(function(x, given), given, slope)[0]
+
+    with on_triton(target):
+        found = gradient(lambda x, mask: ops.softmax(x, mask, False, -1))
+    wide = torch.softmax(x.double() + mask.double(), -1)
+    terms = wide * (slope.double() - (wide * slope.double()).sum(-1, keepdim=True))
+    summed = terms.abs().sum_to_size(3, 1, 1)
+    budget = 2 * gradient(eager).abs().max().item() + ulp(summed.max().item(), dtype)
+    assert found.abs().max().item() <= budget
 
 
 @by_target
