@@ -199,8 +199,8 @@ def inverse(total):
 def dot_rows(a, b, PRECISION: tl.constexpr):
     """a b^T of rows (M, D) and (N, D).
 
-    The vector units sum a wide row in four chains, which are then added up: one over all of it would round more often than
-    PyTorch's own products do.
+    The vector units sum a wide row in four chains, which are then added up: one over all of it would round more often
+    than PyTorch's own products do.
     """
     if (PRECISION == "ieee" and a.dtype == tl.float32) and a.shape[1] > 32:
         CHAINS: tl.constexpr = 4
