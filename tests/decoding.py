@@ -1,6 +1,7 @@
 """Attention and decoders to decode step by step with, and what to feed them."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 B, T, S, E, H = 3, 34, 9, 32, 4
 CHUNKS = (1, 3, 17)
@@ -40,3 +41,19 @@ def in_steps(run, x, chunk, dim=1):
         parts.append(run(part, done))
         done += part.shape[dim]
     return torch.cat(parts, dim)
+
+
+class Decodes(TorchDispatchMode):
+    """Whether each operation that may decode was told that its tokens come one at a time, in the order of calls."""
+
+    OPS = ("cached_attention_block_fwd", "feed_forward_block_fwd")
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fasttx" and func._opname in self.OPS:
+            names = [argument.name for argument in func._schema.arguments]
+            self.told.append(args[names.index("decodes")])
+        return func(*args, **kwargs or {})

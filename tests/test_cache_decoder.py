@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from budget import DTYPES, assert_within_budget
-from decoding import CHUNKS, B, E, H, S, T, in_steps, inputs, later, make_decoder
+from decoding import CHUNKS, B, Decodes, E, H, S, T, in_steps, inputs, later, make_decoder
 
 import fasttx
 from fasttx.nn import KVCache
@@ -101,6 +101,25 @@ def test_a_decoder_layer_is_three_operations():
                 ops = [row.op for row in then.rows]
                 assert ops == ["cached_attention_block", "feed_forward_block", "layer_norm"], ops
                 assert [row.op for row in first.rows if row.op not in ops] == ["linear"]
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_cached_step_of_one_token_is_told_apart_and_nothing_else(norm_first, batch_first):
+    """Its products may take another unit. A batch of sequences of one token without a cache must not: packed, they are
+    not told from longer ones."""
+    model = fasttx.optimize(make_decoder(1, norm_first=norm_first, batch_first=batch_first))
+    x, memory = inputs(batch_first)
+    first, then = x.split((8, T - 8), 1 if batch_first else 0)
+    one = then[:, :1] if batch_first else then[:1]
+    cache, told = KVCache(), []
+    for call in (
+        lambda: model(first, memory, cache=cache), lambda: model(one, memory, cache=cache), lambda: model(one, memory)
+    ):  # fmt: skip
+        with Decodes() as mode:
+            call()
+        told.append(set(mode.told))
+    assert told == [{False}, {True}, {False}]
 
 
 def test_an_unbatched_decoder():

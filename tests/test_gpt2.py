@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from budget import assert_within_budget
+from decoding import Decodes
 from module_checks import assert_gradients_within_budget
 from torch.nn.utils import prune
 
@@ -450,3 +451,15 @@ def test_compiled(needs_extension):
     with torch.no_grad():
         expected = model(tokens, use_cache=False).logits
         torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected)
+
+
+def test_a_step_of_one_token_is_told_apart(small):
+    """By both halves of every layer, at the first call with a cache and at later ones; longer prompts are not."""
+    model, ids = swapped(small), torch.arange(5, 13)[None]
+    with torch.no_grad():
+        output, told = None, []
+        for part in ids.split((6, 1, 1), 1):
+            with Decodes() as mode:
+                output = model(part, past_key_values=None if output is None else output.past_key_values, use_cache=True)
+            told.append(set(mode.told))
+    assert told == [{False}, {True}, {True}]

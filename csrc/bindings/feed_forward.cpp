@@ -86,8 +86,8 @@ Tensor feed_forward_forward(const Tensor& input, const Tensor& weight1, const Op
               .preact = at_row(out_or_null(preact), row, s.hidden, x), .c = hidden.data(), .c_stride = s.hidden,
               .row_offset = row, .dropout = dropout});
     multiply(s.dtype, {hidden.data(), rows, s.hidden, s.hidden, 1}, w2,
-             {.on_vectors = on_vectors, .bias = data(b2), .residual = at_row(data(r), row, s.out, x), .c = at_row(out(output), row, s.out, x),
-              .c_stride = s.out, .row_offset = row, .dropout = dropout2});
+             {.on_vectors = on_vectors, .bias = data(b2), .residual = at_row(data(r), row, s.out, x),
+              .c = at_row(out(output), row, s.out, x), .c_stride = s.out, .row_offset = row, .dropout = dropout2});
   }
   return preact;
 }

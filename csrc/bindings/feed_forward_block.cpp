@@ -9,7 +9,8 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_block_fwd(
     const Tensor& input, const Tensor& weight1, const OptionalTensor& bias1, const Tensor& weight2,
     const OptionalTensor& bias2, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps,
     bool norm_first, int64_t activation, double dropout1_p, const OptionalTensor& seed1, double dropout2_p,
-    const OptionalTensor& seed2, bool store, const OptionalTensor& packed1, const OptionalTensor& packed2, bool decodes) {
+    const OptionalTensor& seed2, bool store, const OptionalTensor& packed1, const OptionalTensor& packed2,
+    bool decodes) {
   const Tensor x = dense(input);
   const Tensor y = norm_first ? layer_norm_fwd(x, width_of(x), norm_weight, norm_bias, eps) : x;
   Intermediate sum(sizes_of(x), x, store || norm_first);

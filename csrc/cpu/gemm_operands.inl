@@ -22,7 +22,8 @@ struct GemmBlocks {
     const int64_t blocks = ceil_div(g.m, max_of(1, rows)), threads = max_of(1, g.threads);
     for (group = max_of(1, panels); group > 1; --group) {
       const int64_t items = blocks * ceil_div(panels, group);
-      if (items >= kLeastItems * threads && ceil_div(items, threads) * threads * group * 15 <= blocks * panels * 16) break;
+      const int64_t even_work = ceil_div(items, threads) * threads * group;
+      if (items >= kLeastItems * threads && even_work * 15 <= blocks * panels * 16) break;
     }
     wave = ceil_div(group, ceil_div(group, kMostWave));
   }
