@@ -20,12 +20,13 @@ struct QueryTile {
   P* split;    // (kRows, kKeyTile<P>): the probabilities in parts, or null: they take the scores' place
   A* ahead;    // (kRows, kKeyTile<P>): scores of the next tile of keys, or null
   A* out;      // (kRows, out_stride)
-  A* largest;  // (kRows): of the scores so far
-  A* shift;    // (kRows): the same, 0 in place of -inf
+  A* largest;  // (kRows): of the scores so far, or a little less
+  A* shift;    // (kRows): the same, 0 in place of -inf, as powers take it
   A* decay;    // (kRows): what the sums so far are worth under the new maximum
   A* sums;     // (kRows, kWidth)
   A* bias;     // (kKeyTile<P>)
   A* keep;     // (kKeyTile<P>)
+  bool raised = false;  // some row's decay is not 1
 #if defined(__AMX_BF16__)
   SplitTurns turns_ahead = {};
 #endif
@@ -35,7 +36,7 @@ struct QueryTile {
     q = pieces.take<P>(kRows * q_stride);
     scores = pieces.take<A>(kRows * kKeyTile<P>);
     split = kInParts<P> ? pieces.take<P>(kRows * kKeyTile<P>) : nullptr;
-    ahead = kUsesAmx<P> || kInParts<P> ? pieces.take<A>(kRows * kKeyTile<P>) : nullptr;
+    ahead = kInParts<P> ? pieces.take<A>(kRows * kKeyTile<P>) : nullptr;
     out = pieces.take<A>(kRows * out_stride);
     largest = pieces.take<A>(kRows);
     shift = pieces.take<A>(kRows);
@@ -61,15 +62,6 @@ struct QueryTile {
   void score_ahead([[maybe_unused]] const AttentionShape& g, [[maybe_unused]] int64_t rows,
                    [[maybe_unused]] const P* keys, [[maybe_unused]] int64_t n, [[maybe_unused]] int64_t r) {
 #if defined(__AMX_BF16__)
-    if constexpr (kUsesAmx<P>) {
-      constexpr int64_t kBlock = 2 * kAmxCols, kInPanel = kTileCols<P> / kBlock;
-      const int64_t blocks = ceil_div(n, kBlock);
-      for (int64_t i = blocks * r / rows; i < blocks * (r + 1) / rows; ++i) {
-        const P* panel = keys + i / kInPanel * key_panel_size<P>(g) + i % kInPanel * kBlock * Packed<P>::kStep;
-        amx_product<kTileCols<P>>(*unit, q, q_stride, Packed<P>::kLeftStep, panel, q_stride, round_up(rows, kAmxRows),
-                                  min_of(kBlock, n - i * kBlock), false, ahead + i * kBlock, kKeyTile<P>);
-      }
-    }
     if constexpr (kInParts<P>) {
       constexpr int64_t kBlock = kTileCols<P>;
       const int64_t turns = SplitProduct<true>::kTurns * q_stride / kAmxK, all = ceil_div(n, kBlock) * turns;
@@ -88,57 +80,130 @@ struct QueryTile {
 
   // Scores to probabilities, not yet divided by their sum; n is a multiple of kKeyStep. Calls between(r) at each row.
   template <class F>
-  __attribute__((noinline)) void softmax(const AttentionShape& g, const Sequence& sequence, const TileRows& rows,
-                                         int64_t key, int64_t n, const F& between) {
-    const V lowest = V::set1(-kInfinity<A>), exponent = V::set1(scale.exponent);
+  FASTTX_INLINE void softmax(const AttentionShape& g, const Sequence& sequence, const TileRows& rows, int64_t key,
+                             int64_t n, const F& between) {
+    if (n == kKeyTile<P>) {  // known while compiling
+      softmax_of(g, sequence, rows, key, std::integral_constant<int64_t, kKeyTile<P>>(), between);
+    } else {
+      softmax_of(g, sequence, rows, key, n, between);
+    }
+  }
+  template <class N, class F>
+  FASTTX_INLINE void softmax_of(const AttentionShape& g, const Sequence& sequence, const TileRows& rows, int64_t key,
+                                N n, const F& between) {
     for (int64_t r = 0; r < rows.count; ++r) {
-      V top[2] = {lowest, lowest};
+      V top[2] = {V::set1(-kInfinity<A>), V::set1(-kInfinity<A>)};
       for (int64_t i = 0; i < n; i += 2 * V::kWidth) {
         top[0] = max(top[0], V::load(scores + r * kKeyTile<P> + i));
         if (i + V::kWidth < n) top[1] = max(top[1], V::load(scores + r * kKeyTile<P> + i + V::kWidth));
       }
       shift[r] = reduce_max(max(top[0], top[1]));
     }
-    for (int64_t r = 0; r < rows.count; r += V::kWidth) {
-      const V before = V::load(largest + r), now = max(before, V::load(shift + r));
-      const V base = select(eq(now, lowest), V::zero(), now);
-      now.store(largest + r);
-      base.store(shift + r);
-      exp2((before - base) * exponent).store(decay + r);
-    }
+    const Powers<P> power(scale.exponent);
+    raise(rows.count, power);
     for (int64_t r = 0; r < rows.count; ++r) {
       between(r);
-      const A* row = scores + r * kKeyTile<P>;
-      if (g.dropout.active) keep_keys(g, sequence, rows.rows[r], key, n, keep);
-      const V base = V::set1(shift[r]);
-      V sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-      for (int64_t first = 0; first < n; first += 4 * V::kWidth) {
-        V kept[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-          const int64_t i = first + j * V::kWidth;
-          if (i >= n) break;
-          const V p = exp2((V::load(row + i) - base) * exponent);
-          sum[j] = sum[j] + p;
-          kept[j] = g.dropout.active ? p * V::load(keep + i) : p;
-          if constexpr (!kInParts<P>) {
-            store_operand(kept[j], reinterpret_cast<P*>(scores + r * kKeyTile<P>) + i);
-          } else if (j % 2 == 1) {
-            store_pairs(SplitPairs(kept[j - 1].v, kept[j].v),
-                        reinterpret_cast<bf16*>(split + (i - V::kWidth) * kRows) + r * kAmxK, kRows * kAmxK);
-          }
-        }
+      if (g.dropout.active) {
+        keep_keys(g, sequence, rows.rows[r], key, n, keep);
+        row_powers<true>(power, r, n);
+      } else {
+        row_powers<false>(power, r, n);
       }
-      fma(V::load(sums + r * V::kWidth), V::set1(decay[r]), (sum[0] + sum[1]) + (sum[2] + sum[3]))
-          .store(sums + r * V::kWidth);
     }
   }
+
+  // Takes the largest scores of a tile, in `shift`, for the rows' own where they are much greater: a power may be as
+  // large as 2^kSlack, so that few tiles change what all sums before them are worth.
+  void raise(int64_t count, const Powers<P>& power) {
+    constexpr A kSlack = 4;
+    const V lowest = V::set1(-kInfinity<A>);
+    raised = false;
+    for (int64_t r = 0; r < count; r += V::kWidth) {
+      const V before = V::load(largest + r), top = V::load(shift + r);
+      const auto grown = gt((top - before) * power.exponent, V::set1(kSlack));
+      const V now = select(grown, top, before), base = select(eq(now, lowest), V::zero(), now);
+      now.store(largest + r);
+      power.shift(base).store(shift + r);
+      select(grown, exp2((before - base) * power.exponent), V::set1(1)).store(decay + r);
+      raised |= any(grown);
+    }
+  }
+
+  template <bool kDropout, class N>
+  FASTTX_INLINE void row_powers(const Powers<P>& power, int64_t r, N n) {
+    const A* row = scores + r * kKeyTile<P>;
+    const V base = V::set1(shift[r]);
+    V sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    for (int64_t first = 0; first < n; first += 4 * V::kWidth) {
+      V kept[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const int64_t i = first + j * V::kWidth;
+        if (i >= n) break;
+        const V p = power(V::load(row + i), base);
+        sum[j] = sum[j] + p;
+        kept[j] = kDropout ? p * V::load(keep + i) : p;
+        if constexpr (kInParts<P>) {
+          if (j % 2 == 1)
+            store_pairs(SplitPairs(kept[j - 1].v, kept[j].v),
+                        reinterpret_cast<bf16*>(split + (i - V::kWidth) * kRows) + r * kAmxK, kRows * kAmxK);
+        } else if constexpr (kUsesAmx<P>) {
+          if (j % 2 == 1)
+            store_operands(kept[j - 1], kept[j], reinterpret_cast<P*>(scores + r * kKeyTile<P>) + i - V::kWidth);
+        } else {
+          store_operand(kept[j], reinterpret_cast<P*>(scores + r * kKeyTile<P>) + i);
+        }
+      }
+    }
+    fma(V::load(sums + r * V::kWidth), V::set1(decay[r]), (sum[0] + sum[1]) + (sum[2] + sum[3]))
+        .store(sums + r * V::kWidth);
+  }
+
+#if defined(__AMX_BF16__)
+  // All that is done with one tile of keys, in one function: its products' loads begin among the rows before them. Rows in
+  // whole tiles, whatever their number: configuring others would take longer.
+  template <class Mask>
+  __attribute__((noinline)) void attend(const AttentionShape& g, const Sequence& sequence, const TileRows& rows,
+                                        Mask& mask, const P* keys, const P* values, int64_t pitch, bool first) {
+    const bool lower = rows.count > kAmxRows;
+    const auto product = [&](const P* a, int64_t a_stride, const P* panel, int64_t k, bool add, A* to,
+                             int64_t to_stride) {
+      if (lower) {
+        amx_block<kTileCols<P>, true, true>(a, a_stride, kAmxK, panel, k, add, to, to_stride, [] {});
+      } else {
+        amx_block<kTileCols<P>, false, true>(a, a_stride, kAmxK, panel, k, add, to, to_stride, [] {});
+      }
+    };
+    constexpr int64_t kBlock = 2 * kAmxCols;
+    for (int64_t column = 0; column < mask.n; column += kBlock)
+      product(q, q_stride, keys + column * Packed<P>::kStep, q_stride, false, scores + column, kKeyTile<P>);
+    mask.apply(scores, kKeyTile<P>);
+    softmax(g, sequence, rows, mask.key, round_up(mask.n, kKeyStep<P>), [](int64_t) {});
+    if (raised && !first) decay_outputs(rows.count);
+    for (int64_t column = 0; column < g.value_width; column += kBlock) {
+      const P* panel = values + column / kTileCols<P> * kTileCols<P> * pitch +
+                       column % kTileCols<P> * Packed<P>::kStep;
+      product(reinterpret_cast<const P*>(scores), kKeyTile<P> * sizeof(A) / sizeof(P), panel,
+              round_up(mask.n, Packed<P>::kLeftStep), !first, out + column, out_stride);
+    }
+  }
+
+  __attribute__((noinline)) void decay_outputs(int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r) {
+      if (decay[r] == 1) continue;
+      for (int64_t i = 0; i < out_stride; i += V::kWidth) {
+        A* to = out + r * out_stride + i;
+        (V::load(to) * V::set1(decay[r])).store(to);
+      }
+    }
+  }
+#endif
 
   void add_values(const AttentionShape& g, int64_t rows, const P* values, int64_t pitch, int64_t n, bool first) {
     constexpr int64_t stride = kInParts<P> ? kKeyTile<P> : kKeyTile<P> * sizeof(A) / sizeof(P);
     const P* probabilities = kInParts<P> ? split : reinterpret_cast<const P*>(scores);
     multiply<P>(*unit, {probabilities, stride, Packed<P>::kLeftStep, values, pitch * kTileCols<P>,
-                        round_up(n, Packed<P>::kLeftStep), out, out_stride, !first, decay},
+                        round_up(n, Packed<P>::kLeftStep), out, out_stride, !first, raised ? decay : nullptr},
                 rows, g.value_width);
   }
 };
@@ -212,6 +277,7 @@ struct AttentionFwdOn {
   static void run(const AttentionFwd& g, void* base, int64_t begin, int64_t end) {
     const AttentionShape& shape = g.shape;
     Scratch scratch(g, base);
+    const FlushesSubnormals<P> flushes;
     ProductUnit<P> unit;
     scratch.tile.unit = &unit;
     const int64_t most = g.k_packed != nullptr ? query_tiles(shape, shape.queries) : 1;
@@ -284,6 +350,14 @@ struct AttentionFwdOn {
         }
       } else {
         if (pack_each) pack(g, sequence, kv_head, key, n, packed, scratch.buffer);
+#if defined(__AMX_BF16__)
+        if constexpr (kUsesAmx<P>) {
+          tile.attend(shape, sequence, rows, mask, packed.keys + at / kTileCols<P> * key_panel_size<P>(shape),
+                      packed.values + at * kTileCols<P>, packed.pitch, first);
+          first = false;
+          continue;
+        }
+#endif
         if (key == ready) {
           A* scores = tile.ahead;
           tile.ahead = tile.scores;

@@ -41,6 +41,7 @@ struct AttentionAlibiBwdOn {
   static void run(const AttentionAlibiBwd& g, void* base, int64_t begin, int64_t end) {
     const AttentionShape& shape = g.shape;
     Scratch scratch(g, base);
+    const FlushesSubnormals<P> flushes;
     ProductUnit<P> unit;
     scratch.tile.unit = &unit;
     for (int64_t item = begin; item < end; ++item) {

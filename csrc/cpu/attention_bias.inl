@@ -39,16 +39,16 @@ static FASTTX_INLINE void for_slopes(const AttentionBwd& g, const Sequence& sequ
                                      int64_t key, int64_t n, const F& f) {
   using A = accum_t<T>;
   using V = Vec<A>;
-  const V exponent = V::set1(tile.scale.exponent);
+  const Powers<P> power(tile.scale.exponent);
   const A* stats = static_cast<const A*>(g.stats) + 2 * lse_index(g.shape, sequence, rows.rows[0].head, 0);
   for (int64_t r = 0; r < rows.count; ++r) {
     const int64_t query = rows.rows[r].query;
-    const V largest = V::set1(stats[2 * query]), factor = V::set1(stats[2 * query + 1]);
+    const V shift = power.shift(V::set1(stats[2 * query])), factor = V::set1(stats[2 * query + 1]);
     const V delta = V::set1(deltas[query]);
     if (g.shape.dropout.active)
       keep_keys(g.shape, sequence, rows.rows[r], key, round_up(n, kKeyStep<P>), tile.keep);
     for (int64_t i = 0; i < n; i += V::kWidth) {
-      const V probability = exp2((V::load(tile.p + r * kKeys + i) - largest) * exponent) * factor;
+      const V probability = power(V::load(tile.p + r * kKeys + i), shift) * factor;
       V dp = V::load(tile.ds + r * kKeys + i);
       if (g.shape.dropout.active) dp = dp * V::load(tile.keep + i);
       f(query, i, probability * (dp - delta));
@@ -123,6 +123,7 @@ struct AttentionBiasBwdOn {
     const AttentionShape& shape = g.shape;
     const Blocks blocks(g);
     Scratch scratch(g, base);
+    const FlushesSubnormals<P> flushes;
     ProductUnit<P> unit;
     scratch.tile.unit = &unit;
     for (int64_t item = begin; item < end; ++item) {

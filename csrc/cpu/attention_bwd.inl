@@ -105,6 +105,7 @@ struct AttentionBwdOn {
 
   static void run(const AttentionBwd& g, void* base, int64_t begin, int64_t end) {
     Scratch scratch(g, base);
+    const FlushesSubnormals<P> flushes;
     ProductUnit<P> unit;
     scratch.tile.unit = &unit;
     const AttentionShape& shape = g.shape;

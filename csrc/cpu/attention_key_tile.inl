@@ -98,19 +98,19 @@ struct KeyTile {
   __attribute__((noinline)) void differentiate(const AttentionShape& g, const Sequence& sequence,
                                                const TileRows& rows, const A* stats, const A* delta, int64_t key,
                                                int64_t n) {
-    const V exponent = V::set1(scale.exponent);
+    const Powers<P> power(scale.exponent);
     // Rows that make a step of a product along the queries: of parts, sixteen apart in blocks of 32.
     constexpr int64_t apart = kInParts<P> ? kLeftStep / 2 : 1;
     const int64_t steps = ceil_div(rows.count, kInParts<P> ? kLeftStep : kStep) * apart;
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t r = step / apart * apart * kStep + step % apart;
-      V largest[kStep], factor[kStep], row_delta[kStep];
+      V shift[kStep], factor[kStep], row_delta[kStep];
       int present = 0;
       for (int j = 0; j < kStep; ++j) {
         const int64_t row = r + j * apart;
         const bool is_present = row < rows.count;  // else its probabilities are zero
         const int64_t query = is_present ? rows.rows[row].query : 0;
-        largest[j] = V::set1(is_present ? stats[2 * query] : A(0));
+        shift[j] = power.shift(V::set1(is_present ? stats[2 * query] : A(0)));
         factor[j] = V::set1(is_present ? stats[2 * query + 1] : A(0));
         row_delta[j] = V::set1(is_present ? delta[query] : A(0));
         if (is_present && g.dropout.active) keep_keys(g, sequence, rows.rows[row], key, n, keep + j * kKeys);
@@ -126,7 +126,7 @@ struct KeyTile {
               continue;
             }
             const int64_t column = i + v * V::kWidth, at = (r + j * apart) * kKeys + column;
-            const V exact = exp2((V::load(p + at) - largest[j]) * exponent) * factor[j];
+            const V exact = power(V::load(p + at), shift[j]) * factor[j];
             V dp = V::load(ds + at);
             probability[v][j] = exact;
             if (g.dropout.active) {

@@ -125,22 +125,20 @@ static inline TileRow tile_row(const AttentionShape& g, const Places& keys, int6
   return row;
 }
 
-// The rows of one tile, and the keys that any of them sees.
+// The rows of one tile, the keys that any of them sees, and those that all see.
 constexpr int64_t kMaxQueryTile = 64;
 struct TileRows {
   TileRow rows[kMaxQueryTile];
-  int64_t count = 0, first = INT64_MAX, last = 0;
+  int64_t count = 0, first = INT64_MAX, last = 0, first_for_all = 0, last_for_all = INT64_MAX;
   void add(const TileRow& row) {
     rows[count++] = row;
     first = min_of(first, row.first);
     last = max_of(last, row.last);
+    first_for_all = max_of(first_for_all, row.first);
+    last_for_all = min_of(last_for_all, row.last);
   }
   // Whether every row sees all of [key, key + n).
-  bool all_see(int64_t key, int64_t n) const {
-    for (int64_t i = 0; i < count; ++i)
-      if (rows[i].first > key || rows[i].last < key + n) return false;
-    return true;
-  }
+  bool all_see(int64_t key, int64_t n) const { return first_for_all <= key && key + n <= last_for_all; }
 };
 
 // The dropout's factors of a row for the keys [key, key + n); finite beyond the sequence's last.

@@ -4,7 +4,7 @@
 template <class P>
 constexpr int64_t kQueryTile = kHasTiles && sizeof(accum_t<P>) == 4 ? 32 : 48;
 template <class P>
-constexpr int64_t kKeyTile = kUsesAmx<P> ? 256 : 128;
+constexpr int64_t kKeyTile = kUsesAmx<P> ? 64 : 128;  // on tiles, what the first-level cache holds of all operands
 template <class P>
 constexpr int64_t kKeyStep = Vec<accum_t<P>>::kWidth > Packed<P>::kLeftStep ? Vec<accum_t<P>>::kWidth
                                                                              : Packed<P>::kLeftStep;
@@ -12,8 +12,8 @@ constexpr int64_t kKeyStep = Vec<accum_t<P>>::kWidth > Packed<P>::kLeftStep ? Ve
 template <class A>
 constexpr A kInfinity = __builtin_inf();
 
-// 2^x for x <= 0, by the minimax fit (Remez exchange) of 2^f, 0 <= f <= 1, with the value at 0 held at 1; its relative
-// error is 8.5e-8 in float, 1.6e-17 in double.
+// 2^x for x that are not much above 0, by the minimax fit (Remez exchange) of 2^f, 0 <= f <= 1, with the value at 0 held
+// at 1; its relative error is 8.5e-8 in float, 1.6e-17 in double.
 template <class A>
 struct Exp2Constants;
 template <>
@@ -48,6 +48,56 @@ FASTTX_INLINE Vec<A> exp2(Vec<A> x) {
 #endif
   return select(lt(x, V::set1(K::kLowest)), V::zero(), scalef(polynomial(fraction, K::kPolynomial), whole));
 }
+
+// Whether probabilities become bf16 before they are multiplied: 2^-9 of rounding, beside which a shorter fit of 2^f, with
+// a relative error of 2.9e-6, is exact.
+template <class P>
+constexpr bool kRoundsPowers = false;
+#if defined(__AVX512BF16__)
+template <>
+constexpr bool kRoundsPowers<bf16> = true;
+constexpr float kShortPolynomial[] = {0.013426697f, 0.052242454f, 0.24128021f, 0.69304484f, 1.0f};
+#endif
+
+// While it lives, the thread's subnormal results are zeros where powers are rounded: a product of bf16 takes them for
+// zero anyway, and a power needs no comparison of its own against them.
+template <class P>
+class FlushesSubnormals {
+#if defined(__AVX512BF16__)
+ public:
+  FlushesSubnormals() : before_(_mm_getcsr()) {
+    if constexpr (kRoundsPowers<P>) _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON);
+  }
+  ~FlushesSubnormals() {
+    if constexpr (kRoundsPowers<P>) _mm_setcsr(before_);
+  }
+  FlushesSubnormals(const FlushesSubnormals&) = delete;
+
+ private:
+  unsigned before_;
+#endif
+};
+
+// Scores as powers of 2 relative to a row's largest: one object for every kernel, so that the backward's are the
+// forward's, bit for bit.
+template <class P>
+struct Powers {
+  using A = accum_t<P>;
+  using V = Vec<A>;
+  V exponent;  // of 2, for one score
+  explicit Powers(A exponent_of_score) : exponent(V::set1(exponent_of_score)) {}
+  // What operator() wants to know of a row.
+  FASTTX_INLINE V shift(V largest) const { return kRoundsPowers<P> ? fnma(largest, exponent, V::zero()) : largest; }
+  FASTTX_INLINE V operator()(V score, V shift) const {
+#if defined(__AVX512BF16__)
+    if constexpr (kRoundsPowers<P>) {
+      const V x = fma(score, exponent, shift);
+      return scalef(polynomial(above_floor(x), kShortPolynomial), x);
+    }
+#endif
+    return exp2((score - shift) * exponent);
+  }
+};
 
 // The (sequence, kv head) pairs of one launch.
 static inline int64_t pair_count(const AttentionShape& g) { return g.pairs != 0 ? g.pairs : g.batch * g.kv_heads; }

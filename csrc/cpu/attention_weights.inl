@@ -32,18 +32,18 @@ struct WeightBlock {
     for (int64_t i = first; i < last; ++i) places[i - first] = i;
     const Places queries = {last - first, places};
     const A* stats = static_cast<const A*>(g.stats) + 2 * lse_index(g.shape, sequence, head, 0);
-    const V exponent = V::set1(tile.scale.exponent);
+    const Powers<P> power(tile.scale.exponent);
     for (int64_t from = 0; from < queries.count; from += Tile::kRows) {
       TileRows rows;
       const int64_t n = Backward::score_tile(g, sequence, queries, head, from, key, tile, buffer, rows);
       if (n == 0) continue;
       for (int64_t r = 0; r < rows.count; ++r) {
         const int64_t query = rows.rows[r].query;
-        const V largest = V::set1(stats[2 * query]), factor = V::set1(stats[2 * query + 1]);
+        const V shift = power.shift(V::set1(stats[2 * query])), factor = V::set1(stats[2 * query + 1]);
         if (g.shape.dropout.active)
           keep_keys(g.shape, sequence, rows.rows[r], key, round_up(n, kKeyStep<P>), tile.keep);
         for (int64_t i = 0; i < n; i += V::kWidth) {
-          V weight = exp2((V::load(tile.p + r * kKeys + i) - largest) * exponent) * factor;
+          V weight = power(V::load(tile.p + r * kKeys + i), shift) * factor;
           if (g.shape.dropout.active) weight = weight * V::load(tile.keep + i);
           f(query, i, weight, V::load(tile.ds + r * kKeys + i));
         }
@@ -92,6 +92,7 @@ struct AttentionWeightsFwdOn {
   static void run(const AttentionWeightsFwd& g, void* base, int64_t begin, int64_t end) {
     const AttentionShape& shape = g.shape;
     Scratch scratch(g, base);
+    const FlushesSubnormals<P> flushes;
     ProductUnit<P> unit;
     scratch.tile.unit = &unit;
     for (int64_t item = begin; item < end; ++item) {
@@ -166,6 +167,7 @@ struct AttentionWeightsBwdOn {
   static void run(const AttentionWeightsBwd& g, void* base, int64_t begin, int64_t end) {
     const AttentionShape& shape = g.shape;
     Scratch scratch(g, base);
+    const FlushesSubnormals<P> flushes;
     ProductUnit<P> unit;
     scratch.tile.unit = &unit;
     for (int64_t item = begin; item < end; ++item) {

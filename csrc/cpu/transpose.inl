@@ -173,6 +173,9 @@ FASTTX_INLINE void store_operand(Vec<A> value, A* to) {
 FASTTX_INLINE void store_operand(Vec<float> value, bf16* to) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(value.v));
 }
+FASTTX_INLINE void store_operands(Vec<float> first, Vec<float> second, bf16* to) {
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
+}
 // Two rows side by side, as steps of the transposed operand.
 FASTTX_INLINE void store_operand_pair(Vec<float> even, Vec<float> odd, bf16* to) {
   _mm512_storeu_si512(to, interleave((__m256i)_mm512_cvtneps_pbh(even.v), (__m256i)_mm512_cvtneps_pbh(odd.v)));
