@@ -75,7 +75,7 @@ def test_results_and_gradients(family, implementation):
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_pooled_first_tokens(family):
-    """Of a first token that is padding, with padding removed, the pooler sees zeros; kept, what transformers gives it."""
+    """Of a first token that is padding, with padding removed, the pooler sees zeros; kept, what it sees in theirs."""
     theirs, ours = pair(family)
     kept, inputs = fasttx.optimize(copy.deepcopy(theirs), padding="keep"), hf_models.batch(family, "left")
     first = inputs["attention_mask"][:, 0].bool()
