@@ -10,8 +10,9 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 demo: install
 	$(PY) -m fasttx demo
 
+# In two processes of one thread each: most of it is Python's own work. Tests that are about threads set their number.
 test: install
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 # Every GPU kernel on the emulator and in the compile matrix, at full breadth; `make test` runs a sample of it.
 test-gpu-emulated: install

@@ -19,6 +19,13 @@ def require_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
+def require_masks(**masks: object) -> None:
+    """Each a tensor, or None where there is none."""
+    for name, mask in masks.items():
+        if mask is not None and not isinstance(mask, Tensor):
+            raise TypeError(f"{name} must be a tensor or None, got {type(mask).__name__}")
+
+
 def require_floating(name: str, tensor: Tensor) -> None:
     """A real floating-point tensor, of a dtype that PyTorch calculates in."""
     require_tensor(name, tensor)

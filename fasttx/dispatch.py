@@ -229,7 +229,8 @@ def warn_on_fallback(enabled: bool = True) -> None:
 class Decision:
     """What one call ran on: the op, the backend taken, why each earlier backend in the list was not, and the operator.
 
-    The backend is one of BACKENDS, or "original": the code of the module itself, where its fused form was refused.
+    The backend is one of BACKENDS, or "original": the code of the module itself, where its fused form was refused; or
+    "parts": the operations that it joins, which decide for themselves.
     """
 
     op: str
@@ -239,7 +240,7 @@ class Decision:
     @property
     def kernel(self) -> str:
         """The operator of the `fasttx` library that ran; empty where none did."""
-        return "" if self.backend in ("reference", "original") else KERNELS.get(self.op, "")
+        return "" if self.backend in ("reference", "original", "parts") else KERNELS.get(self.op, "")
 
     @property
     def is_fallback(self) -> bool:
@@ -342,10 +343,12 @@ def takes_kernel(op: str, tensors: tuple[Tensor | None, ...], head_width: int = 
     """
     if runs_on_cpu(None, *tensors):
         return True
-    # Autocast's casts come between the operations; and where a backend is named or the kernels refuse, each operation
-    # says so itself.
+    if _autocast_enabled():
+        report(op, "parts", (("one operation", "autocast is on, whose casts come between its parts"),))
+        return False
+    # Where a backend is named or the kernels refuse, each operation says so itself.
     backend = "triton" if tensors[0].is_cuda else "cpu"
-    if _autocast_enabled() or _requested.name not in ("auto", backend) or _REFUSALS[backend](op, tensors) is not None:
+    if _requested.name not in ("auto", backend) or _REFUSALS[backend](op, tensors) is not None:
         return False
     if backend == "triton" and head_width > _widest_head():
         return False

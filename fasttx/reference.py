@@ -59,7 +59,8 @@ def attention(
     dropout_p > 0: normalised probabilities are dropped by the Philox mask of (seed, batch, head,
     query i, key j). return_lse: also the natural log of the sum of exponentials of the masked
     scores, before dropout: (B, H, Tq) in float32, or float64 for float64 inputs. A query with
-    nothing to attend to gives zeros, lse = -inf, and zero gradients.
+    nothing to attend to gives zeros, lse = -inf, and zero gradients. A key that no query may attend
+    to, by all of these but a float mask, is never read into a result, whatever it holds.
 
     Raises ValueError when dropout is active without a seed.
     Sources: Vaswani et al. 2017 (attention), Beltagy et al. 2020 (window), Press et al. 2022
@@ -160,7 +161,7 @@ def attention_weights(
 
     Raises ValueError when dropout is active without a seed.
     """
-    scores = _attention_scores(
+    scores, _ = _attention_scores(
         query, key, attn_mask, key_lengths, is_causal, query_offset, window, alibi_slopes, scale, enable_gqa
     )
     if lse is None:
@@ -399,12 +400,12 @@ def _attention(
     seed: int | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Output and lse; batch (B,) holds each sequence's index in the dropout counter."""
-    scores = _attention_scores(
+    scores, unseen = _attention_scores(
         query, key, attn_mask, key_lengths, is_causal, query_offset, window, alibi_slopes, scale, enable_gqa
     )
     probabilities, lse = _softmax(scores, -1)
     probabilities = _drop_probabilities(probabilities, dropout_p, seed, batch)
-    v = _widen(value)
+    v = _widen(value).masked_fill(unseen, 0.0)
     if enable_gqa and scores.shape[1] != v.shape[1]:
         v = v.repeat_interleave(scores.shape[1] // v.shape[1], dim=1)
     return (probabilities @ v).to(query.dtype), lse.squeeze(-1)
@@ -421,18 +422,26 @@ def _attention_scores(
     alibi_slopes: Tensor | None,
     scale: float | None,
     enable_gqa: bool,
-) -> Tensor:
-    """(B, H, Tq, Tk): scaled and biased, -inf where a query does not attend to a key."""
+) -> tuple[Tensor, Tensor]:
+    """(B, H, Tq, Tk): scaled and biased, -inf where a query does not attend to a key; and `_unseen`."""
     q, k = _widen(query), _widen(key)
+    relative = _relative_positions(q.shape[2], k.shape[2], query_offset, q.device)
+    allowed = _attention_allowed(relative, attn_mask, key_lengths, is_causal, window)
+    unseen = _unseen(allowed)
+    k = k.masked_fill(unseen, 0.0)
     if enable_gqa and q.shape[1] != k.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
-    relative = _relative_positions(q.shape[2], k.shape[2], query_offset, q.device)
-    allowed = _attention_allowed(relative, attn_mask, key_lengths, is_causal, window)
     bias = _attention_bias(relative, attn_mask, alibi_slopes, q.dtype)
     scores = (q @ k.transpose(-2, -1)) * scale + bias
-    return scores.masked_fill(~allowed, -math.inf)
+    return scores.masked_fill(~allowed, -math.inf), unseen
+
+
+def _unseen(allowed: Tensor) -> Tensor:
+    """(B or 1, 1, Tk, 1), of keys that no query attends to: padding, which may hold anything, NaN too."""
+    four = allowed[(None,) * (4 - allowed.dim())]
+    return ~four.any(2).any(1)[:, None, :, None]
 
 
 def _drop_probabilities(

@@ -240,6 +240,72 @@ def test_rows_of_the_lowest_finite_mask(isa, dtype):
     )
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("slope", [math.inf, -math.inf, math.nan])
+def test_whatever_slope_lse_has_nothing_reaches_a_row_without_keys(backend, slope):
+    """As the logarithm of an empty sum has: its derivative is 1 / 0."""
+    inputs = draw_inputs(2, 2, 2, 5, 9, 8, 8)
+    lengths, slopes = torch.tensor([0, 9]), draw(2, 2, 5)
+    results = []
+    for of_empty in (0.0, slope):
+        leaves = [x.detach().requires_grad_() for x in inputs.values()]
+        bias = torch.zeros(5, 9).double().requires_grad_()
+        _, lse = functional.attention(
+            *leaves, key_lengths=lengths, attn_mask=bias, return_lse=True, backend=backend
+        )
+        assert (lse[0] == -math.inf).all()
+        slopes[0] = of_empty
+        results.append(torch.autograd.grad(lse, (*leaves, bias), slopes, materialize_grads=True))
+    assert all(map(torch.equal, results[0], results[1]))
+
+
+def _nan_rows(visible: Tensor, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+    """Which rows of each result are NaN, by the formulas, over visible (B, H, Tq, Tk) pairs alone."""
+    of_query, of_key, of_value = (x.isnan().any(-1) for x in (query, key, value))
+    weights = (visible & (of_query[..., None] | of_key[:, :, None])).any(-1)
+    outputs = weights | (visible & of_value[:, :, None]).any(-1)
+    return {
+        "output 0": outputs, "output 1": weights, "d query": outputs,
+        "d key": (visible & outputs[..., None]).any(2), "d value": (visible & weights[..., None]).any(2),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_nan_reaches_every_row_that_sees_it_and_never_from_padding(isa, dtype, name):
+    """On every backend. Where a mask hides it from some queries, their rows may be NaN too, as in PyTorch."""
+    size = 150
+    distance = torch.arange(size) - torch.arange(size)[:, None]
+    some = torch.rand(2, 1, size, size) > 0.5
+    some[..., 3] = True
+    some[:, :, 2] = False
+    lengths = torch.tensor([size - 2, 3])
+    within = torch.arange(size) < lengths[:, None, None, None]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    hidden = torch.zeros(size, size).masked_fill_(torch.arange(size) > 75, -math.inf)
+    # By options: what each query sees, and whether all of a sequence see the same.
+    cases = [
+        ({}, torch.ones(1, dtype=torch.bool), True),
+        ({"alibi_slopes": torch.tensor([0.1, 0.2], dtype=wide)}, torch.ones(1, dtype=torch.bool), True),
+        ({"key_lengths": lengths}, within, True),
+        ({"attn_mask": within}, within, True),
+        ({"is_causal": True}, distance <= 0, False),
+        ({"window": (2, 1)}, (distance >= -2) & (distance <= 1), False),
+        ({"attn_mask": some}, some, False),
+        ({"attn_mask": hidden.to(dtype)}, hidden == 0, False),
+    ]
+    for options, visible, exact in cases:
+        for place in (1, size - 1):
+            inputs = {n: x.to(dtype) for n, x in draw_inputs(2, 2, 2, size, size, 16, 16).items()}
+            inputs[name][0, 0, place, 5] = math.nan
+            expected = _nan_rows(visible.expand(2, 2, size, size), **inputs)
+            for op in (run_op, run_reference):
+                found = results(lambda op=op, options=options, **x: op(**x, **options), inputs)
+                for result, rows in expected.items():
+                    nan = found[result].isnan().reshape(*rows.shape, -1).any(-1)
+                    assert torch.equal(nan, rows) if exact else nan[rows].all(), (result, options, place)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity_stay_in_the_rows_that_see_them(isa, dtype):
     inputs = {name: x.to(dtype) for name, x in draw_inputs(1, 2, 2, 300, 300, 16, 16).items()}

@@ -214,6 +214,18 @@ def test_packed_layers_stay_on_the_kernels():
     assert output.dtype == torch.float32 and not output[padding].any()
 
 
+def test_explain_says_why_halves_of_layers_are_several_operations():
+    model, x = fasttx.optimize(torch.nn.TransformerEncoderLayer(W, H, S, batch_first=True).eval()), torch.randn(B, T, W)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        explained = fasttx.explain(model, x)
+    ops = {row.op: (row.backend, row.kernel, row.reason) for row in explained.rows}
+    reason = "not one operation: autocast is on, whose casts come between its parts"
+    assert ops["attention_block"] == ops["feed_forward_block"] == ("parts", "", reason)
+    assert ops["self_attention"][0] == ops["add_layer_norm"][0] == ops["feed_forward"][0] == "cpu"
+    assert not explained.slow
+    assert {row.op for row in fasttx.explain(model, x).rows} == {"attention_block", "feed_forward_block"}
+
+
 def test_weights_of_attention_alone():
     q, k = (torch.randn(B, H, T, 8) for _ in range(2))
     with torch.autocast("cpu", dtype=torch.bfloat16), fasttx.strict():

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -399,3 +400,40 @@ def test_autocast_casts_for_a_named_backend_too():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert call("linear", backend="cpu").dtype == torch.bfloat16
         assert call("linear").dtype == torch.bfloat16
+
+
+def _modules():
+    """A module, the tensors that it takes, and one of its arguments, which must be a tensor or a mask."""
+    x, width = torch.randn(2, 3, 8), 8
+    layer = partial(torch.nn.TransformerEncoderLayer, width, 2, 16, batch_first=True)
+    decoder_layer = partial(torch.nn.TransformerDecoderLayer, width, 2, 16, batch_first=True)
+    stacks = {
+        "norm": (torch.nn.LayerNorm(width), {"input": x}, ()),
+        "gelu": (torch.nn.GELU(), {"input": x}, ()),
+        "attention": (
+            torch.nn.MultiheadAttention(width, 2, batch_first=True), dict.fromkeys(("query", "key", "value"), x),
+            ("attn_mask", "key_padding_mask"),
+        ),
+        "encoder layer": (layer(), {"src": x}, ("src_mask", "src_key_padding_mask")),
+        "encoder": (torch.nn.TransformerEncoder(layer(), 1), {"src": x}, ("mask", "src_key_padding_mask")),
+    }
+    masks = ("tgt_mask", "memory_mask", "tgt_key_padding_mask", "memory_key_padding_mask")
+    stacks["decoder layer"] = decoder_layer(), {"tgt": x, "memory": x}, masks
+    stacks["decoder"] = torch.nn.TransformerDecoder(decoder_layer(), 1), {"tgt": x, "memory": x}, masks
+    for name, (module, tensors, masks) in stacks.items():
+        for argument in (*tensors, *masks):
+            yield pytest.param(module, tensors, argument, id=f"{name}-{argument}")
+
+
+@pytest.mark.parametrize("module, tensors, argument", list(_modules()))
+def test_modules_name_what_is_no_tensor(module, tensors, argument):
+    module = fasttx.optimize(module)
+    with pytest.raises(TypeError, match=f"^{argument} must be a tensor( or None)?, got list"):
+        module(**tensors | {argument: [1.0]})
+
+
+@pytest.mark.parametrize("mask", ["src_mask", "tgt_mask", "memory_mask"])
+def test_a_mask_of_integers_is_named_by_torchs_attention(mask):
+    model, x = fasttx.nn.Transformer(8, 2, 1, 1, 16, batch_first=True), torch.randn(2, 3, 8)
+    with pytest.raises(AssertionError, match="only bool and floating types of attn_mask are supported"):
+        model(x, x, **{mask: torch.zeros(3, 3, dtype=torch.long)})

@@ -73,6 +73,20 @@ def test_results_and_gradients(family, implementation):
     assert_same_gradients(loss, theirs, kept, inputs)
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_pooled_first_tokens(family):
+    """Of a first token that is padding, with padding removed, the pooler sees zeros; kept, what it sees in theirs."""
+    theirs, ours = pair(family)
+    kept, inputs = fasttx.optimize(copy.deepcopy(theirs), padding="keep"), hf_models.batch(family, "left")
+    first = inputs["attention_mask"][:, 0].bool()
+    assert first.any() and not first.all()
+    expected, actual, padded = (run(model, inputs).pooler_output for model in (theirs, ours, kept))
+    assert_close(padded, expected)
+    assert_close(actual[first], expected[first])
+    of_zeros = theirs.pooler(torch.zeros_like(run(ours, inputs).last_hidden_state))
+    assert_close(actual[~first], of_zeros[~first])
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ENCODERS)
 def test_attentions_and_hidden_states(family, implementation):

@@ -162,10 +162,10 @@ bool threads_share_pairs(const AttentionShape& shape) {
   return shape.batch * shape.kv_heads < 4 * static_cast<int64_t>(torch::stable::get_num_threads());
 }
 
-// Calls run() for all pairs in turn, so many at a time that `bytes`, of all of them, come to 32 MiB.
+// Calls run() for all pairs in turn, so many at a time that `bytes`, of all of them, come to 16 MiB.
 template <class F>
 void for_waves(AttentionShape& shape, int64_t bytes, const F& run) {
-  constexpr int64_t kMostBytes = int64_t{32} << 20;
+  constexpr int64_t kMostBytes = int64_t{16} << 20;
   const int64_t pairs = shape.batch * shape.kv_heads, waves = std::min(pairs, (bytes + kMostBytes - 1) / kMostBytes);
   for (int64_t wave = 0; wave < waves; ++wave) {
     shape.first_pair = pairs * wave / waves;

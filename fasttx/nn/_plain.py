@@ -6,6 +6,7 @@ fusion steps aside.
 """
 
 from torch import Tensor
+from torch import nn as torch_nn
 from torch.nn import Module, Parameter
 from torch.nn.modules import module as torch_module
 
@@ -54,8 +55,10 @@ def why_not_plain(module: object, *classes: type) -> str | None:
         return None
     kind = type(module)
     if kind not in classes:
-        same_name = kind.__name__ == classes[0].__name__
-        return f"it is a {kind.__module__ + '.' if same_name else ''}{kind.__name__}, not a {classes[0].__name__}"
+        # In full where it could be taken for torch's own, as peft's Linear, or for the class itself.
+        namesake = getattr(torch_nn, kind.__name__, classes[0])
+        in_full = namesake is not kind and namesake.__name__ == kind.__name__
+        return f"it is a {kind.__module__ + '.' if in_full else ''}{kind.__name__}, not a {classes[0].__name__}"
     if "forward" in module.__dict__:
         return "its forward was replaced"
     if any(_GLOBAL_HOOKS):

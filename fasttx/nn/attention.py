@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fasttx import autocast, functional
+from fasttx import autocast, checks, functional
 from fasttx._weak import WeakCache
 from fasttx.dispatch import takes_kernel
 from fasttx.functional.attention import attend
@@ -175,6 +175,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool,
     ) -> str | None:
         """Why torch's forward takes the call: it raises the error, or knows these tensors."""
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            checks.require_tensor(name, tensor)
+        checks.require_masks(key_padding_mask=key_padding_mask, attn_mask=attn_mask)
         if query.is_nested or key.is_nested or value.is_nested:
             return "a tensor is nested"
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight

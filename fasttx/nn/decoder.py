@@ -59,8 +59,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         *,
         cache: KVCache | None = None,
     ) -> Tensor:
-        if cache is not None:
-            checks.require_tensor("memory", memory)
+        _require_tensors(tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         nested = "a tensor is nested" if tgt.is_nested or memory.is_nested else None
         refusal = why_patched(self) or nested
         if cache is not None:
@@ -219,8 +218,8 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         cache: KVCache | None = None,
     ) -> Tensor:
         cached = {} if cache is None else {"cache": cache}
+        _require_tensors(tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         if cache is not None:
-            checks.require_tensor("memory", memory)
             self._require_caching()
         batch_first = self.layers[0].self_attn.batch_first
         length = tgt.shape[1 if batch_first and tgt.dim() == 3 else 0]
@@ -270,6 +269,22 @@ class PackingTransformerDecoder(TransformerDecoder):
 
 def _can_pack(layer: torch.nn.Module) -> bool:
     return is_plain(layer, TransformerDecoderLayer) and layer.can_pack()
+
+
+def _require_tensors(
+    tgt: object,
+    memory: object,
+    tgt_mask: object,
+    memory_mask: object,
+    tgt_key_padding_mask: object,
+    memory_key_padding_mask: object,
+) -> None:
+    checks.require_tensor("tgt", tgt)
+    checks.require_tensor("memory", memory)
+    checks.require_masks(
+        tgt_mask=tgt_mask, memory_mask=memory_mask, tgt_key_padding_mask=tgt_key_padding_mask,
+        memory_key_padding_mask=memory_key_padding_mask,
+    )  # fmt: skip
 
 
 def _require_caching(name: str, child: torch.nn.Module, wanted: type[torch.nn.Module]) -> None:

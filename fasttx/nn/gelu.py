@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fasttx import functional
+from fasttx import checks, functional
 from fasttx.functional._nested import is_dense_jagged
 
 from ._plain import step_aside
@@ -13,6 +13,7 @@ class GELU(torch.nn.GELU):
     """torch.nn.GELU, exact or by its tanh approximation, by fasttx.functional.gelu. Any shape, or jagged."""
 
     def forward(self, input: Tensor) -> Tensor:
+        checks.require_tensor("input", input)
         if input.is_nested and not is_dense_jagged(input):
             step_aside("gelu", "input is nested, and not jagged without holes")
             return super().forward(input)

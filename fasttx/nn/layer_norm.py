@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fasttx import functional
+from fasttx import checks, functional
 from fasttx.functional._nested import is_dense_jagged
 
 from ._plain import parameter, step_aside
@@ -17,6 +17,7 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        checks.require_tensor("input", input)
         if input.is_nested and not is_dense_jagged(input):
             step_aside("layer_norm", "input is nested, and not jagged without holes")
             return super().forward(input)

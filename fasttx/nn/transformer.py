@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fasttx import checks
+
 from ._blocks import (
     NORMS,
     activation_name,
@@ -45,6 +47,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        checks.require_tensor("src", src)
+        checks.require_masks(src_mask=src_mask, src_key_padding_mask=src_key_padding_mask)
         refusal = "src is nested" if src.is_nested else why_patched(self)
         if refusal is not None:
             step_aside("transformer_encoder_layer", refusal)
@@ -139,6 +143,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
+        checks.require_tensor("src", src)
+        checks.require_masks(mask=mask, src_key_padding_mask=src_key_padding_mask)
         if src.is_nested:
             step_aside("transformer_encoder", "src is nested")
             return super().forward(src, mask, src_key_padding_mask, is_causal)
@@ -224,6 +230,8 @@ def causal_by(mask: Tensor | None, hint: bool | None, length: int) -> bool:
         return hint
     if mask is None or tuple(mask.shape) != (length, length) or torch.compiler.is_compiling():
         return False
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        return False  # torch's attention says that it is no mask
     return bool(_is_causal(mask))
 
 

@@ -111,6 +111,9 @@ def _backward(ctx, grad, grad_lse, _grad_stats, grad_weights):
     query, key, value, *options, seed, output, stats = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(output)
+    if grad_lse is not None:
+        # Nothing reaches a row without keys, whose 1 / sum is 0: not even an infinity, which 0 would make NaN.
+        grad_lse = grad_lse.masked_fill(stats[..., 1] == 0, 0.0)
     arguments = (
         grad, grad_lse, query, key, value, output, stats, *options, ctx.is_causal, ctx.offset,
         ctx.left, ctx.right, ctx.dropout_p, seed, ctx.scale, grad_weights,

@@ -22,7 +22,8 @@ class Row:
     A module's status: "swapped"; "fused" into another module; "called", outside the fusion that it would be part of;
     "not optimized", where optimize(model) would swap it; "left alone", a subclass of what it would swap; "as torch",
     where fasttx has nothing for it. An op's: "ran", on a kernel or where the user wanted it, or "slow", elsewhere.
-    kernel: the operator of the `fasttx` library. isa: its instruction set. reason: why not otherwise, in words.
+    backend: "parts" where one operation has become several, each with a row of its own. kernel: the
+    operator of the `fasttx` library. isa: its instruction set. reason: why not otherwise, in words.
     """
 
     module: str

@@ -30,7 +30,7 @@ class FastConv1D(Conv1D):
         return functional.linear(x, *_weights(self))
 
 
-_CONVS = (FastConv1D, Conv1D)
+_CONVS = (Conv1D, FastConv1D)
 
 
 class FastGPT2Block(GPT2Block):

@@ -58,8 +58,12 @@ def optimize(model: Module, *, padding: str = "remove") -> Module:
 
     padding="remove": given a padding mask, encoders and decoders run on the valid tokens alone, in inference and
     in training; results at valid positions are those of the padded batch, padded positions hold
-    zeros. padding="keep": only where torch itself does so. Raises TypeError for what is no module,
-    ValueError for another `padding`.
+    zeros. Whoever reads a padded position reads those: where first tokens are padding, BERT's pooler and
+    other heads that take the first token say the same of every such sequence, what they say of zeros.
+    Left-padded batches under such a head need padding="keep".
+    padding="keep": padding is removed only where torch itself does so.
+
+    Raises TypeError for what is no module, ValueError for another `padding`.
     """
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
