@@ -17,6 +17,7 @@ from ._attention_call import Call, strides_of, unit_rows
 from ._attention_checks import refuse_weights, require_results
 from ._attention_configs import PROBLEM
 from ._attention_tile import (
+    BOOLEAN,
     NO_MASK,
     add_product,
     dot_rows,
@@ -28,6 +29,7 @@ from ._attention_tile import (
     store_rows,
     tile_of,
     tiles_seen,
+    tiles_unmasked,
     tokens_of,
     valid_keys,
 )
@@ -129,7 +131,12 @@ def _attention_bwd_dq_kernel(
     tl.store(delta_ptr + at, delta, mask=present)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     last_row = tl.minimum(first_row + BLOCK_M, row_count) - 1
-    begin, full, ragged, end = tiles_seen(first_row, last_row, key_count, lo, hi, HAS_LO, HAS_HI, BLOCK_N)
+    tiles = tiles_seen(first_row, last_row, key_count, lo, hi, HAS_LO, HAS_HI, BLOCK_N)
+    if MASK == BOOLEAN:
+        tiles = tiles_unmasked(tiles, mask_at, stride_mk, BLOCK_N)
+    elif seen_ptr is not None:
+        tiles = tiles_unmasked(tiles, seen_ptr, 1, BLOCK_N)
+    begin, full, ragged, end = tiles
     for phase in tl.static_range(3):
         if phase != 0 or HAS_LO:
             first = begin if phase == 0 else full if phase == 1 else ragged
@@ -240,9 +247,12 @@ def _attention_bwd_dkdv_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     # Seen from a key, it is queries that lie within bounds.
     last_key = tl.minimum(first_key + BLOCK_N, key_count) - 1
-    begin, full, ragged, end = tiles_seen(first_key, last_key, row_count, -hi, -lo, HAS_HI, HAS_LO, BLOCK_M)
+    by_place = tiles_seen(first_key, last_key, row_count, -hi, -lo, HAS_HI, HAS_LO, BLOCK_M)
     if first_key >= key_count:
-        begin, full, ragged, end = 0, 0, 0, 0
+        by_place = 0, 0, 0, 0
+    elif seen_ptr is not None:
+        if tl.max(valid.to(tl.int32)) == 0:
+            by_place = 0, 0, 0, 0
     for of_group in range(0, group):
         head = kv_head * group + of_group
         head_at = head.to(tl.int64)
@@ -250,6 +260,11 @@ def _attention_bwd_dkdv_kernel(
         mask_head = 0
         if mask_ptr is not None:
             mask_head = mask_ptr + head_at * stride_mh
+        tiles = by_place
+        if MASK == BOOLEAN:
+            mask_at = mask_head + tl.minimum(keys_here, keys - 1)[:, None].to(tl.int64) * stride_mk
+            tiles = tiles_unmasked(tiles, mask_at, stride_mq, BLOCK_M)
+        begin, full, ragged, end = tiles
         slope = 0.0
         if ALIBI:
             slope = tl.load(slopes_ptr + head)
