@@ -54,7 +54,7 @@ def score_gradient(
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(dS, k) of a tile of queries and the keys that begin at `key`: dS (M, BLOCK_N), k (BLOCK_N, BLOCK_D).
+    """(dS, P, k) of a tile of queries and the keys that begin at `key`: (M, BLOCK_N) twice, and (BLOCK_N, BLOCK_D).
 
     q and the output's gradient g (M, width); base, factor, delta (M,): the rows' statistics. The rest as in `attend`.
     """
@@ -78,7 +78,7 @@ def score_gradient(
         seed, threshold, sequence, head = dropout
         keep = dropout_keep(seed, None, threshold, sequence, head, rows, key, BLOCK_N)
         dp = tl.where(keep, dp * keep_scale, 0.0)
-    return p * (dp - delta[:, None]), k
+    return p * (dp - delta[:, None]), p, k
 
 
 @triton.jit(do_not_specialize=["seed", "threshold", "queries", "keys", "sequences", "lo", "hi"])
@@ -128,8 +128,12 @@ def _attention_bwd_dq_kernel(
     base = tl.load(stats_ptr + 2 * at, mask=present, other=0.0)
     factor = tl.load(stats_ptr + 2 * at + 1, mask=present, other=0.0)
     delta = row_delta(g, load_rows(out_ptr, stride_ot, offsets, present, DV, BLOCK_DV), dlse_ptr, at, present)
-    tl.store(delta_ptr + at, delta, mask=present)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    # delta comes from the rounded output, which costs float32 digits that PyTorch keeps: its rows of dS add up to the
+    # gradient of lse. What ours miss of that is what delta is off by.
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32 and PRECISION != "tf32"
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    mean_key = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     last_row = tl.minimum(first_row + BLOCK_M, row_count) - 1
     tiles = tiles_seen(first_row, last_row, key_count, lo, hi, HAS_LO, HAS_HI, BLOCK_N)
     if MASK == BOOLEAN:
@@ -142,13 +146,22 @@ def _attention_bwd_dq_kernel(
             first = begin if phase == 0 else full if phase == 1 else ragged
             last = full if phase == 0 else ragged if phase == 1 else end
             for key in range(first, last, BLOCK_N):
-                ds, k = score_gradient(
+                ds, p, k = score_gradient(
                     q, g, base, factor, delta, k_ptr, v_ptr, stride_kt, stride_vt, key, rows,
                     (row_count, key_count, lo, hi), seen_ptr, (mask_at, stride_mk, slope, origin),
                     (seed, threshold, sequence, head), scale, exponent, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
                     HAS_LO, HAS_HI, MASK, ALIBI, SCALED, DROPOUT, PRECISION, phase != 1,
                 )  # fmt: skip
                 dq = add_product(dq, ds.to(k.dtype), k, PRECISION)
+                if EXACT:
+                    row_sum += tl.sum(ds, 1)
+                    mean_key = add_product(mean_key, p, k, PRECISION)
+    if EXACT:
+        if dlse_ptr is not None:
+            row_sum -= tl.load(dlse_ptr + at, mask=present, other=0.0)
+        delta += row_sum
+        dq -= row_sum[:, None] * mean_key
+    tl.store(delta_ptr + at, delta, mask=present)
     store_rows(dq_ptr, stride_dqt, offsets, present, dq * scale, D, BLOCK_D)
 
 
