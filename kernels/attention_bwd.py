@@ -194,7 +194,6 @@ def key_gradients(
         g = load_rows(g_ptr + start * stride_gt, stride_gt, offsets, loaded, DV, BLOCK_DV)
         base = tl.load(stats_ptr + 2 * (at + rows), mask=present, other=0.0)
         factor = tl.load(stats_ptr + 2 * (at + rows) + 1, mask=present, other=0.0)
-        delta = tl.load(delta_ptr + at + rows, mask=present, other=0.0)
         mask_at = mask_ptr
         if MASK != NO_MASK:
             mask_at = mask_rows(mask_ptr, stride_mq, rows[None, :], bounds[0], PER_KEY)
@@ -211,6 +210,8 @@ def key_gradients(
             applied = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         dv = add_product(dv, applied.to(g.dtype), g, PRECISION)
+        # Not before: float32 rows of 256 have no register left for it until here.
+        delta = tl.load(delta_ptr + at + rows, mask=present, other=0.0)
         ds = p * (dp - delta[None, :])
         dk = add_product(dk, ds.to(q.dtype), q, PRECISION)
     return dk, dv
