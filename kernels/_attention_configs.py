@@ -83,14 +83,12 @@ _KEYS_LARGE = (
     _tile(16, 16, 8, 1, width=256),
 )
 _KEYS_EXACT = (
-    _tile(32, 32, 8, 1, width=32, bits=32),
     _tile(32, 32, 8, 1, width=64, bits=19),
     _tile(16, 32, 8, 1, width=128, bits=19),
-    _tile(16, 16, 8, 1, width=64, bits=32),
-    _tile(16, 16, 8, 1, width=128, bits=32),
     _tile(16, 16, 8, 1, width=256, bits=32),
 )
 _KEYS_SMALL = (
+    _tile(32, 32, 8, 1, width=32),
     _tile(32, 32, 8, 2, width=64),
     _tile(32, 64, 8, 1, width=128, laden=False),
     _tile(32, 32, 8, 1, width=128),
