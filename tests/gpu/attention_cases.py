@@ -7,7 +7,7 @@ from fasttx.kernels.attention import attention_fwd
 from fasttx.kernels.attention_bias_bwd import attention_bias_bwd
 from fasttx.kernels.attention_bwd import attention_bwd
 
-from gpu.compile_matrix import ARCHITECTURES, Case
+from gpu.compile_matrix import Case
 
 _TOKENS = 512
 
@@ -57,7 +57,6 @@ def _decode(width: int, dtype: torch.dtype, laden: str) -> None:
 _PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 # Words in the names of the kernels that multiply matrices: all but the one that joins splits.
 _MATRIX = ("fwd", "bwd", "split")
-_ONE_OF_EACH_KIND = ("sm_90",)
 
 
 def _run(call: Callable, width: int, precision: str, laden: str) -> None:
@@ -69,18 +68,25 @@ def _run(call: Callable, width: int, precision: str, laden: str) -> None:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
+def _architectures(kind: str, width: int, precision: str, laden: str) -> tuple[str, ...]:
+    """One of each group that shares its tiles, where a call is of a usual kind; else the two oldest of them, or one."""
+    if laden in (", dropout", ", mask"):
+        return ("sm_90",)
+    if kind or precision == "float32" and width >= 64:
+        return "sm_80", "sm_90", "sm_120"
+    return ("sm_80", "sm_90") if laden else ("sm_80", "sm_90", "sm_100", "sm_120")
+
+
 def _case(kind: str, call: Callable, width: int, precision: str, laden: str) -> Case:
-    # A mask or dropout alone takes less than a bias with slopes and a window; one architecture stands for the others.
-    architectures = _ONE_OF_EACH_KIND if laden in (", dropout", ", mask") else tuple(ARCHITECTURES)
     return Case(
         f"attention{kind} {precision} {width}{laden}",
         lambda: _run(call, width, precision, laden),
         () if precision == "float32" else _MATRIX,
-        architectures,
+        _architectures(kind, width, precision, laden),
     )
 
 
-# Every entry of the tables is some case's; narrow heads have the tiles of 64.
+# Narrow heads have the tiles of 64 in most tables.
 CASES = [
     *(_case("", _train, w, "bfloat16", laden) for w in (64, 128, 256) for laden in _LADEN),
     *(_case("", _train, w, "bfloat16", ", bias") for w in (16, 32)),
