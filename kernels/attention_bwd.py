@@ -132,6 +132,8 @@ def _attention_bwd_dq_kernel(
     # delta comes from the rounded output, which costs float32 digits that PyTorch keeps: its rows of dS add up to the
     # gradient of lse. What ours miss of that is what delta is off by.
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32 and PRECISION != "tf32"
+    if not EXACT:
+        tl.store(delta_ptr + at, delta, mask=present)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     mean_key = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     last_row = tl.minimum(first_row + BLOCK_M, row_count) - 1
@@ -159,9 +161,8 @@ def _attention_bwd_dq_kernel(
     if EXACT:
         if dlse_ptr is not None:
             row_sum -= tl.load(dlse_ptr + at, mask=present, other=0.0)
-        delta += row_sum
+        tl.store(delta_ptr + at, delta + row_sum, mask=present)
         dq -= row_sum[:, None] * mean_key
-    tl.store(delta_ptr + at, delta, mask=present)
     store_rows(dq_ptr, stride_dqt, offsets, present, dq * scale, D, BLOCK_D)
 
 
