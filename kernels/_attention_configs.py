@@ -55,13 +55,17 @@ TABLES["attention_fwd"] = everywhere(
     sm_100=_FORWARD_LARGE,
     **dict.fromkeys(_SMALL, _FORWARD_SMALL),
 )
-TABLES["attention_split"] = everywhere(
+_SPLIT = (
     _tile(16, 64, 4, 3, width=128),
-    _tile(16, 32, 4, 2, width=256),
+    _tile(16, 32, 8, 2, width=256),
     _tile(16, 32, 4, 1, width=64, bits=32),
     _tile(16, 32, 4, 1, width=128, bits=19),
-    _tile(16, 16, 4, 1, width=128, bits=32),
-    _tile(16, 16, 8, 1, width=256, bits=32),
+)
+_SPLIT_EXACT = _tile(16, 16, 8, 1, width=256, bits=32)
+TABLES["attention_split"] = everywhere(
+    *_SPLIT,
+    _SPLIT_EXACT,
+    sm_90=(*_SPLIT, _tile(16, 16, 4, 1, width=128, bits=32), _SPLIT_EXACT),
 )
 TABLES["attention_join"] = everywhere(Config(num_warps=4))
 TABLES["attention_bwd_dq"] = everywhere(
@@ -83,22 +87,19 @@ _KEYS_LARGE = (
     _tile(16, 16, 8, 1, width=256),
 )
 _KEYS_EXACT = (
-    _tile(32, 32, 8, 1, width=32, bits=32),
     _tile(32, 32, 8, 1, width=64, bits=19),
     _tile(16, 32, 8, 1, width=128, bits=19),
-    _tile(16, 16, 8, 1, width=64, bits=32),
-    _tile(16, 16, 8, 1, width=128, bits=32),
     _tile(16, 16, 8, 1, width=256, bits=32),
 )
 _KEYS_SMALL = (
+    _tile(32, 32, 8, 1, width=32),
     _tile(32, 32, 8, 2, width=64),
-    _tile(32, 64, 8, 1, width=128, laden=False),
     _tile(32, 32, 8, 1, width=128),
     _tile(16, 32, 8, 1, width=256),
     *_KEYS_EXACT,
 )
 TABLES["attention_bwd_dkdv"] = everywhere(
-    _tile(32, 64, 8, 1, width=64, laden=False),
+    _tile(32, 64, 8, 1, width=128, laden=False),
     *_KEYS_SMALL,
     sm_90=(*_KEYS_LARGE, *_KEYS_EXACT),
     sm_100=(*_KEYS_LARGE, *_KEYS_EXACT),

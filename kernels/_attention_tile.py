@@ -87,6 +87,35 @@ def tiles_seen(first, last, count, lo, hi, HAS_LO: tl.constexpr, HAS_HI: tl.cons
 
 
 @triton.jit
+def any_seen(at, stride, first, end, BLOCK: tl.constexpr):
+    """Whether a boolean mask lets any row see any of BLOCK columns from `first`, before `end`."""
+    columns = first + tl.arange(0, BLOCK)[None, :]
+    mask = tl.load(at + columns.to(tl.int64) * stride, mask=columns < end, other=0)
+    return tl.max((mask != 0).to(tl.int32)) != 0
+
+
+@triton.jit
+def tiles_unmasked(tiles, at, stride, BLOCK: tl.constexpr):
+    """tiles_seen's answer without the tiles at either end that a boolean mask rules out for all of the rows.
+
+    at: pointers to the mask's rows (rows, 1), or to the one that all share; stride: of its columns. No more of the mask
+    is read than what is left out, and one tile at each end.
+    """
+    begin, full, ragged, end = tiles
+    seen = False
+    while (begin < end) & (seen == 0):
+        seen = any_seen(at, stride, begin, end, BLOCK)
+        begin = tl.where(seen, begin, begin + BLOCK)
+    seen = False
+    while (begin < end) & (seen == 0):
+        last = (end - 1) // BLOCK * BLOCK
+        seen = any_seen(at, stride, last, end, BLOCK)
+        end = tl.where(seen, end, last)
+    full = tl.minimum(tl.maximum(full, begin), end)
+    return begin, full, tl.maximum(tl.minimum(ragged, end), full), end
+
+
+@triton.jit
 def load_rows(ptr, stride, rows, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """(rows, BLOCK) of a matrix of WIDTH columns; zeros beyond them, and where a row is not valid (None: all are)."""
     columns = tl.arange(0, BLOCK)

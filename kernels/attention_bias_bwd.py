@@ -84,7 +84,7 @@ def _attention_bias_bwd_kernel(
                 last_row = tl.minimum(row + BLOCK_M, queries) - 1
                 begin, full, ragged, end = tiles_seen(row, last_row, key_count, lo, hi, HAS_LO, HAS_HI, BLOCK_N)
                 for key in range(tl.maximum(begin, tile_key), tl.minimum(end, end_key), BLOCK_N):
-                    ds, k = score_gradient(
+                    ds, _, _ = score_gradient(
                         q, g, base, factor, delta, k_at, v_at, stride_kt, stride_vt, key, rows,
                         (queries, key_count, lo, hi), seen_here, (mask_at, stride_mk, slope, origin),
                         (seed, threshold, tl.cast(sequence, tl.int32), tl.cast(head, tl.int32)), scale, exponent,

@@ -17,6 +17,7 @@ from ._attention_call import Call, strides_of, unit_rows
 from ._attention_checks import refuse_weights, require_results
 from ._attention_configs import PROBLEM
 from ._attention_tile import (
+    BOOLEAN,
     NO_MASK,
     add_product,
     dot_rows,
@@ -28,6 +29,7 @@ from ._attention_tile import (
     store_rows,
     tile_of,
     tiles_seen,
+    tiles_unmasked,
     tokens_of,
     valid_keys,
 )
@@ -52,7 +54,7 @@ def score_gradient(
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(dS, k) of a tile of queries and the keys that begin at `key`: dS (M, BLOCK_N), k (BLOCK_N, BLOCK_D).
+    """(dS, P, k) of a tile of queries and the keys that begin at `key`: (M, BLOCK_N) twice, and (BLOCK_N, BLOCK_D).
 
     q and the output's gradient g (M, width); base, factor, delta (M,): the rows' statistics. The rest as in `attend`.
     """
@@ -76,7 +78,7 @@ def score_gradient(
         seed, threshold, sequence, head = dropout
         keep = dropout_keep(seed, None, threshold, sequence, head, rows, key, BLOCK_N)
         dp = tl.where(keep, dp * keep_scale, 0.0)
-    return p * (dp - delta[:, None]), k
+    return p * (dp - delta[:, None]), p, k
 
 
 @triton.jit(do_not_specialize=["seed", "threshold", "queries", "keys", "sequences", "lo", "hi"])
@@ -126,22 +128,41 @@ def _attention_bwd_dq_kernel(
     base = tl.load(stats_ptr + 2 * at, mask=present, other=0.0)
     factor = tl.load(stats_ptr + 2 * at + 1, mask=present, other=0.0)
     delta = row_delta(g, load_rows(out_ptr, stride_ot, offsets, present, DV, BLOCK_DV), dlse_ptr, at, present)
-    tl.store(delta_ptr + at, delta, mask=present)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    # delta comes from the rounded output, which costs float32 digits that PyTorch keeps: its rows of dS add up to the
+    # gradient of lse. What ours miss of that is what delta is off by.
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32 and PRECISION != "tf32"
+    if not EXACT:
+        tl.store(delta_ptr + at, delta, mask=present)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    mean_key = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     last_row = tl.minimum(first_row + BLOCK_M, row_count) - 1
-    begin, full, ragged, end = tiles_seen(first_row, last_row, key_count, lo, hi, HAS_LO, HAS_HI, BLOCK_N)
+    tiles = tiles_seen(first_row, last_row, key_count, lo, hi, HAS_LO, HAS_HI, BLOCK_N)
+    if MASK == BOOLEAN:
+        tiles = tiles_unmasked(tiles, mask_at, stride_mk, BLOCK_N)
+    elif seen_ptr is not None:
+        tiles = tiles_unmasked(tiles, seen_ptr, 1, BLOCK_N)
+    begin, full, ragged, end = tiles
     for phase in tl.static_range(3):
         if phase != 0 or HAS_LO:
             first = begin if phase == 0 else full if phase == 1 else ragged
             last = full if phase == 0 else ragged if phase == 1 else end
             for key in range(first, last, BLOCK_N):
-                ds, k = score_gradient(
+                ds, p, k = score_gradient(
                     q, g, base, factor, delta, k_ptr, v_ptr, stride_kt, stride_vt, key, rows,
                     (row_count, key_count, lo, hi), seen_ptr, (mask_at, stride_mk, slope, origin),
                     (seed, threshold, sequence, head), scale, exponent, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
                     HAS_LO, HAS_HI, MASK, ALIBI, SCALED, DROPOUT, PRECISION, phase != 1,
                 )  # fmt: skip
                 dq = add_product(dq, ds.to(k.dtype), k, PRECISION)
+                if EXACT:
+                    row_sum += tl.sum(ds, 1)
+                    mean_key = add_product(mean_key, p, k, PRECISION)
+    if EXACT:
+        if dlse_ptr is not None:
+            row_sum -= tl.load(dlse_ptr + at, mask=present, other=0.0)
+        tl.store(delta_ptr + at, delta + row_sum, mask=present)
+        dq -= row_sum[:, None] * mean_key
     store_rows(dq_ptr, stride_dqt, offsets, present, dq * scale, D, BLOCK_D)
 
 
@@ -174,7 +195,6 @@ def key_gradients(
         g = load_rows(g_ptr + start * stride_gt, stride_gt, offsets, loaded, DV, BLOCK_DV)
         base = tl.load(stats_ptr + 2 * (at + rows), mask=present, other=0.0)
         factor = tl.load(stats_ptr + 2 * (at + rows) + 1, mask=present, other=0.0)
-        delta = tl.load(delta_ptr + at + rows, mask=present, other=0.0)
         mask_at = mask_ptr
         if MASK != NO_MASK:
             mask_at = mask_rows(mask_ptr, stride_mq, rows[None, :], bounds[0], PER_KEY)
@@ -191,6 +211,8 @@ def key_gradients(
             applied = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         dv = add_product(dv, applied.to(g.dtype), g, PRECISION)
+        # Not before: float32 rows of 256 have no register left for it until here.
+        delta = tl.load(delta_ptr + at + rows, mask=present, other=0.0)
         ds = p * (dp - delta[None, :])
         dk = add_product(dk, ds.to(q.dtype), q, PRECISION)
     return dk, dv
@@ -240,9 +262,12 @@ def _attention_bwd_dkdv_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     # Seen from a key, it is queries that lie within bounds.
     last_key = tl.minimum(first_key + BLOCK_N, key_count) - 1
-    begin, full, ragged, end = tiles_seen(first_key, last_key, row_count, -hi, -lo, HAS_HI, HAS_LO, BLOCK_M)
+    by_place = tiles_seen(first_key, last_key, row_count, -hi, -lo, HAS_HI, HAS_LO, BLOCK_M)
     if first_key >= key_count:
-        begin, full, ragged, end = 0, 0, 0, 0
+        by_place = 0, 0, 0, 0
+    elif seen_ptr is not None:
+        if tl.max(valid.to(tl.int32)) == 0:
+            by_place = 0, 0, 0, 0
     for of_group in range(0, group):
         head = kv_head * group + of_group
         head_at = head.to(tl.int64)
@@ -250,6 +275,11 @@ def _attention_bwd_dkdv_kernel(
         mask_head = 0
         if mask_ptr is not None:
             mask_head = mask_ptr + head_at * stride_mh
+        tiles = by_place
+        if MASK == BOOLEAN:
+            mask_at = mask_head + tl.minimum(keys_here, keys - 1)[:, None].to(tl.int64) * stride_mk
+            tiles = tiles_unmasked(tiles, mask_at, stride_mq, BLOCK_M)
+        begin, full, ragged, end = tiles
         slope = 0.0
         if ALIBI:
             slope = tl.load(slopes_ptr + head)

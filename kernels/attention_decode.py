@@ -13,6 +13,7 @@ from torch import Tensor
 from ._attention_call import Call, strides_of
 from ._attention_configs import PROBLEM
 from ._attention_tile import (
+    BOOLEAN,
     attend,
     finite,
     inverse,
@@ -21,6 +22,7 @@ from ._attention_tile import (
     store_rows,
     store_statistics,
     tiles_seen,
+    tiles_unmasked,
     tokens_of,
 )
 from .launch import Kernel
@@ -73,15 +75,24 @@ def _attention_split_kernel(
     acc = tl.zeros((ROWS, BLOCK_DV), tl.float32)
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    start = split * SPLIT
+    stop = start + SPLIT
     begin, full, ragged, end = tiles_seen(0, queries - 1, key_count, lo, hi, HAS_LO, HAS_HI, BLOCK_N)
+    full, ragged = tl.minimum(tl.maximum(full, start), stop), tl.minimum(tl.maximum(ragged, start), stop)
+    tiles = tl.maximum(begin, start), full, ragged, tl.minimum(end, stop)
+    if MASK == BOOLEAN:
+        tiles = tiles_unmasked(tiles, mask_at, stride_mk, BLOCK_N)
+    elif seen_ptr is not None:
+        tiles = tiles_unmasked(tiles, seen_ptr, 1, BLOCK_N)
+    begin, full, ragged, end = tiles
     for phase in tl.static_range(3):
         if phase != 0 or HAS_LO:
-            first = begin if phase == 0 else full if phase == 1 else ragged
-            last = full if phase == 0 else ragged if phase == 1 else end
             acc, largest, total = attend(
-                acc, largest, total, q, k_ptr, v_ptr, stride_kt, stride_vt, tl.maximum(first, split * SPLIT),
-                tl.minimum(last, split * SPLIT + SPLIT), query, (queries, key_count, lo, hi), seen_ptr,
-                (mask_at, stride_mk, slope, origin), (seed, threshold, sequence, head[:, None]), scale, exponent,
+                acc, largest, total, q, k_ptr, v_ptr, stride_kt, stride_vt,
+                begin if phase == 0 else full if phase == 1 else ragged,
+                full if phase == 0 else ragged if phase == 1 else end,
+                query, (queries, key_count, lo, hi), seen_ptr, (mask_at, stride_mk, slope, origin),
+                (seed, threshold, sequence, head[:, None]), scale, exponent,
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LO, HAS_HI, MASK, ALIBI, SCALED, DROPOUT, PRECISION, phase != 1,
             )  # fmt: skip
     index = (wide * heads + head) * queries + query

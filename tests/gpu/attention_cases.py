@@ -1,5 +1,7 @@
 """Calls of attention for the compile matrix: every configuration, alone with what loads a tile least and most."""
 
+from collections.abc import Callable
+
 import torch
 from fasttx.kernels.attention import attention_fwd
 from fasttx.kernels.attention_bias_bwd import attention_bias_bwd
@@ -51,31 +53,46 @@ def _decode(width: int, dtype: torch.dtype, laden: str) -> None:
     attention_fwd(*_inputs(width, 1, dtype), *_options(1, **_LADEN[laden](1)))
 
 
-def _laden(call, dtype: torch.dtype) -> tuple[str, ...]:
-    """What calls come with: all kinds where tiles differ by it, else what takes most."""
-    if call is _decode:
-        return ("",)
-    return tuple(_LADEN) if dtype == torch.bfloat16 else (", bias",)
-
-
-def _architectures(dtype: torch.dtype, laden: str) -> tuple[str, ...]:
-    """One of each group that shares its tiles; what is laden in bfloat16, on one."""
-    if dtype == torch.float32:
-        return "sm_80", "sm_90", "sm_120"
-    return ("sm_90",) if laden else ("sm_80", "sm_90", "sm_100", "sm_120")
-
-
+# How values are multiplied: their dtype, and PyTorch's setting for float32.
+_PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32, "tf32": torch.float32}
 # Words in the names of the kernels that multiply matrices: all but the one that joins splits.
 _MATRIX = ("fwd", "bwd", "split")
-CASES = [
-    Case(
-        f"attention{kind} {str(dtype)[6:]} {width}{laden}",
-        lambda call=call, width=width, dtype=dtype, laden=laden: call(width, dtype, laden),
-        _MATRIX if dtype == torch.bfloat16 else (),
-        _architectures(dtype, laden),
+
+
+def _run(call: Callable, width: int, precision: str, laden: str) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        call(width, _PRECISIONS[precision], laden)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def _architectures(kind: str, width: int, precision: str, laden: str) -> tuple[str, ...]:
+    """One of each group that shares its tiles, where a call is of a usual kind; else the two oldest of them, or one."""
+    if laden in (", dropout", ", mask"):
+        return ("sm_90",)
+    if kind or precision == "float32" and width >= 64:
+        return "sm_80", "sm_90", "sm_120"
+    return ("sm_80", "sm_90") if laden else ("sm_80", "sm_90", "sm_100", "sm_120")
+
+
+def _case(kind: str, call: Callable, width: int, precision: str, laden: str) -> Case:
+    return Case(
+        f"attention{kind} {precision} {width}{laden}",
+        lambda: _run(call, width, precision, laden),
+        () if precision == "float32" else _MATRIX,
+        _architectures(kind, width, precision, laden),
     )
-    for dtype in (torch.bfloat16, torch.float32)
-    for width in (64, 128, 256)
-    for kind, call in (("", _train), (" of one query", _decode))
-    for laden in (_laden(call, dtype))
+
+
+# Narrow heads have the tiles of 64 in most tables.
+CASES = [
+    *(_case("", _train, w, "bfloat16", laden) for w in (64, 128, 256) for laden in _LADEN),
+    *(_case("", _train, w, "bfloat16", ", bias") for w in (16, 32)),
+    *(_case("", _train, w, "float32", ", bias") for w in (16, 32, 64, 128, 256)),
+    *(_case("", _train, w, "tf32", ", bias") for w in (64, 128)),
+    *(_case(" of one query", _decode, w, "bfloat16", "") for w in (64, 128, 256)),
+    *(_case(" of one query", _decode, w, "float32", "") for w in (16, 32, 64, 128, 256)),
+    *(_case(" of one query", _decode, w, "tf32", "") for w in (64, 128)),
 ]

@@ -31,5 +31,5 @@ CASES = [
     Case("sample attention", _attention, matrix=("",)),
     Case("sample layer norm", _layer_norm),
     *attention_cases.CASES,
-    *op_cases.ENDS,
+    *op_cases.CASES,
 ]

@@ -108,6 +108,8 @@ def _tile_cases(kernel: str, call, matrix: str) -> list[Case]:
         for config in table:
             blocks, up_to = "x".join(str(config.blocks[f"BLOCK_{axis}"]) for axis in "MNK"), config.up_to
             name = f"{kernel} {blocks}, {config.num_warps} warps, {config.num_stages} stages, {up_to['bits']} bits"
+            if "epilogue" in up_to:
+                name += f", epilogue {up_to['epilogue']}"
             found.setdefault(name, (config, []))[1].append(architecture)
     return [
         # float32 is multiplied by the vector units, unless PyTorch allows TF32.

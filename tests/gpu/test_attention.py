@@ -438,11 +438,48 @@ def test_arguments_that_do_not_fit_are_refused(name):
     assert not machine.launches
 
 
-def test_tiles_that_no_row_sees_are_skipped():
-    inputs = {name: x.bfloat16() for name, x in draw_inputs(1, 1, 1, 512, 512, 64, 64).items()}
-    flops = []
-    for options in ({}, {"is_causal": True}, {"window": (63, 0)}, {"key_lengths": torch.tensor([128])}):
-        with on_triton("sm_80") as machine:
-            run_op(**inputs, **options)
-        flops.append(sum(machine.counts.matrix_flops.values()))
-    assert flops[1] <= 0.7 * flops[0] and flops[2] <= 0.5 * flops[0] and flops[3] <= 0.3 * flops[0]
+_PLACE = torch.arange(512)
+# By name: what a call of 512 queries and keys is laden with, and what of its products that leaves at most, the tiles of
+# 128 queries by 64 keys and the like being whole.
+SKIPPED = {
+    "causal": ({"is_causal": True}, 0.65),
+    "window": ({"window": (63, 0)}, 0.4),
+    "lengths": ({"key_lengths": torch.tensor([128])}, 0.25),
+    "right padding": ({"attn_mask": (_PLACE < 128)[None, None, None]}, 0.25),
+    "left padding": ({"attn_mask": (_PLACE >= 384)[None, None, None]}, 0.25),
+    "padding at both ends": ({"attn_mask": ((_PLACE >= 192) & (_PLACE < 320))[None, None, None]}, 0.25),
+    "a causal mask": ({"attn_mask": (_PLACE <= _PLACE[:, None])[None, None]}, 0.65),
+    "a mask of blocks": ({"attn_mask": (_PLACE // 128 == _PLACE[:, None] // 128)[None, None]}, 0.25),
+    "nothing": ({"attn_mask": (_PLACE < 0)[None, None, None]}, 0.0),
+}
+
+
+def products(target: str, inputs: dict[str, Tensor], **options) -> dict[str, float]:
+    """FLOPs of the matrix products that each kernel of a forward and backward does."""
+    with on_triton(target) as machine:
+        leaves = [x.bfloat16().requires_grad_() for x in inputs.values()]
+        output, _ = run_op(*leaves, **options)
+        output.sum().backward()
+    return {launch.name: sum(launch.counts.matrix_flops.values()) for launch in machine.launches}
+
+
+@by_target
+@pytest.mark.parametrize("case", [c if c == "left padding" else pytest.param(c, marks=full) for c in SKIPPED])
+def test_tiles_that_no_row_sees_are_skipped(case, target):
+    options, share = SKIPPED[case]
+    inputs = draw_inputs(1, 1, 1, 512, 512, 64, 64)
+    # A mask of every query that allows everything has the same tiles.
+    everything = torch.ones(1, 1, 512, 512, dtype=torch.bool)
+    is_laden = "attn_mask" in options and options["attn_mask"].shape[2] > 1
+    whole = products(target, inputs, **({"attn_mask": everything} if is_laden else {}))
+    found = products(target, inputs, **options)
+    assert all(found[name] <= share * flops for name, flops in whole.items()), (found, whole)
+
+
+@by_target
+def test_tiles_that_no_row_sees_are_skipped_by_splits(target):
+    inputs = draw_inputs(1, 1, 1, 1, 1024, 64, 64)
+    seen = (torch.arange(1024) >= 448) & (torch.arange(1024) < 576)  # a quarter of two splits of four
+    each_way = [products(target, inputs, **options) for options in ({}, {"attn_mask": seen[None, None, None]})]
+    whole, found = (flops["_attention_split_kernel"] for flops in each_way)
+    assert found == whole / 8

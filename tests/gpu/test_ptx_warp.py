@@ -221,14 +221,15 @@ def test_wgmma(n: int) -> None:
     FENCE
     bar.sync 0;
     wgmma.fence.sync.aligned;
+    LATE
     {steps}
     wgmma.commit_group.sync.aligned;
     WAIT
     {keep}
     """
 
-    def go(fence: str, wait: str) -> None:
-        text = body.replace("FENCE", fence).replace("WAIT", wait)
+    def go(fence: str, wait: str, late: str = "") -> None:
+        text = body.replace("FENCE", fence).replace("WAIT", wait).replace("LATE", late)
         run_module(module(text, 2, 128), [source, out], 128, shared=source.nbytes)
 
     go("fence.proxy.async.shared::cta;", "wgmma.wait_group.sync.aligned 0;")
@@ -242,3 +243,10 @@ def test_wgmma(n: int) -> None:
         go("fence.proxy.async.shared::cta;", "")
     with pytest.raises(CheckFailed, match="asynchronous read"):
         go("fence.proxy.async.shared::cta;", "st.shared.b32 [%r2], 0;\nwgmma.wait_group.sync.aligned 0;")
+    # A copy after the fence is as good as what it copies.
+    complete = "fence.proxy.async.shared::cta;", "wgmma.wait_group.sync.aligned 0;"
+    copy, write = "mov.b32 %r64, %r65;", "add.u32 %r65, %r65, 0;"
+    go(*complete, copy)
+    for late in ("mov.b32 %r65, 0;", f"{write}\n{copy}", f"{copy}\n{write}"):
+        with pytest.raises(CheckFailed, match="wgmma fence"):
+            go(*complete, late)

@@ -119,11 +119,15 @@ def guard_registers(machine, ins, operation: Operation, special: set[str]) -> Op
     if ins.name == "wgmma" or not touched:
         return operation
     products = machine.products
+    # A copy of one fragment's register to another's counts as late as what it copies: LLVM leaves copies between the
+    # fence and the product, and ptxas, which names registers anew, puts them before the fence.
+    is_copy = ins.name == "mov" and len(touched) == 2 and len(written) == 1
 
     def run(mask: Mask) -> None:
         if products.busy and not products.busy.isdisjoint(touched):
             products.check_touch(touched, written, mask)
-        products.unfenced |= touched
+        if not is_copy or not products.unfenced.isdisjoint(touched - written):
+            products.unfenced |= touched
         operation(mask)
 
     return run
