@@ -49,22 +49,21 @@ FASTTX_INLINE Vec<A> exp2(Vec<A> x) {
   return select(lt(x, V::set1(K::kLowest)), V::zero(), scalef(polynomial(fraction, K::kPolynomial), whole));
 }
 
-// Whether probabilities become bf16 before they are multiplied: 2^-9 of rounding, beside which a shorter fit of 2^f, with
-// a relative error of 2.9e-6, is exact.
+// Whether probabilities become bf16 before they are multiplied. Their sums are float32, for lse: the fit of 2^f is no
+// shorter.
 template <class P>
 constexpr bool kRoundsPowers = false;
 #if defined(__AVX512BF16__)
 template <>
 constexpr bool kRoundsPowers<bf16> = true;
-constexpr float kShortPolynomial[] = {0.013426697f, 0.052242454f, 0.24128021f, 0.69304484f, 1.0f};
 #endif
 
 // While it lives, the thread's subnormal results are zeros where powers are rounded: a product of bf16 takes them for
 // zero anyway, and a power needs no comparison of its own against them.
 template <class P>
 class FlushesSubnormals {
-#if defined(__AVX512BF16__)
  public:
+#if defined(__AVX512BF16__)
   FlushesSubnormals() : before_(_mm_getcsr()) {
     if constexpr (kRoundsPowers<P>) _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON);
   }
@@ -75,6 +74,8 @@ class FlushesSubnormals {
 
  private:
   unsigned before_;
+#else
+  FlushesSubnormals() {}
 #endif
 };
 
@@ -92,7 +93,7 @@ struct Powers {
 #if defined(__AVX512BF16__)
     if constexpr (kRoundsPowers<P>) {
       const V x = fma(score, exponent, shift);
-      return scalef(polynomial(above_floor(x), kShortPolynomial), x);
+      return scalef(polynomial(above_floor(x), Exp2Constants<float>::kPolynomial), x);
     }
 #endif
     return exp2((score - shift) * exponent);
