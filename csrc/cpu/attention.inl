@@ -91,24 +91,35 @@ struct QueryTile {
   template <class N, class F>
   FASTTX_INLINE void softmax_of(const AttentionShape& g, const Sequence& sequence, const TileRows& rows, int64_t key,
                                 N n, const F& between) {
-    for (int64_t r = 0; r < rows.count; ++r) {
+    // Copies, as a member would be loaded again after every store of a vector.
+    A *const scores = this->scores, *const shift = this->shift, *const keep = this->keep, *const sums = this->sums;
+    P* const split = this->split;
+    const A* const decay = this->decay;
+    const int64_t count = rows.count;
+    const bool drops = g.dropout.active;
+    for (int64_t r = 0; r < count; ++r) {
+      const A* row = scores + r * kKeyTile<P>;
       V top[2] = {V::set1(-kInfinity<A>), V::set1(-kInfinity<A>)};
       for (int64_t i = 0; i < n; i += 2 * V::kWidth) {
-        top[0] = max(top[0], V::load(scores + r * kKeyTile<P> + i));
-        if (i + V::kWidth < n) top[1] = max(top[1], V::load(scores + r * kKeyTile<P> + i + V::kWidth));
+        top[0] = max(top[0], V::load(row + i));
+        if (i + V::kWidth < n) top[1] = max(top[1], V::load(row + i + V::kWidth));
       }
       shift[r] = reduce_max(max(top[0], top[1]));
     }
     const Powers<P> power(scale.exponent);
-    raise(rows.count, power);
-    for (int64_t r = 0; r < rows.count; ++r) {
+    raise(count, power);
+    for (int64_t r = 0; r < count; ++r) {
       between(r);
-      if (g.dropout.active) {
+      A* row = scores + r * kKeyTile<P>;
+      bf16* parts = reinterpret_cast<bf16*>(split) + r * kAmxK;
+      V sum;
+      if (drops) {
         keep_keys(g, sequence, rows.rows[r], key, n, keep);
-        row_powers<true>(power, r, n);
+        sum = row_powers<true>(power, V::set1(shift[r]), row, parts, keep, n);
       } else {
-        row_powers<false>(power, r, n);
+        sum = row_powers<false>(power, V::set1(shift[r]), row, parts, keep, n);
       }
+      fma(V::load(sums + r * V::kWidth), V::set1(decay[r]), sum).store(sums + r * V::kWidth);
     }
   }
 
@@ -129,10 +140,10 @@ struct QueryTile {
     }
   }
 
+  // One row's powers, where its scores were or in parts; returns their sums.
   template <bool kDropout, class N>
-  FASTTX_INLINE void row_powers(const Powers<P>& power, int64_t r, N n) {
-    const A* row = scores + r * kKeyTile<P>;
-    const V base = V::set1(shift[r]);
+  static FASTTX_INLINE V row_powers(const Powers<P>& power, V base, A* row, [[maybe_unused]] bf16* parts,
+                                    const A* keep, N n) {
     V sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
     for (int64_t first = 0; first < n; first += 4 * V::kWidth) {
       V kept[4];
@@ -146,17 +157,15 @@ struct QueryTile {
         if constexpr (kInParts<P>) {
           if (j % 2 == 1)
             store_pairs(SplitPairs(kept[j - 1].v, kept[j].v),
-                        reinterpret_cast<bf16*>(split + (i - V::kWidth) * kRows) + r * kAmxK, kRows * kAmxK);
+                        parts + (i - V::kWidth) * kRows * (sizeof(P) / sizeof(bf16)), kRows * kAmxK);
         } else if constexpr (kUsesAmx<P>) {
-          if (j % 2 == 1)
-            store_operands(kept[j - 1], kept[j], reinterpret_cast<P*>(scores + r * kKeyTile<P>) + i - V::kWidth);
+          if (j % 2 == 1) store_operands(kept[j - 1], kept[j], reinterpret_cast<P*>(row) + i - V::kWidth);
         } else {
-          store_operand(kept[j], reinterpret_cast<P*>(scores + r * kKeyTile<P>) + i);
+          store_operand(kept[j], reinterpret_cast<P*>(row) + i);
         }
       }
     }
-    fma(V::load(sums + r * V::kWidth), V::set1(decay[r]), (sum[0] + sum[1]) + (sum[2] + sum[3]))
-        .store(sums + r * V::kWidth);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 
 #if defined(__AMX_BF16__)
@@ -166,6 +175,9 @@ struct QueryTile {
   __attribute__((noinline)) void attend(const AttentionShape& g, const Sequence& sequence, const TileRows& rows,
                                         Mask& mask, const P* keys, const P* values, int64_t pitch, bool first) {
     const bool lower = rows.count > kAmxRows;
+    P* const q = this->q;
+    A *const scores = this->scores, *const out = this->out;
+    const int64_t q_stride = this->q_stride, out_stride = this->out_stride, value_width = g.value_width, n = mask.n;
     const auto product = [&](const P* a, int64_t a_stride, const P* panel, int64_t k, bool add, A* to,
                              int64_t to_stride) {
       if (lower) {
@@ -175,16 +187,18 @@ struct QueryTile {
       }
     };
     constexpr int64_t kBlock = 2 * kAmxCols;
-    for (int64_t column = 0; column < mask.n; column += kBlock)
+    for (int64_t column = 0; column < n; column += kBlock)
       product(q, q_stride, keys + column * Packed<P>::kStep, q_stride, false, scores + column, kKeyTile<P>);
     mask.apply(scores, kKeyTile<P>);
-    softmax(g, sequence, rows, mask.key, round_up(mask.n, kKeyStep<P>), [](int64_t) {});
+    softmax(g, sequence, rows, mask.key, round_up(n, kKeyStep<P>), [](int64_t r) {
+      if (r % kAmxRows == 0) amx_keep_awake();
+    });
     if (raised && !first) decay_outputs(rows.count);
-    for (int64_t column = 0; column < g.value_width; column += kBlock) {
+    for (int64_t column = 0; column < value_width; column += kBlock) {
       const P* panel = values + column / kTileCols<P> * kTileCols<P> * pitch +
                        column % kTileCols<P> * Packed<P>::kStep;
       product(reinterpret_cast<const P*>(scores), kKeyTile<P> * sizeof(A) / sizeof(P), panel,
-              round_up(mask.n, Packed<P>::kLeftStep), !first, out + column, out_stride);
+              round_up(n, Packed<P>::kLeftStep), !first, out + column, out_stride);
     }
   }
 
