@@ -240,6 +240,23 @@ def test_rows_of_the_lowest_finite_mask(isa, dtype):
     )
 
 
+@pytest.mark.parametrize("growth", [2, 8, 200, -200], ids=lambda growth: f"2^{growth} in 64 keys")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_that_grow_along_the_keys(isa, dtype, growth):
+    # The largest score so far is kept while later ones are little larger, and what is summed up rescaled where not.
+    inputs = draw_inputs(2, 4, 4, 60, 300, 32, 32)
+    inputs["query"][..., 0] = 1 + torch.rand(60) / 4
+    inputs["key"][..., 0] = torch.arange(300) * (growth / 64 * math.log(2) * 32**0.5)
+    assert_op_within_budget(
+        run_op,
+        eager=run_eager,
+        reference=run_reference,
+        inputs={name: x.to(dtype) for name, x in inputs.items()},
+        dtype=dtype,
+        gradients=False,  # of keys so large, luck decides how good PyTorch's own are
+    )
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("slope", [math.inf, -math.inf, math.nan])
 def test_whatever_slope_lse_has_nothing_reaches_a_row_without_keys(backend, slope):

@@ -169,8 +169,8 @@ struct QueryTile {
   }
 
 #if defined(__AMX_BF16__)
-  // All that is done with one tile of keys, in one function: its products' loads begin among the rows before them. Rows in
-  // whole tiles, whatever their number: configuring others would take longer.
+  // All that is done with one tile of keys where both products run on tiles. Rows in whole tiles, whatever their number:
+  // configuring others would take longer.
   template <class Mask>
   __attribute__((noinline)) void attend(const AttentionShape& g, const Sequence& sequence, const TileRows& rows,
                                         Mask& mask, const P* keys, const P* values, int64_t pitch, bool first) {

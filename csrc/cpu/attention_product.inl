@@ -77,22 +77,12 @@ static void multiply_panel(NoUnit&, const Product<P>& g, const P* panel, int64_t
 }
 
 #if defined(__AMX_BF16__)
-// Whole tiles, whatever the rows: configuring others would take longer.
+// Whole tiles, whatever the rows: configuring others would take longer. Earlier sums are scaled by the caller, if at all
+// (QueryTile::attend).
 static void multiply_panel(AmxTiles& tiles, const Product<bf16>& g, const bf16* panel, int64_t rows, int64_t column,
                            int64_t columns) {
-  using V = Vec<float>;
-  columns = min_of(columns, kTileCols<bf16>);
-  if (g.add && g.decay != nullptr) {
-    for (int64_t i = 0; i < rows; ++i) {
-      if (g.decay[i] == 1) continue;
-      for (int64_t j = 0; j < columns; j += V::kWidth) {
-        float* to = g.out + i * g.out_stride + column + j;
-        (V::load(to) * V::set1(g.decay[i])).store(to);
-      }
-    }
-  }
-  amx_product<kTileCols<bf16>>(tiles, g.a, g.a_stride, g.a_step, panel, g.k, round_up(rows, kAmxRows), columns, g.add,
-                               g.out + column, g.out_stride);
+  amx_product<kTileCols<bf16>>(tiles, g.a, g.a_stride, g.a_step, panel, g.k, round_up(rows, kAmxRows),
+                               min_of(columns, kTileCols<bf16>), g.add, g.out + column, g.out_stride);
 }
 #endif
 
