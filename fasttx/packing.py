@@ -14,7 +14,11 @@ from fasttx._weak import WeakCache
 from fasttx.dispatch import extension
 from fasttx.ops.pack_weight import pack_weight
 
-_packed = WeakCache()
+# By weight; and those of the vector unit, where it and the matrix unit read different ones.
+_packed, _packed_for_vectors = WeakCache(), WeakCache()
+_IN_PARTS = frozenset() if extension is None else frozenset(
+    (isa, getattr(torch, dtype)) for isa, dtype in extension.in_parts
+)
 # By weight: where it lay, and its transpose.
 _transposed = WeakCache()
 # What else was made of packed copies, and is forgotten with them.
@@ -60,18 +64,24 @@ def place_of(weight: Tensor) -> tuple:
     return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
 
 
-def packed(weight: Tensor) -> Tensor | None:
-    """The packed copy of a weight (out, in), or None where the kernel had better pack it for the call."""
+def packed(weight: Tensor, on_vectors: bool = False) -> Tensor | None:
+    """The packed copy of a weight (out, in), or None where the kernel had better pack it for the call.
+
+    on_vectors: for the vector unit, which a step of cached decoding takes; float32 has another copy for AMX.
+    """
     state = settled_state(weight)
     if state is None:
         return None
-    state += (extension.isa(),)
-    known = _packed.get(weight)
+    isa = extension.isa()
+    state += (isa,)
+    on_vectors = on_vectors and (isa, weight.dtype) in _IN_PARTS
+    cache = _packed_for_vectors if on_vectors else _packed
+    known = cache.get(weight)
     if known is not None and known[0] == state:
         return known[1]
     with torch.no_grad():
-        copy = pack_weight(weight)
-    _packed.set(weight, (state, copy))
+        copy = pack_weight(weight, on_vectors)
+    cache.set(weight, (state, copy))
     return copy
 
 
@@ -92,10 +102,10 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def invalidate() -> None:
     """Forgets every packed copy: the next call of each weight packs it anew."""
-    for cache in (_packed, *dependents):
+    for cache in (_packed, _packed_for_vectors, *dependents):
         cache.clear()
 
 
 def packed_bytes() -> int:
     """Memory that the packed copies take."""
-    return sum(copy.nbytes for _, copy in _packed.values())
+    return sum(copy.nbytes for cache in (_packed, _packed_for_vectors) for _, copy in cache.values())

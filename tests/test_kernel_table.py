@@ -100,10 +100,10 @@ def without_bias(isa, dtype):
     return activation(isa, dtype, rows=101, width=173, bias=False)
 
 
-def packed_by_the_binding(isa, weight):
+def packed_by_the_binding(isa, weight, on_vectors=False):
     """What the binding packs on this instruction set; another is in use afterwards."""
     extension.set_isa(isa)
-    packed = torch.ops.fasttx.pack_weight(weight)
+    packed = torch.ops.fasttx.pack_weight(weight, on_vectors)
     extension.set_isa("scalar")
     return packed
 
@@ -116,21 +116,20 @@ def pack_b(isa, dtype, k=71, n=333):
     return Call("pack_b", "PackB", isa, dtype, {"b": weight}, outputs, **fields)
 
 
-def gemm(isa, dtype, m=200, k=71, n=333, c_stride=340):
+def gemm(isa, dtype, m=200, k=71, n=333, c_stride=340, on_vectors=False):
     """Rows in two blocks; the result's rows lie further apart than they are long."""
     x, weight = draw(m, k, dtype=dtype), draw(n, k, dtype=dtype)
-    inputs = {"a": x, "b": packed_by_the_binding(isa, weight), "bias": draw(n, dtype=dtype)}
-    fields = {"m": m, "n": n, "k": k, "a_row_stride": k, "a_k_stride": 1, "b_is_packed": True}
-    fields |= {"threads": 8, "c_stride": c_stride}
+    packed = packed_by_the_binding(isa, weight, on_vectors)
+    inputs = {"a": x, "b": weight, "packed_b": packed, "bias": draw(n, dtype=dtype)}
+    fields = {"m": m, "n": n, "k": k, "a_row_stride": k, "a_k_stride": 1, "b_k_stride": 1, "b_n_stride": k}
+    fields |= {"threads": 8, "c_stride": c_stride, "on_vectors": on_vectors}
     call = Call("gemm", "Gemm", isa, dtype, inputs, {"c": ((m, c_stride), dtype)}, **fields)
     call.x, call.weight, call.columns = x, weight, n
     return call
 
 
 def gemm_on_vectors(isa, dtype, m=200, k=71, n=333):
-    call = gemm(isa, dtype, m, k, n)
-    call.fields["on_vectors"] = True
-    return call
+    return gemm(isa, dtype, m, k, n, on_vectors=True)
 
 
 def layer_norm_bwd(isa, dtype, rows=45, width=37):
@@ -411,7 +410,7 @@ def test_gemm_on_vectors(isa, dtype, k):
         eager_truth=reference.linear(*(x.float().double() for x in operands)) if dtype == torch.float64 else None,
     )  # fmt: skip
     row = gemm_on_vectors(isa, dtype, m=1, k=k)
-    row.inputs |= {"a": call.x[:1].clone(), "b": call.inputs["b"], "bias": bias}
+    row.inputs |= call.inputs | {"a": call.x[:1].clone()}
     assert same_bits(row.whole()["c"][:, : call.columns], found[:1])
     extension.set_isa(isa)
     if isa != "amx" or dtype not in (torch.float32, torch.float16):

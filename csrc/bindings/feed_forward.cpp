@@ -70,10 +70,10 @@ Tensor feed_forward_forward(const Tensor& input, const Tensor& weight1, const Op
   check_like(ending.residual, input, "residual", s.sizes(s.out));
   check_like(output, input, "output", s.sizes(s.out));
   const Dropout dropout = make_dropout(dropout_p, seed), dropout2 = make_dropout(ending.dropout_p, ending.seed);
-  if (packed1.has_value()) check_packed(*packed1, s.dtype, s.in, s.hidden, "packed1");
-  if (packed2.has_value()) check_packed(*packed2, s.dtype, s.hidden, s.out, "packed2");
-  const Right w1(s.dtype, as_matrix(weight1).transposed(), s.rows, packed1);
-  const Right w2(s.dtype, as_matrix(weight2).transposed(), s.rows, packed2);
+  if (packed1.has_value()) check_packed(*packed1, s.dtype, s.in, s.hidden, on_vectors, "packed1");
+  if (packed2.has_value()) check_packed(*packed2, s.dtype, s.hidden, s.out, on_vectors, "packed2");
+  const Right w1(s.dtype, as_matrix(weight1).transposed(), s.rows, packed1, on_vectors);
+  const Right w2(s.dtype, as_matrix(weight2).transposed(), s.rows, packed2, on_vectors);
 
   const Tensor x = dense(input);
   const OptionalTensor b1 = dense(bias1), b2 = dense(bias2), r = dense(ending.residual);
@@ -82,11 +82,11 @@ Tensor feed_forward_forward(const Tensor& input, const Tensor& weight1, const Op
   for (int64_t row = 0; row < s.rows; row += kChunkRows) {
     const int64_t rows = std::min(kChunkRows, s.rows - row);
     multiply(s.dtype, {at_row(data(x), row, s.in, x), rows, s.in, s.in, 1}, w1,
-             {.on_vectors = on_vectors, .bias = data(b1), .activation = make_activation(activation),
+             {.bias = data(b1), .activation = make_activation(activation),
               .preact = at_row(out_or_null(preact), row, s.hidden, x), .c = hidden.data(), .c_stride = s.hidden,
               .row_offset = row, .dropout = dropout});
     multiply(s.dtype, {hidden.data(), rows, s.hidden, s.hidden, 1}, w2,
-             {.on_vectors = on_vectors, .bias = data(b2), .residual = at_row(data(r), row, s.out, x),
+             {.bias = data(b2), .residual = at_row(data(r), row, s.out, x),
               .c = at_row(out(output), row, s.out, x), .c_stride = s.out, .row_offset = row, .dropout = dropout2});
   }
   return preact;

@@ -41,7 +41,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("poison_results", &poison_results, py::arg("on"),
         "Fills the memory of every result with NaN before a kernel runs, from now on or no longer, for tests. Returns how "
         "many have been filled.");
-  m.attr("dtypes") = std::vector<std::string>{"float32", "bfloat16", "float16", "float64"};
+  const std::vector<std::string> dtypes = {"float32", "bfloat16", "float16", "float64"};
+  m.attr("dtypes") = dtypes;
+  // (instruction set, dtype) of linear layers whose weights are packed in parts, unless for the vector unit.
+  std::vector<std::pair<std::string, std::string>> in_parts;
+  for (int i = 0; i < kNumIsas; ++i)
+    for (int dtype = 0; dtype < kDTypes; ++dtype)
+      if (kIsas[i].table->takes_parts[dtype]) in_parts.emplace_back(kIsas[i].name, dtypes[dtype]);
+  m.attr("in_parts") = in_parts;
   m.attr("compiler") = __VERSION__;
   m.attr("torch_target_version") = "2.10";
   define_kernels(m);

@@ -152,10 +152,11 @@ void define_embedding(py::module_& m) {
 
 void define_products(py::module_& m) {
   using B = PackB;
-  Fields<B>(m, "PackB").FIELD(B, b).FIELD(B, k_stride).FIELD(B, n_stride).FIELD(B, k).FIELD(B, n).FIELD(B, packed);
+  Fields<B>(m, "PackB").FIELD(B, b).FIELD(B, k_stride).FIELD(B, n_stride).FIELD(B, k).FIELD(B, n).FIELD(B, on_vectors)
+      .FIELD(B, packed);
   using G = Gemm;
   Fields<G>(m, "Gemm").FIELD(G, a).FIELD(G, a_row_stride).FIELD(G, a_k_stride).FIELD(G, b).FIELD(G, b_k_stride)
-      .FIELD(G, b_n_stride).FIELD(G, b_is_packed).FIELD(G, m).FIELD(G, n).FIELD(G, k).FIELD(G, threads)
+      .FIELD(G, b_n_stride).FIELD(G, packed_b).FIELD(G, m).FIELD(G, n).FIELD(G, k).FIELD(G, threads)
       .FIELD(G, on_vectors).FIELD(G, bias).FIELD(G, activation).FIELD(G, preact).FIELD(G, grad_preact)
       .FIELD(G, recomputed).FIELD(G, residual).FIELD(G, c).FIELD(G, residual_is_wide).FIELD(G, c_is_wide)
       .FIELD(G, c_stride).FIELD(G, row_offset).FIELD(G, dropout);

@@ -22,10 +22,10 @@ Shape check(const Tensor& input, const Tensor& weight) {
   return s;
 }
 
-Tensor pack_weight(const Tensor& weight) {
+Tensor pack_weight(const Tensor& weight, bool on_vectors) {
   const int dtype = dtype_index(weight, "weight");
   STD_TORCH_CHECK(weight.dim() == 2, "weight must be (out, in)");
-  return pack_right(dtype, as_matrix(weight).transposed());
+  return pack_right(dtype, as_matrix(weight).transposed(), on_vectors);
 }
 
 Tensor linear_fwd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& packed) {
@@ -50,11 +50,12 @@ void linear_forward(const Tensor& input, const Tensor& weight, const OptionalTen
   check_like(bias, input, "bias", {s.out});
   check_like(ending.residual, input, "residual", s.output);
   check_like(output, input, "output", s.output);
-  if (packed.has_value()) check_packed(*packed, s.dtype, s.in, s.out, "packed");
+  if (packed.has_value()) check_packed(*packed, s.dtype, s.in, s.out, on_vectors, "packed");
   const Tensor x = dense(input);
   const OptionalTensor b = dense(bias), r = dense(ending.residual);
-  multiply(s.dtype, as_rows(x, s.rows, s.in), Right(s.dtype, as_matrix(weight).transposed(), s.rows, packed),
-           {.on_vectors = on_vectors, .bias = data(b), .residual = data(r), .c = out(output), .c_stride = s.out,
+  multiply(s.dtype, as_rows(x, s.rows, s.in),
+           Right(s.dtype, as_matrix(weight).transposed(), s.rows, packed, on_vectors),
+           {.bias = data(b), .residual = data(r), .c = out(output), .c_stride = s.out,
             .dropout = make_dropout(ending.dropout_p, ending.seed)});
 }
 

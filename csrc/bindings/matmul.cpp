@@ -8,29 +8,31 @@ namespace {
 // Rows from which on packing a whole operand first takes less time than packing it anew for every block of rows.
 constexpr int64_t kRowsWorthPacking = 512;
 
-void pack(int dtype, const Matrix& b, void* packed) {
-  launch(table().pack_b[dtype], PackB{b.data, b.row_stride, b.column_stride, b.rows, b.columns, packed});
+void pack(int dtype, const Matrix& b, bool on_vectors, void* packed) {
+  launch(table().pack_b[dtype],
+         PackB{b.data, b.row_stride, b.column_stride, b.rows, b.columns, on_vectors, packed});
 }
 
 }  // namespace
 
-Tensor pack_right(int dtype, const Matrix& b) {
-  const size_t bytes = table().packed_b_bytes[dtype](b.rows, b.columns);
+Tensor pack_right(int dtype, const Matrix& b, bool on_vectors) {
+  const size_t bytes = table().packed_b_bytes[dtype](b.rows, b.columns, on_vectors);
   Tensor packed = allocate({static_cast<int64_t>(bytes)}, ScalarType::Byte);
-  pack(dtype, b, out(packed));
+  pack(dtype, b, on_vectors, out(packed));
   return packed;
 }
 
-void check_packed(const Tensor& packed, int dtype, int64_t k, int64_t n, const char* name) {
+void check_packed(const Tensor& packed, int dtype, int64_t k, int64_t n, bool on_vectors, const char* name) {
   STD_TORCH_CHECK(packed.is_cpu() && packed.is_contiguous() && packed.scalar_type() == ScalarType::Byte &&
-                      packed.numel() == static_cast<int64_t>(table().packed_b_bytes[dtype](k, n)),
+                      packed.numel() == static_cast<int64_t>(table().packed_b_bytes[dtype](k, n, on_vectors)),
                   name, " was not packed for this weight and instruction set (", table().isa, ")");
 }
 
-Right::Right(int dtype, const Matrix& b, int64_t rows, const OptionalTensor& packed) : b_(b), packed_(data(packed)) {
+Right::Right(int dtype, const Matrix& b, int64_t rows, const OptionalTensor& packed, bool on_vectors)
+    : b_(b), packed_(data(packed)), on_vectors_(on_vectors) {
   if (packed_ != nullptr || rows < kRowsWorthPacking) return;
-  workspace_.emplace(table().packed_b_bytes[dtype](b.rows, b.columns));
-  pack(dtype, b, workspace_->data());
+  workspace_.emplace(table().packed_b_bytes[dtype](b.rows, b.columns, on_vectors));
+  pack(dtype, b, on_vectors, workspace_->data());
   packed_ = workspace_->data();
 }
 
@@ -38,10 +40,11 @@ void multiply(int dtype, const Matrix& a, const Right& right, Gemm epilogue) {
   epilogue.a = a.data;
   epilogue.a_row_stride = a.row_stride;
   epilogue.a_k_stride = a.column_stride;
-  epilogue.b_is_packed = right.packed_ != nullptr;
-  epilogue.b = epilogue.b_is_packed ? right.packed_ : right.b_.data;
+  epilogue.b = right.b_.data;
   epilogue.b_k_stride = right.b_.row_stride;
   epilogue.b_n_stride = right.b_.column_stride;
+  epilogue.packed_b = right.packed_;
+  epilogue.on_vectors = right.on_vectors_;
   epilogue.m = a.rows;
   epilogue.n = right.b_.columns;
   epilogue.k = a.columns;

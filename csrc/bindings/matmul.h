@@ -21,21 +21,22 @@ inline Matrix as_matrix(const Tensor& tensor) {
   return {data(tensor), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};
 }
 
-// The packed right operand as a tensor of bytes.
-Tensor pack_right(int dtype, const Matrix& b);
+// The packed right operand as a tensor of bytes. on_vectors: as in Gemm.
+Tensor pack_right(int dtype, const Matrix& b, bool on_vectors);
 // Throws unless `packed` is what pack_right returns for a (k, n) matrix.
-void check_packed(const Tensor& packed, int dtype, int64_t k, int64_t n, const char* name);
+void check_packed(const Tensor& packed, int dtype, int64_t k, int64_t n, bool on_vectors, const char* name);
 
 // The right operand of a product with `rows` rows: packed before, packed here in a workspace where so many rows are worth
 // it, or read as it is, and packed piece by piece inside the product.
 class Right {
  public:
-  Right(int dtype, const Matrix& b, int64_t rows, const OptionalTensor& packed = std::nullopt);
+  Right(int dtype, const Matrix& b, int64_t rows, const OptionalTensor& packed = std::nullopt, bool on_vectors = false);
 
  private:
   friend void multiply(int dtype, const Matrix& a, const Right& right, Gemm epilogue);
   Matrix b_;
   const void* packed_;
+  bool on_vectors_;
   std::optional<Workspace> workspace_;
 };
 

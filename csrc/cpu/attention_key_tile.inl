@@ -151,13 +151,13 @@ struct KeyTile {
   // Two rows' probabilities and slopes at 32 keys, as the products read them in parts: the rows' steps of panels of keys,
   // and of the slopes, rows of a left operand.
   FASTTX_INLINE void store_parts(int64_t r, int64_t i, V (&probability)[2][kStep], V (&slope)[2][kStep]) {
-    constexpr int64_t kPair = 2 * kAmxCols * 2, kPanel = kSplitPanelPart;
+    constexpr int64_t kPair = 2 * kAmxCols, kPanel = kSplitPanelPart;
     const int64_t block = r / kAmxK, at = (i * kRows + block * kAmxK * kCols);
     bf16 *p_panel = reinterpret_cast<bf16*>(p_left + at) + r % kAmxK * kPair;
     bf16 *ds_panel = reinterpret_cast<bf16*>(ds_left + at) + r % kAmxK * kPair;
     for (int v = 0; v < 2; ++v) {
-      store_pairs(SplitPairs(probability[v][0].v, probability[v][1].v), p_panel + v * kPair / 2, kPanel);
-      store_pairs(SplitPairs(slope[v][0].v, slope[v][1].v), ds_panel + v * kPair / 2, kPanel);
+      store_pairs(SplitPairs(probability[v][0].v, probability[v][1].v), p_panel + v * kSplitTile, kPanel);
+      store_pairs(SplitPairs(slope[v][0].v, slope[v][1].v), ds_panel + v * kSplitTile, kPanel);
     }
     bf16* rows = reinterpret_cast<bf16*>(ds_right + block * kAmxK * kKeys + i * kAmxK) + r % kAmxK * kAmxK;
     for (int j = 0; j < kStep; ++j)

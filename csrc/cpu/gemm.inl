@@ -85,15 +85,16 @@ struct GemmKernelOn {
   using Blocks = GemmBlocks<T, kParts>;
   using Operands = typename GemmTypes<T, kParts>::Operands;
   using Unit = typename GemmTypes<T, kParts>::Unit;
-  static constexpr int64_t kCols = kGemmCols<T>;
+  static constexpr int64_t kCols = kGemmCols<T>, kDepth = kBlockK<T, kParts>;
 
   struct Scratch {
     ScratchPieces pieces;
-    A* sums;  // (panels of a wave, rows, kCols), or two tiles
+    A *tiles[2], *sums;  // sums: (panels of a wave, rows, kCols), where k is longer than a stretch
     Operands operands;
     Scratch(const Gemm& g, const Blocks& blocks, void* base)
         : pieces{static_cast<char*>(base)},
-          sums(pieces.take<A>(max_of(blocks.wave * blocks.rows, 2 * blocks.tile_rows) * kCols)),
+          tiles{pieces.take<A>(blocks.tile_rows * kCols), pieces.take<A>(blocks.tile_rows * kCols)},
+          sums(g.k > kDepth ? pieces.take<A>(blocks.wave * blocks.rows * kCols) : nullptr),
           operands(g, blocks, pieces) {}
   };
 
@@ -122,14 +123,13 @@ struct GemmKernelOn {
                        int64_t row0, int64_t rows, int64_t panel0, int64_t past, bool first) {
     Operands& operands = scratch.operands;
     Unfinished unfinished{};
-    // Sums that no later stretch adds to are kept until the next tile is done: two places in turn, which stay in L1.
-    const bool is_whole = g.k <= kBlockK<T>;
-    A* spare = scratch.sums + blocks.tile_rows * kCols;
-    A* place = scratch.sums;
     int64_t k = 0;
     do {
-      const int64_t depth = min_of(g.k - k, kBlockK<T>), next_k = k + depth;
+      const int64_t depth = min_of(g.k - k, kDepth), next_k = k + depth;
       const bool last = next_k == g.k;
+      // Sums that no later stretch adds to, and parts' sums of one stretch, are kept until the next tile is done: in two
+      // places in turn, which stay in L1.
+      const bool adds_later = kParts && k > 0, is_kept = !adds_later && g.k > kDepth;
       operands.begin_stretch(row0, rows, k, depth, first);
       for (int64_t panel = panel0; panel < past; ++panel) {
         if (panel + 1 < past) {
@@ -140,13 +140,11 @@ struct GemmKernelOn {
         A* sums = scratch.sums + (panel - panel0) * blocks.rows * kCols;
         for (int64_t r = 0; r < rows; r += blocks.tile_rows) {
           const int64_t height = min_of(blocks.tile_rows, rows - r);
-          if (is_whole) {
-            std::swap(place, spare);
-          } else {
-            place = sums + r * kCols;
-          }
+          A* kept = sums + r * kCols;
+          if (!is_kept) std::swap(scratch.tiles[0], scratch.tiles[1]);
+          A* place = is_kept ? kept : scratch.tiles[0];
           Lines lines{row0 + r, last ? height : 0, panel * kCols};
-          // The epilogue of one tile is done while the next is computed, where another unit computes it.
+          // One tile is finished while the next is computed, where another unit computes it.
           const int64_t share = Blocks::kBeside ? ceil_div(unfinished.rows * kAmxK, max_of(1, depth)) : unfinished.rows;
           const int64_t fetched = Blocks::kBeside ? ceil_div(lines.rows * kAmxK, max_of(1, depth)) : lines.rows;
           const auto meanwhile = [&] {
@@ -154,9 +152,14 @@ struct GemmKernelOn {
             fetch(g, lines, fetched);
           };
           if constexpr (!Blocks::kBeside) meanwhile();
-          operands.multiply(unit, r, height, k > 0, place, meanwhile);
+          if constexpr (kParts) {
+            operands.multiply(unit, r, height, place, meanwhile);
+          } else {
+            operands.multiply(unit, r, height, k > 0, place, meanwhile);
+          }
           finish(g, operands, unfinished, unfinished.rows);
-          if (last) unfinished = {row0 + r, height, panel * kCols, place};
+          if (last || adds_later)
+            unfinished = {row0 + r, height, panel * kCols, place, adds_later ? kept : nullptr, last};
         }
       }
       k = next_k;
@@ -188,43 +191,53 @@ struct GemmKernelOn {
     lines = {lines.row + rows, lines.rows - rows, lines.column};
   }
 
-  // Rows of a tile whose epilogue is still to be done.
+  // Rows of a tile whose sums are still to be added to those of the stretches before, if there are any, and whose
+  // epilogue, after the last stretch, is still to be done.
   struct Unfinished {
     int64_t row, rows, column;
-    A* sums;
+    A *sums, *before;
+    bool last;
   };
   static void finish(const Gemm& g, Operands& operands, Unfinished& tile, int64_t most_rows) {
     const int64_t rows = min_of(most_rows, tile.rows);
     if (rows == 0) return;
-    operands.mend(tile.row, rows, tile.column, tile.sums);
-    const bool is_plain = tile.column + kCols <= g.n && g.residual == nullptr && !g.dropout.active && !g.c_is_wide;
+    if constexpr (kParts) {
+      if (tile.before != nullptr) add_rows(tile.sums, tile.before, rows, tile.last ? tile.sums : tile.before);
+    }
+    if (tile.last) {
+      operands.mend(tile.row, rows, tile.column, tile.sums);
+      end(g, tile.row, rows, tile.column, tile.sums);
+    }
+    const int64_t values = rows * kCols;
+    tile = {tile.row + rows,      tile.rows - rows, tile.column,
+            tile.sums + values, tile.before == nullptr ? nullptr : tile.before + values, tile.last};
+  }
+  static void add_rows(const A* sums, const A* before, int64_t rows, A* to) {
+    using V = Vec<A>;
+    for (int64_t i = 0; i < rows * kCols; i += V::kWidth) (V::load(before + i) + V::load(sums + i)).store(to + i);
+  }
+  static void end(const Gemm& g, int64_t row, int64_t rows, int64_t column, const A* sums) {
+    const bool is_plain = column + kCols <= g.n && g.residual == nullptr && !g.dropout.active && !g.c_is_wide;
     with_activation(g.activation, [&]<Activation kActivation>() {
       if (!is_plain) {
-        finish_tile<T, kActivation>(g, tile.row, rows, tile.column, tile.sums);
+        finish_tile<T, kActivation>(g, row, rows, column, sums);
       } else if (g.grad_preact != nullptr) {
-        finish_plain<T, kActivation, false, true>(g, tile.row, rows, tile.column, tile.sums);
+        finish_plain<T, kActivation, false, true>(g, row, rows, column, sums);
       } else if (g.preact != nullptr) {
-        finish_plain<T, kActivation, true, false>(g, tile.row, rows, tile.column, tile.sums);
+        finish_plain<T, kActivation, true, false>(g, row, rows, column, sums);
       } else {
-        finish_plain<T, kActivation, false, false>(g, tile.row, rows, tile.column, tile.sums);
+        finish_plain<T, kActivation, false, false>(g, row, rows, column, sums);
       }
     });
-    tile = {tile.row + rows, tile.rows - rows, tile.column, tile.sums + rows * kCols};
   }
 };
 
 template <class T>
 struct GemmKernel {
   static Plan plan(const Gemm& g) {
-    if constexpr (kSplits<T>) {
-      if (!g.on_vectors) return GemmKernelOn<T, true>::plan(g);
-    }
-    return GemmKernelOn<T, false>::plan(g);
+    return with_parts<T>(g.on_vectors, [&]<bool kParts>() { return GemmKernelOn<T, kParts>::plan(g); });
   }
   static void run(const Gemm& g, void* base, int64_t begin, int64_t end) {
-    if constexpr (kSplits<T>) {
-      if (!g.on_vectors) return GemmKernelOn<T, true>::run(g, base, begin, end);
-    }
-    GemmKernelOn<T, false>::run(g, base, begin, end);
+    with_parts<T>(g.on_vectors, [&]<bool kParts>() { GemmKernelOn<T, kParts>::run(g, base, begin, end); });
   }
 };

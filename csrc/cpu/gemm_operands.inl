@@ -37,6 +37,24 @@ struct GemmBlocks {
   static constexpr int64_t kLeastItems = kUsesAmx<T> ? 4 : 1;
 };
 
+// The stretch of a panel that is multiplied next, packed or not: a share of its lines is fetched into L2 for every tile.
+struct Ahead {
+  const char* run;       // the lines that are consecutive in memory
+  int64_t stride, runs;  // from one run to the next; how many are left
+  int64_t run_bytes, share;
+  int64_t at = 0;
+  FASTTX_INLINE void fetch(int64_t lines) {
+    for (; lines > 0 && runs > 0; --lines) {
+      __builtin_prefetch(run + at, 0, 2);
+      if ((at += 64) < run_bytes) continue;
+      at = 0;
+      run += stride;
+      --runs;
+    }
+  }
+  void share_among(int64_t tiles) { share = ceil_div(runs * ceil_div(run_bytes, 64), tiles); }
+};
+
 // The left operand packed or, on AMX, where it lies; the panels of the right one packed.
 template <class T>
 class PackedOperands {
@@ -48,9 +66,9 @@ class PackedOperands {
 
  public:
   PackedOperands(const Gemm& g, const Blocks& blocks, ScratchPieces& pieces) : g_(g), blocks_(blocks) {
-    const int64_t k = packed_k<T>(g.k), depth = min_of(k, kBlockK<T>);
+    const int64_t k = packed_k<T>(g.k), depth = min_of(k, kBlockK<T, false>);
     left_buffer_ = pieces.take<P>(blocks.rows * (blocks.keeps_left ? k : depth));
-    panel_buffer_ = g.b_is_packed ? nullptr : pieces.take<P>(depth * kCols);
+    panel_buffer_ = g.packed_b != nullptr ? nullptr : pieces.take<P>(depth * kCols);
   }
 
   // The rows of an item from k on, `depth` values deep; packed already unless `first`.
@@ -80,8 +98,8 @@ class PackedOperands {
   // The stretch's part of a panel. The one to come next, the part from next_k on of next_panel, is fetched meanwhile.
   void begin_panel(int64_t panel, int64_t next_panel, int64_t next_k) {
     const int64_t column = panel * kCols;
-    if (g_.b_is_packed) {
-      panel_ = static_cast<const P*>(g_.b) + panel_offset<T>(blocks_.panels, panel, k_, depth_);
+    if (g_.packed_b != nullptr) {
+      panel_ = static_cast<const P*>(g_.packed_b) + panel_offset<T, false>(blocks_.panels, panel, k_, depth_);
     } else {
       pack_panel(static_cast<const T*>(g_.b) + k_ * g_.b_k_stride + column * g_.b_n_stride, g_.b_k_stride, g_.b_n_stride,
                  depth_, min_of(kCols, g_.n - column), panel_buffer_);
@@ -124,33 +142,17 @@ class PackedOperands {
   void mend(int64_t, int64_t, int64_t, A*) const {}
 
  private:
-  // The stretch of a panel that is multiplied next, packed or not: a share of its lines is fetched into L2 for every tile.
-  struct Ahead {
-    const char* run;       // the lines that are consecutive in memory
-    int64_t stride, runs;  // from one run to the next; how many are left
-    int64_t run_bytes, share;
-    int64_t at = 0;
-    void fetch(int64_t lines) {
-      for (; lines > 0 && runs > 0; --lines) {
-        __builtin_prefetch(run + at, 0, 2);
-        if ((at += 64) < run_bytes) continue;
-        at = 0;
-        run += stride;
-        --runs;
-      }
-    }
-  };
   Ahead ahead_of(int64_t panel, int64_t k) const {
     if (panel == blocks_.panels) return {};
-    const int64_t depth = min_of(g_.k - k, kBlockK<T>), column = panel * kCols, columns = min_of(kCols, g_.n - column);
+    const int64_t depth = min_of(g_.k - k, kBlockK<T, false>), column = panel * kCols, columns = min_of(kCols, g_.n - column);
     const T* b = static_cast<const T*>(g_.b) + k * g_.b_k_stride + column * g_.b_n_stride;
     Ahead ahead = g_.b_k_stride == 1 ? Ahead{bytes_at(b), g_.b_n_stride * kItem, columns, depth * kItem}
                                     : Ahead{bytes_at(b), g_.b_k_stride * kItem, depth, columns * kItem};
-    if (g_.b_is_packed) {
-      ahead = {bytes_at(static_cast<const P*>(g_.b) + panel_offset<T>(blocks_.panels, panel, k, depth)), 0, 1,
+    if (g_.packed_b != nullptr) {
+      ahead = {bytes_at(static_cast<const P*>(g_.packed_b) + panel_offset<T, false>(blocks_.panels, panel, k, depth)), 0, 1,
                packed_k<T>(depth) * kCols * static_cast<int64_t>(sizeof(P))};
     }
-    ahead.share = ceil_div(ahead.runs * ceil_div(ahead.run_bytes, 64), ceil_div(rows_, blocks_.tile_rows));
+    ahead.share_among(ceil_div(rows_, blocks_.tile_rows));
     return ahead;
   }
   static const char* bytes_at(const void* p) { return static_cast<const char*>(p); }
@@ -187,19 +189,19 @@ class PackedOperands {
 };
 
 #if defined(__AMX_BF16__)
-// Both operands in three bf16 parts (split.inl): the left one of the whole item, the panels one ahead of their use.
+// Both operands in three bf16 parts (split.inl): the left one of the whole item; the panels packed, or split one ahead of
+// their use.
 template <class T>
 class SplitOperands {
   using Blocks = GemmBlocks<T, true>;
-  static constexpr int64_t kCols = kGemmCols<T>;
+  static constexpr int64_t kCols = kGemmCols<T>, kDepth = kBlockK<T, true>;
 
  public:
   SplitOperands(const Gemm& g, const Blocks& blocks, ScratchPieces& pieces) : g_(g), blocks_(blocks) {
-    const int64_t depth = min_of(g.k, kBlockK<T>);
+    const int64_t depth = min_of(g.k, kDepth);
     left_buffer_ = pieces.take<bf16>(blocks.rows * left_size(blocks.keeps_left ? g.k : depth));
+    if (g.packed_b != nullptr) return;
     for (bf16*& parts : parts_) parts = pieces.take<bf16>(ceil_div(depth, kAmxK) * kSplitPanelStep);
-    partial_ = g.k > depth ? pieces.take<float>(kLeftRows<T> * kCols) : nullptr;
-    panel_buffer_ = g.b_is_packed ? nullptr : pieces.take<float>(kAmxK * kCols);
   }
 
   void begin_stretch(int64_t row0, int64_t rows, int64_t k, int64_t depth, bool first) {
@@ -218,34 +220,47 @@ class SplitOperands {
   }
 
   void begin_panel(int64_t panel, int64_t next_panel, int64_t next_k) {
-    if (next_.panel != panel || next_.k != k_) next_ = {panel, k_, min_of(g_.k - k_, kBlockK<T>), 0};
+    const int64_t depth = next_panel == blocks_.panels ? 0 : min_of(g_.k - next_k, kDepth);
+    const int64_t tiles = ceil_div(rows_, kLeftRows<T>), steps = ceil_div(depth, kAmxK);
+    if (g_.packed_b != nullptr) {
+      const auto at = [&](int64_t of, int64_t k, int64_t deep) {
+        return static_cast<const bf16*>(g_.packed_b) + panel_offset<T, true>(blocks_.panels, of, k, deep);
+      };
+      panel_ = at(panel, k_, depth_);
+      ahead_ = {};
+      if (depth > 0) {
+        ahead_ = {reinterpret_cast<const char*>(at(next_panel, next_k, depth)), 0, 1,
+                  steps * kSplitPanelStep * static_cast<int64_t>(sizeof(bf16)), 0};
+        ahead_.share_among(tiles);
+      }
+      return;
+    }
+    if (next_.panel != panel || next_.k != k_) next_ = {panel, k_, min_of(g_.k - k_, kDepth), 0};
     while (next_.done < next_.depth) split_next();
     current_ = 1 - current_;
-    const int64_t depth = next_panel == blocks_.panels ? 0 : min_of(g_.k - next_k, kBlockK<T>);
+    panel_ = parts_[current_];
     next_ = {next_panel, next_k, depth, 0};
-    steps_a_tile_ = ceil_div(ceil_div(depth, kAmxK), ceil_div(rows_, kLeftRows<T>));
+    steps_a_tile_ = ceil_div(steps, tiles);
   }
 
+  // sums = left panel, for one tile of `rows` rows from r on, whatever they were: the caller adds up stretches.
   template <class F>
-  void multiply(AmxTiles& unit, int64_t r, int64_t rows, bool add, float* sums, const F& meanwhile) {
+  void multiply(AmxTiles& unit, int64_t r, int64_t rows, float* sums, const F& meanwhile) {
+    const int64_t steps = ceil_div(depth_, kAmxK), lines = ceil_div(ahead_.share, max_of(1, steps));
     int64_t to_split = steps_a_tile_;
-    const auto also_split = [&] {
+    const auto also_prepare = [&] {
       meanwhile();
+      ahead_.fetch(lines);
       if (to_split-- > 0 && next_.done < next_.depth) split_next();
     };
     const bf16* left = left_ + r * left_size(depth_);
-    const int64_t steps = ceil_div(depth_, kAmxK);
-    float* to = add ? partial_ : sums;
     if (rows > kAmxRows) {
       unit.set_rows(kAmxRows, static_cast<int>(rows - kAmxRows));
-      split_block<true>(left, rows, parts_[current_], steps, to, kCols, also_split);
+      split_block<true>(left, rows, panel_, steps, sums, kCols, also_prepare);
     } else {
       unit.set_rows(static_cast<int>(rows), kAmxRows);
-      split_block<false>(left, rows, parts_[current_], steps, to, kCols, also_split);
+      split_block<false>(left, rows, panel_, steps, sums, kCols, also_prepare);
     }
-    if (!add) return;
-    using V = Vec<float>;
-    for (int64_t i = 0; i < rows * kCols; i += V::kWidth) (V::load(sums + i) + V::load(partial_ + i)).store(sums + i);
   }
 
   // Takes sums that are not finite, or so small that parts of them may have been lost, again.
@@ -253,7 +268,7 @@ class SplitOperands {
     for (int64_t i = 0; i < rows; ++i, sums += kCols)
       for (int64_t j = 0; j < kCols; j += Vec<float>::kWidth) {
         const __mmask16 lanes = split_sums_to_mend(Vec<float>::load(sums + j).v);
-        if (__builtin_expect(lanes != 0, 0)) _mm512_mask_storeu_ps(sums + j, lanes, plain_sum(row + i, column, j).v);
+        if (__builtin_expect(lanes != 0, 0)) _mm512_mask_storeu_ps(sums + j, lanes, plain_sum(row + i, column + j).v);
       }
   }
 
@@ -268,37 +283,25 @@ class SplitOperands {
   // One more step of the panel that is multiplied next.
   void split_next() {
     const int64_t k = next_.k + next_.done, present = min_of(kAmxK, next_.depth - next_.done);
-    bf16* to = parts_[1 - current_] + next_.done / kAmxK * kSplitPanelStep;
+    const int64_t column = next_.panel * kCols;
+    split_panel(b_at(k, column), g_.b_k_stride, g_.b_n_stride, present, min_of(kCols, g_.n - column),
+                parts_[1 - current_] + next_.done / kAmxK * kSplitPanelStep);
     next_.done += present;
-    if (!g_.b_is_packed && g_.b_n_stride == 1 && (next_.panel + 1) * kCols <= g_.n) {
-      split_columns(b_at(k, next_.panel * kCols), g_.b_k_stride, present, kCols, to);
-    } else {
-      split_columns(plain_panel(next_.panel, k, present), kCols, present, kCols, to);
-    }
   }
 
-  // `present` <= 32 rows of a panel from k on, all in one stretch, as floats.
-  const float* plain_panel(int64_t panel, int64_t k, int64_t present) {
-    if (g_.b_is_packed) {
-      const int64_t start = k / kBlockK<T> * kBlockK<T>, depth = min_of(g_.k - start, kBlockK<T>);
-      return static_cast<const float*>(g_.b) + panel_offset<T>(blocks_.panels, panel, start, depth) + (k - start) * kCols;
-    }
-    const int64_t column = panel * kCols;
-    pack_panel(b_at(k, column), g_.b_k_stride, g_.b_n_stride, present, min_of(kCols, g_.n - column), panel_buffer_);
-    return panel_buffer_;
-  }
-
-  // The sums of a row with the sixteen columns from `column` + j on, on the vector unit.
-  __attribute__((noinline)) Vec<float> plain_sum(int64_t row, int64_t column, int64_t j) {
+  // The sums of a row with up to sixteen columns from `column` on, on the vector unit.
+  __attribute__((noinline)) Vec<float> plain_sum(int64_t row, int64_t column) {
     using V = Vec<float>;
     const T* a = static_cast<const T*>(g_.a) + row * g_.a_row_stride;
+    const int64_t columns = min_of(V::kWidth, g_.n - column);
+    float values[V::kWidth] = {};
     V sum = V::zero();
     for (int64_t k = 0; k < g_.k; k += kAmxK) {
-      const int64_t present = min_of(kAmxK, g_.k - k);
-      const float* panel = plain_panel(column / kCols, k, present) + j;
       V chain = V::zero();
-      for (int64_t i = 0; i < present; ++i)
-        chain = fma(V::set1(convert_one<float>(a[(k + i) * g_.a_k_stride])), V::load(panel + i * kCols), chain);
+      for (int64_t i = k; i < min_of(g_.k, k + kAmxK); ++i) {
+        for (int64_t j = 0; j < columns; ++j) values[j] = convert_one<float>(*b_at(i, column + j));
+        chain = fma(V::set1(convert_one<float>(a[i * g_.a_k_stride])), V::load(values), chain);
+      }
       sum = sum + chain;
     }
     return sum;
@@ -309,10 +312,11 @@ class SplitOperands {
   };
   const Gemm& g_;
   const Blocks& blocks_;
-  bf16 *left_buffer_, *parts_[2];  // left: [stretch of k][tile][step][part][row][32]
-  float *partial_, *panel_buffer_;  // partial: a tile's sums over a stretch that is not the first
+  bf16 *left_buffer_, *parts_[2] = {};  // left: [stretch of k][tile][step][part][row][32]
   int64_t k_ = 0, depth_ = 0, rows_ = 0;
   bf16* left_ = nullptr;
+  const bf16* panel_ = nullptr;
+  Ahead ahead_{};  // of packed panels
   int current_ = 0;
   Next next_{-1, 0, 0, 0};
   int64_t steps_a_tile_ = 0;

@@ -6,8 +6,8 @@
 #include "amx.inl"
 #include "reduce.inl"
 #include "transpose.inl"
-#include "pack.inl"
 #include "split.inl"
+#include "pack.inl"
 #include "gemm_operands.inl"
 #include "gemm.inl"
 #include "layer_norm.inl"
@@ -42,6 +42,7 @@
 
 inline constexpr KernelTable kTable = {
     .isa = FASTTX_STRING(FASTTX_ISA),
+    .takes_parts = {kSplits<float>, kSplits<bf16>, kSplits<fp16>, kSplits<double>},
     .packed_b_bytes = FASTTX_FUNCTION(packed_b_bytes),
     .attention_packed_bytes = FASTTX_FUNCTION(attention_packed_bytes),
     .attention_dq_bytes = FASTTX_FUNCTION(attention_dq_bytes),

@@ -213,16 +213,17 @@ struct AttentionWeightsBwd : AttentionBwd {
 struct PackB {
   const void* b;  // T
   int64_t k_stride, n_stride, k, n;
-  void* packed;  // P
+  bool on_vectors;  // as the Gemm's that takes it
+  void* packed;  // P; in parts, bf16
 };
 
 // c = epilogue(a b): bias, stored pre-activation, activation, dropout, residual; or, backward, times activation'(preact).
 struct Gemm {
   const void* a;  // T (m, k), by its strides
   int64_t a_row_stride, a_k_stride;
-  const void* b;  // P, from PackB; or, not b_is_packed, T (k, n) by its strides
+  const void* b;  // T (k, n), by its strides; not read where it is packed and its products are not of parts
   int64_t b_k_stride, b_n_stride;
-  bool b_is_packed;
+  const void* packed_b;  // from PackB, or null
   int64_t m, n, k;
   int64_t threads;  // how many will share the work: decides how it is cut, and nothing else
   bool on_vectors;  // products that the matrix unit would take in parts (split.inl), which for a few rows takes longer
@@ -343,7 +344,8 @@ constexpr int kDTypes = 4;  // in the order of DType
 
 struct KernelTable {
   const char* isa;
-  size_t (*packed_b_bytes[kDTypes])(int64_t k, int64_t n);
+  bool takes_parts[kDTypes];  // whether linear layers and attention take values in parts, unless on_vectors
+  size_t (*packed_b_bytes[kDTypes])(int64_t k, int64_t n, bool on_vectors);
   size_t (*attention_packed_bytes[kDTypes])(const AttentionShape&, int64_t width);
   size_t (*attention_dq_bytes[kDTypes])(const AttentionShape&);  // 0 where there is one chunk
 

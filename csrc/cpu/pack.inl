@@ -7,9 +7,9 @@ static inline int64_t packed_k(int64_t k) {
 }
 
 // Values of k that are taken together: a tile's rows and as much of a panel, 24 KiB in float32, stay in L1; and the parts
-// of both, 18 KiB each. On AMX bf16 comes from L2 fast enough.
-template <class T>
-constexpr int64_t kBlockK = kUsesAmx<T> ? 1024 : kSplits<T> ? 96 : 192;
+// of both, 24 KiB each, as far as they need to. On AMX bf16 comes from L2 fast enough.
+template <class T, bool kParts>
+constexpr int64_t kBlockK = kParts ? 128 : kUsesAmx<T> ? 1024 : 192;
 // Rows of the left operand that are packed together as [step][row][kLeftStep].
 template <class T>
 constexpr int kLeftRows = kOnMatrixUnit<T> ? 32 : kGemmRows;
@@ -115,16 +115,68 @@ static inline void pack_panel(const T* b, int64_t k_stride, int64_t n_stride, in
   }
 }
 
-// Where the part from k on, `depth` values deep, of a panel is among the packed ones: [block of k][panel][step][column], as
-// the product passes over them, so that the processor fetches ahead.
+#if defined(__AMX_BF16__)
+// One step of a panel in parts, of a matrix given by its strides. What lies along k is transposed before it is split:
+// its parts would be three times as much to transpose.
 template <class T>
+static FASTTX_INLINE void split_panel(const T* b, int64_t k_stride, int64_t n_stride, int64_t present, int64_t columns,
+                                      bf16* to) {
+  if (n_stride == 1 && columns == kGemmCols<T>) {
+    split_columns(b, k_stride, present, columns, to);
+  } else {
+    alignas(64) float panel[kAmxK * kGemmCols<T>];
+    pack_panel(b, k_stride, n_stride, present, columns, panel);
+    split_columns(panel, kGemmCols<T>, present, kGemmCols<T>, to);
+  }
+}
+#endif
+
+// The panels of a right operand, packed: [block of k][panel][step][column], as the product passes over them, so that the
+// processor fetches ahead.
+template <class T, bool kParts>
+struct Panels {
+  using P = typename Packed<T>::type;
+  static constexpr int64_t kValue = 1;  // how many P a value of the operand is
+  static int64_t whole_k(int64_t k) { return packed_k<T>(k); }
+  static void pack(const T* b, int64_t k_stride, int64_t n_stride, int64_t k, int64_t columns, P* panel) {
+    pack_panel(b, k_stride, n_stride, k, columns, panel);
+  }
+};
+#if defined(__AMX_BF16__)
+template <class T>
+struct Panels<T, true> {
+  using P = bf16;
+  static constexpr int64_t kValue = kSplitParts;
+  static int64_t whole_k(int64_t k) { return round_up(k, kAmxK); }
+  static void pack(const T* b, int64_t k_stride, int64_t n_stride, int64_t k, int64_t columns, P* panel) {
+    for (int64_t kk = 0; kk < k; kk += kAmxK, panel += kSplitPanelStep)
+      split_panel(b + kk * k_stride, k_stride, n_stride, min_of(kAmxK, k - kk), columns, panel);
+  }
+};
+#endif
+
+// Where the part from k on, `depth` values deep, of a panel is among them.
+template <class T, bool kParts>
 static inline int64_t panel_offset(int64_t panels, int64_t panel, int64_t k, int64_t depth) {
-  return (k * panels + panel * packed_k<T>(depth)) * kGemmCols<T>;
+  using Of = Panels<T, kParts>;
+  return (k * panels + panel * Of::whole_k(depth)) * kGemmCols<T> * Of::kValue;
+}
+
+// Calls f.template operator()<kParts>(): whether products of T are of parts.
+template <class T, class F>
+static FASTTX_INLINE auto with_parts([[maybe_unused]] bool on_vectors, const F& f) {
+  if constexpr (kSplits<T>) {
+    if (!on_vectors) return f.template operator()<true>();
+  }
+  return f.template operator()<false>();
 }
 
 template <class T>
-static size_t packed_b_bytes(int64_t k, int64_t n) {
-  return sizeof(typename Packed<T>::type) * packed_k<T>(k) * round_up(n, kGemmCols<T>);
+static size_t packed_b_bytes(int64_t k, int64_t n, bool on_vectors) {
+  return with_parts<T>(on_vectors, [&]<bool kParts>() {
+    using Of = Panels<T, kParts>;
+    return sizeof(typename Of::P) * Of::kValue * Of::whole_k(k) * round_up(n, kGemmCols<T>);
+  });
 }
 
 // Items are panels.
@@ -134,15 +186,18 @@ struct PackBKernel {
     return {ceil_div(g.n, kGemmCols<T>), max_of(1, 32768 / (kGemmCols<T> * max_of(g.k, 1))), 0, false};
   }
   static void run(const PackB& g, void*, int64_t begin, int64_t end) {
-    const int64_t panels = ceil_div(g.n, kGemmCols<T>);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t column = panel * kGemmCols<T>;
-      for (int64_t k = 0; k < g.k; k += kBlockK<T>) {
-        const int64_t depth = min_of(g.k - k, kBlockK<T>);
-        pack_panel(static_cast<const T*>(g.b) + column * g.n_stride + k * g.k_stride, g.k_stride, g.n_stride, depth,
+    with_parts<T>(g.on_vectors, [&]<bool kParts>() {
+      using Of = Panels<T, kParts>;
+      const int64_t panels = ceil_div(g.n, kGemmCols<T>);
+      for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t column = panel * kGemmCols<T>;
+        for (int64_t k = 0; k < g.k; k += kBlockK<T, kParts>) {
+          const int64_t depth = min_of(g.k - k, kBlockK<T, kParts>);
+          Of::pack(static_cast<const T*>(g.b) + column * g.n_stride + k * g.k_stride, g.k_stride, g.n_stride, depth,
                    min_of(kGemmCols<T>, g.n - column),
-                   static_cast<typename Packed<T>::type*>(g.packed) + panel_offset<T>(panels, panel, k, depth));
+                   static_cast<typename Of::P*>(g.packed) + panel_offset<T, kParts>(panels, panel, k, depth));
+        }
       }
-    }
+    });
   }
 };

@@ -9,8 +9,9 @@
 #if defined(__AMX_BF16__)
 
 constexpr int kSplitParts = 3;
-// One step of an operand: all three parts of 32 values of k of a tile's rows, or of a panel's columns.
-constexpr int64_t kSplitPanelPart = kAmxK * 2 * kAmxCols, kSplitPanelStep = kSplitParts * kSplitPanelPart;
+// One step of an operand: all three parts of 32 values of k of a tile's rows, or of a panel's columns, each as two tiles.
+constexpr int64_t kSplitTile = kAmxK * kAmxCols, kSplitPanelPart = 2 * kSplitTile;
+constexpr int64_t kSplitPanelStep = kSplitParts * kSplitPanelPart;
 
 // The parts of sixteen values of x and of y, in pairs: lane i of a part holds that of x's value i and that of y's. The
 // first part is rounded to the nearest, so that what is left has either sign and the products left out cancel.
@@ -82,7 +83,7 @@ static FASTTX_INLINE void split_rows(const T* from, int64_t row_stride, int64_t 
   }
 }
 
-// One step of a panel of 32 columns, of which `columns` exist, as [part][pair][column][2], from `present` rows of k,
+// One step of a panel of 32 columns, of which `columns` exist, as [part][tile][pair][column][2], from `present` rows of k,
 // `k_stride` apart.
 template <class T>
 static FASTTX_INLINE void split_columns(const T* from, int64_t k_stride, int64_t present, int64_t columns, bf16* to) {
@@ -98,7 +99,7 @@ static FASTTX_INLINE void split_columns(const T* from, int64_t k_stride, int64_t
       };
       const SplitPairs pairs(values(i).v, values(i + kAmxK / 2).v);
       for (int part = 0; part < kSplitParts; ++part)
-        _mm512_store_si512(to + part * kSplitPanelPart + (i * 2 * kAmxCols + column) * 2, pairs.part[part]);
+        _mm512_storeu_si512(to + part * kSplitPanelPart + column * kAmxK + i * 2 * kAmxCols, pairs.part[part]);
     }
   }
 }
@@ -121,7 +122,7 @@ static FASTTX_INLINE void split_transposed(const T* from, int64_t row_stride, in
     for (int part = 0; part < kSplitParts; ++part) {
       transpose(block[part]);
       for (int i = 0; i < V::kWidth; ++i)
-        _mm512_store_si512(to + part * kSplitPanelPart + (i * 2 * kAmxCols + column) * 2,
+        _mm512_storeu_si512(to + part * kSplitPanelPart + column * kAmxK + i * 2 * kAmxCols,
                            _mm512_castps_si512(block[part][i].v));
     }
   }
@@ -143,10 +144,10 @@ struct SplitProduct {
     if constexpr (kLower) amx_load<5>(at + kAmxRows * kAmxK, kRowBytes);
   }
   FASTTX_INLINE void load_panel(int64_t step, int64_t part) const {
-    constexpr int64_t kPairBytes = 2 * kAmxK * sizeof(bf16);
+    constexpr int64_t kPairBytes = 2 * kAmxCols * sizeof(bf16);
     const bf16* at = panel + (step * kSplitParts + part) * kSplitPanelPart;
     amx_load<6>(at, kPairBytes);
-    amx_load<7>(at + 2 * kAmxCols, kPairBytes);
+    amx_load<7>(at + kSplitTile, kPairBytes);
   }
   FASTTX_INLINE void begin() const {
     amx_zero<0>();

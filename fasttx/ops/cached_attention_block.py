@@ -51,6 +51,6 @@ def cached_attention_block(
     op = cached_attention_block_fwd.registered if is_compiling() else cached_attention_block_fwd.raw
     return op(
         input, weight_in, bias_in, weight_out, bias_out, norm_weight, norm_bias, eps, norm_first, keys, values,
-        length, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale, packed(weight_in), packed(weight_out),
-        decodes,
+        length, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, scale,
+        packed(weight_in, decodes), packed(weight_out, decodes), decodes,
     )  # fmt: skip

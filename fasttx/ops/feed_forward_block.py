@@ -119,5 +119,5 @@ def feed_forward_block(
     return run(
         feed_forward_block_fwd, differentiable,
         *tensors, eps, norm_first, ACTIVATIONS[activation], dropout1_p, seed1, dropout2_p, seed2,
-        differentiable, packed(weight1), packed(weight2), decodes,
+        differentiable, packed(weight1, decodes), packed(weight2, decodes), decodes,
     )[0]  # fmt: skip

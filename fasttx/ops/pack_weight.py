@@ -5,10 +5,10 @@ import torch
 from ._library import define
 
 
-def _pack_weight(weight):
+def _pack_weight(weight, on_vectors=False):
     # The size depends on the tile of the instruction set in use, which only the kernel knows.
     size = torch.library.get_ctx().new_dynamic_size()
     return weight.new_empty((size,), dtype=torch.uint8)
 
 
-pack_weight = define("pack_weight(Tensor weight) -> Tensor", _pack_weight)
+pack_weight = define("pack_weight(Tensor weight, bool on_vectors=False) -> Tensor", _pack_weight)

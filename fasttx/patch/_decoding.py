@@ -12,7 +12,7 @@ from fasttx.nn._recall import remember
 from fasttx.ops._library import ACTIVATIONS
 from fasttx.ops.cached_attention_block import cached_attention_block_fwd
 from fasttx.ops.feed_forward_block import feed_forward_block_fwd
-from fasttx.packing import packed
+from fasttx.packing import packed, settled_state
 
 # What is remembered of a layer whose halves have no such form.
 NOT_FUSED = ("not fused",)
@@ -20,10 +20,10 @@ NOT_FUSED = ("not fused",)
 
 @dataclass(frozen=True)
 class _Half:
-    """weights and biases of two linear layers and a norm, and the former in the kernels' order."""
+    """weights and biases of two linear layers and a norm; and packed copies of the former, by whether they decode."""
 
     tensors: tuple[Tensor | None, ...]
-    packed: tuple[Tensor, Tensor]
+    copies: dict[bool, tuple[Tensor, Tensor]]
     eps: float
     norm_first: bool
 
@@ -33,11 +33,20 @@ class _Half:
 
         None where a weight's changes cannot be seen, and where the norm is not of what they take.
         """
-        copies = packed(parameters[0]), packed(parameters[2])
-        if any(copy is None for copy in copies) or norm.normalized_shape != parameters[0].shape[1:]:
+        weights = parameters[0], parameters[2]
+        if any(settled_state(w) is None for w in weights) or norm.normalized_shape != weights[0].shape[1:]:
             return None
         tensors = (*parameters, parameter(norm, "weight"), parameter(norm, "bias"))
-        return cls(tensors, copies, norm.eps, norm_first, *options)
+        return cls(tensors, {}, norm.eps, norm_first, *options)
+
+    def packed(self, decodes: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Copies of the two weights: made at the first call, as a prompt and the steps after it may take different ones."""
+        known = self.copies.get(decodes)
+        if known is None:
+            known = packed(self.tensors[0], decodes), packed(self.tensors[2], decodes)
+            if all(copy is not None for copy in known):
+                self.copies[decodes] = known
+        return known
 
 
 @dataclass(frozen=True)
@@ -54,9 +63,10 @@ class AttentionHalf(_Half):
 
     def __call__(self, x: Tensor, kept: tuple[Tensor, Tensor, int], mask: Tensor | None, is_causal: bool) -> Tensor:
         """The half's output; kept: keys and values (B, H, capacity, D), and how many of their places are filled."""
+        decodes = x.shape[1] == 1
         return cached_attention_block_fwd.raw(
-            x, *self.tensors, self.eps, self.norm_first, *kept, mask, None, None, is_causal, self.scale, *self.packed,
-            x.shape[1] == 1,
+            x, *self.tensors, self.eps, self.norm_first, *kept, mask, None, None, is_causal, self.scale,
+            *self.packed(decodes), decodes,
         )  # fmt: skip
 
 
@@ -72,9 +82,10 @@ class FeedForwardHalf(_Half):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The half's output."""
+        decodes = x.shape[1] == 1
         return feed_forward_block_fwd.raw(
             x, *self.tensors, self.eps, self.norm_first, ACTIVATIONS[self.activation], 0.0, None, 0.0, None, False,
-            *self.packed, x.shape[1] == 1,
+            *self.packed(decodes), decodes,
         )[0]  # fmt: skip
 
 
