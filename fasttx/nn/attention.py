@@ -175,11 +175,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool,
     ) -> str | None:
         """Why torch's forward takes the call: it raises the error, or knows these tensors."""
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            checks.require_tensor(name, tensor)
-        checks.require_masks(key_padding_mask=key_padding_mask, attn_mask=attn_mask)
+        if not type(query) is type(key) is type(value) is Tensor:
+            for name, tensor in (("query", query), ("key", key), ("value", value)):
+                checks.require_tensor(name, tensor)
+        if key_padding_mask is not None or attn_mask is not None:
+            checks.require_masks("query", query, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
         if query.is_nested or key.is_nested or value.is_nested:
             return "a tensor is nested"
+        if not query.layout is key.layout is value.layout is torch.strided:
+            return "a tensor is sparse"
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
         # What torch.export traces with is a subclass too, but one that knows every operator.
         if not torch.compiler.is_compiling() and torch.overrides.has_torch_function((query, key, value, weight)):

@@ -279,10 +279,14 @@ def _require_tensors(
     tgt_key_padding_mask: object,
     memory_key_padding_mask: object,
 ) -> None:
+    no_mask = tgt_mask is memory_mask is tgt_key_padding_mask is memory_key_padding_mask is None
+    if no_mask and type(tgt) is type(memory) is Tensor:
+        return
     checks.require_tensor("tgt", tgt)
     checks.require_tensor("memory", memory)
+    checks.require_same_device("tgt", tgt, memory=memory)
     checks.require_masks(
-        tgt_mask=tgt_mask, memory_mask=memory_mask, tgt_key_padding_mask=tgt_key_padding_mask,
+        "tgt", tgt, tgt_mask=tgt_mask, memory_mask=memory_mask, tgt_key_padding_mask=tgt_key_padding_mask,
         memory_key_padding_mask=memory_key_padding_mask,
     )  # fmt: skip
 

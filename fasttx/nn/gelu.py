@@ -13,7 +13,8 @@ class GELU(torch.nn.GELU):
     """torch.nn.GELU, exact or by its tanh approximation, by fasttx.functional.gelu. Any shape, or jagged."""
 
     def forward(self, input: Tensor) -> Tensor:
-        checks.require_tensor("input", input)
+        if type(input) is not Tensor:
+            checks.require_tensor("input", input)
         if input.is_nested and not is_dense_jagged(input):
             step_aside("gelu", "input is nested, and not jagged without holes")
             return super().forward(input)
