@@ -118,7 +118,10 @@ def test_inputs_on_another_device(name):
 @pytest.mark.parametrize(
     "theirs, ours",
     [
-        (lambda: nn.functional.embedding(torch.tensor([9]), X[0]), lambda: functional.embedding(torch.tensor([9]), X[0])),
+        (
+            lambda: nn.functional.embedding(torch.tensor([9]), X[0]),
+            lambda: functional.embedding(torch.tensor([9]), X[0]),
+        ),
         (
             lambda: nn.functional.cross_entropy(X[0] @ X[0].T, torch.tensor([0, 9, 1])),
             lambda: functional.linear_cross_entropy(X[0], X[0], torch.tensor([0, 9, 1])),
@@ -145,3 +148,11 @@ def test_a_model_without_values_takes_every_mask(train):
     for masks in ({}, paddings, paddings | {"src_mask": causal, "tgt_mask": causal}):
         output = model(x, x, **masks)
         assert output.is_meta and output.shape == X.shape
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_scripting_is_refused_with_the_way_out(name):
+    module = nn.Sequential(MODULES[name][0]().eval())
+    fasttx.optimize(module)
+    with pytest.raises(RuntimeError, match=r"fasttx\.restore\(model\)"):
+        torch.jit.script(module)

@@ -6,7 +6,7 @@ from torch import Tensor
 from fasttx import checks, functional
 from fasttx.functional._nested import is_dense_jagged
 
-from ._plain import parameter, step_aside
+from ._plain import parameter, refuse_scripting, step_aside
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -15,6 +15,8 @@ class LayerNorm(torch.nn.LayerNorm):
     input (..., *normalized_shape), or jagged -> the same shape and dtype. Raises ValueError where the last
     dimensions are not normalized_shape, TypeError where the input is not floating.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def forward(self, input: Tensor) -> Tensor:
         if type(input) is not Tensor:  # by itself, a third of the time that it takes to ask

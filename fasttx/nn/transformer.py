@@ -22,7 +22,7 @@ from ._blocks import (
     self_attention_half,
 )
 from ._padding import Packing, packings_of, run_where_packed, takes_remove_padding, zeroed_by_packing
-from ._plain import adopt, is_plain, step_aside, why_patched
+from ._plain import adopt, is_plain, refuse_scripting, step_aside, why_patched
 from .attention import MultiheadAttention
 
 
@@ -34,6 +34,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     with nothing to attend to get zeros from the attention, where torch gives NaN. GELU("tanh") is
     the approximation in inference too, where torch's fast path computes the exact function.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     @functools.wraps(torch.nn.TransformerEncoderLayer.__init__)
     def __init__(self, *args, **kwargs) -> None:
@@ -127,6 +129,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     and the zeros are put there). False: never, and padded positions are computed like others, also where torch would
     leave zeros.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     remove_padding: bool | None = None
 
