@@ -39,10 +39,11 @@ def following(
 ) -> Any:
     """The function of (*data, *others) with a result of the dtype that the data promote to.
 
-    Where others are wider, it is computed in their dtype and rounded once. wide_on_gpu: there, torch makes it float32.
+    Where others are wider, it is computed in their dtype and rounded once. wide_on_gpu: there, torch makes it float32;
+    not what comes beside it, such as the sum that was normalised.
     """
     device = data[0].device.type
-    result = reduce(torch.promote_types, (x.dtype for x in data))
+    promoted = result = reduce(torch.promote_types, (x.dtype for x in data))
     if wide_on_gpu and device != "cpu" and result != torch.float64:
         result = torch.float32
     floating = [x for x in others if isinstance(x, Tensor) and x.is_floating_point()]
@@ -50,7 +51,9 @@ def following(
     cast = (x.to(inside) if isinstance(x, Tensor) and x.is_floating_point() else x for x in (*data, *others))
     with torch.autocast(device, enabled=False):
         output = function(*cast)
-    return tuple(x.to(result) for x in output) if isinstance(output, tuple) else output.to(result)
+    if not isinstance(output, tuple):
+        return output.to(result)
+    return output[0].to(result), *(x.to(promoted) for x in output[1:])
 
 
 def _is_eligible(value: object, device: str) -> bool:

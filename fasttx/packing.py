@@ -33,7 +33,7 @@ def settled_state(tensor: Tensor | None) -> tuple | None:
     None where a gradient by it is wanted (its next use will find it changed), and for tensors whose changes cannot be
     seen: inference tensors, views with gaps, subclasses, and what a compiler or a function transform traces.
     """
-    if extension is None or not _is_settled(tensor) or tensor.is_inference():
+    if extension is None or not is_settled(tensor) or tensor.is_inference():
         return None
     if not (tensor.is_cpu and _is_dense(tensor)):
         return None
@@ -48,7 +48,7 @@ def transposed(weight: Tensor) -> Tensor:
     One and the same view as long as the weight lies where it does, so that it goes on having one packed copy; where a
     gradient is wanted, a new one that leads to the weight.
     """
-    if not _is_settled(weight):
+    if not is_settled(weight):
         return weight.t()
     known = _transposed.get(weight)
     place = place_of(weight)
@@ -85,7 +85,7 @@ def packed(weight: Tensor, on_vectors: bool = False) -> Tensor | None:
     return copy
 
 
-def _is_settled(tensor: Tensor | None) -> bool:
+def is_settled(tensor: Tensor | None) -> bool:
     """Whether it is a tensor with memory of its own, and no gradient by it is wanted."""
     return (
         type(tensor) in _KINDS

@@ -3,7 +3,7 @@
 Every function takes `backend`: None (the surrounding `fasttx.backend(...)`, else "auto"), or a name that is used or
 refused with the reason (`fasttx.UnsupportedError`). What each computes is written down, in plain PyTorch, in
 `fasttx.reference`. Bad arguments raise TypeError (a wrong type or dtype) or ValueError (a wrong value, shape or device)
-before anything is computed.
+before anything is computed, which are also RuntimeError or IndexError where torch's own functions raise those.
 """
 
 from .attention import attention, attention_varlen

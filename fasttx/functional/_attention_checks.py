@@ -24,9 +24,9 @@ def check_padded(
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     if any(tensor.shape[0] != batch for tensor in tensors.values()):
-        raise ValueError(f"{' and '.join(tensors)} differ in batch: {_shapes(*tensors.values())}")
+        raise checks.ArgumentError(f"{' and '.join(tensors)} differ in batch: {_shapes(*tensors.values())}")
     if value is not None and value.shape[2] != keys:
-        raise ValueError(f"key and value differ in length: {_shapes(*tensors.values())}")
+        raise checks.ArgumentError(f"key and value differ in length: {_shapes(*tensors.values())}")
     check_common(query, key, value, **options)
     _require_integer("query_offset", query_offset)
     if attn_mask is not None:
@@ -54,20 +54,20 @@ def check_common(
     checks.require_same_device("query", query, key=key, value=value)
     for name, tensor in (("key", key), ("value", value)):
         if tensor is not None and tensor.dtype != query.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} but query is {query.dtype}: use one dtype")
+            raise checks.KindError(f"{name} is {tensor.dtype} but query is {query.dtype}: use one dtype")
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query and key differ in width: {query.shape[-1]} and {key.shape[-1]}")
+        raise checks.ArgumentError(f"query and key differ in width: {query.shape[-1]} and {key.shape[-1]}")
     if query.shape[-1] == 0 and scale is None:
-        raise ValueError("query has width 0: the default scale 1 / sqrt(width) is undefined")
+        raise checks.ArgumentError("query has width 0: the default scale 1 / sqrt(width) is undefined")
     heads, kv_heads = query.shape[1], key.shape[1]
     if value is not None and value.shape[1] != kv_heads:
-        raise ValueError(f"key has {kv_heads} heads but value has {value.shape[1]}")
+        raise checks.ArgumentError(f"key has {kv_heads} heads but value has {value.shape[1]}")
     if heads != kv_heads and not enable_gqa:
-        raise ValueError(
+        raise checks.ArgumentError(
             f"query has {heads} heads but key has {kv_heads}: they must agree unless enable_gqa=True"
         )
     if enable_gqa and (kv_heads == 0 or heads % kv_heads != 0):
-        raise ValueError(f"query's {heads} heads are not a multiple of key's {kv_heads}")
+        raise checks.ArgumentError(f"query's {heads} heads are not a multiple of key's {kv_heads}")
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be a bool, got {type(is_causal).__name__}")
     _check_window(window)
@@ -79,16 +79,16 @@ def check_common(
         if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
             raise TypeError(f"scale must be a number, got {type(scale).__name__}")
         if not math.isfinite(scale):
-            raise ValueError(f"scale must be finite, got {scale}")
+            raise checks.ArgumentError(f"scale must be finite, got {scale}")
 
 
 def require_dims(name: str, tensor: Tensor, dims: int, meaning: str) -> None:
     """A dense floating-point tensor of that many dimensions."""
     checks.require_floating(name, tensor)
     if tensor.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got the layout {tensor.layout}")
+        raise checks.KindError(f"{name} must be a dense tensor, got the layout {tensor.layout}")
     if tensor.dim() != dims:
-        raise ValueError(f"{name} must be {meaning}, got the shape {checks.shape(tensor)}")
+        raise checks.ArgumentError(f"{name} must be {meaning}, got the shape {checks.shape(tensor)}")
 
 
 def check_offsets(name: str, offsets: Tensor, total: int) -> Tensor:
@@ -98,7 +98,7 @@ def check_offsets(name: str, offsets: Tensor, total: int) -> Tensor:
     if _checkable(offsets):
         sorted_up = bool((offsets[1:] >= offsets[:-1]).all())
         if offsets[0] != 0 or offsets[-1] != total or not sorted_up:
-            raise ValueError(f"{name} must rise from 0 to {total}, got {offsets.tolist()}")
+            raise checks.ArgumentError(f"{name} must rise from 0 to {total}, got {offsets.tolist()}")
     return offsets
 
 
@@ -108,9 +108,11 @@ def check_lse(name: str, lse: Tensor, rows: tuple[int, ...], like: Tensor) -> No
     wide = torch.promote_types(like.dtype, torch.float32)
     if lse.dtype not in (wide, like.dtype):
         kinds = " or ".join(sorted({str(wide), str(like.dtype)}))
-        raise TypeError(f"{name} must be {kinds}, got {lse.dtype}")
+        raise checks.KindError(f"{name} must be {kinds}, got {lse.dtype}")
     if tuple(lse.shape) != rows:
-        raise ValueError(f"{name} must have the shape {rows}, one value for each row, got {checks.shape(lse)}")
+        raise checks.ArgumentError(
+            f"{name} must have the shape {rows}, one value for each row, got {checks.shape(lse)}"
+        )
 
 
 def _shapes(*tensors: Tensor) -> str:
@@ -128,7 +130,7 @@ def _check_window(window: tuple[int, int] | None) -> None:
     if not isinstance(window, (tuple, list)):
         raise TypeError(f"window must be (left, right), got {type(window).__name__}")
     if len(window) != 2:
-        raise ValueError(f"window must be (left, right), got {window}")
+        raise checks.ArgumentError(f"window must be (left, right), got {window}")
     for side in window:
         _require_integer("each side of window", side)
 
@@ -136,9 +138,9 @@ def _check_window(window: tuple[int, int] | None) -> None:
 def _check_integers(name: str, tensor: Tensor, length: int) -> Tensor:
     checks.require_tensor(name, tensor)
     if tensor.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be int64 or int32, got {tensor.dtype}")
+        raise checks.KindError(f"{name} must be int64 or int32, got {tensor.dtype}")
     if tuple(tensor.shape) != (length,):
-        raise ValueError(f"{name} must have the shape ({length},), got {checks.shape(tensor)}")
+        raise checks.ArgumentError(f"{name} must have the shape ({length},), got {checks.shape(tensor)}")
     return tensor.to(torch.int64)
 
 
@@ -149,4 +151,4 @@ def _checkable(tensor: Tensor) -> bool:
 
 def _check_range(name: str, lengths: Tensor, most: int) -> None:
     if _checkable(lengths) and bool(((lengths < 0) | (lengths > most)).any()):
-        raise ValueError(f"{name} must lie in [0, {most}], got {lengths.tolist()}")
+        raise checks.ArgumentError(f"{name} must lie in [0, {most}], got {lengths.tolist()}")

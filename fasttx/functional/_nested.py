@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fasttx import checks
+
 
 def any_nested(*tensors: object) -> bool:
     """Whether one of them is a nested tensor."""
@@ -19,12 +21,14 @@ def is_dense_jagged(tensor: Tensor) -> bool:
 def on_values(function: Callable[[Tensor], Tensor], input: Tensor, trailing: int = 0) -> Tensor:
     """A function that keeps shapes, and sees each stretch of `trailing` last dimensions by itself, of jagged input."""
     if not is_dense_jagged(input):
-        raise ValueError(
+        raise checks.ArgumentError(
             "input is nested, and must then have the layout torch.jagged without holes (lengths), got the layout "
             f"{input.layout}"
         )
     if input._ragged_idx >= input.dim() - trailing:
-        raise ValueError(f"input must not be ragged in its last dimensions, {trailing} of them, got {input.shape}")
+        raise checks.ArgumentError(
+            f"input must not be ragged in its last dimensions, {trailing} of them, got {input.shape}"
+        )
     values = function(input.values())
     return torch.nested.nested_tensor_from_jagged(values, offsets=input.offsets(), jagged_dim=input._ragged_idx)
 
@@ -37,9 +41,11 @@ def attend_nested(
         _check(name, tensor)
     offsets = query.offsets()
     if not query.shape[0] == key.shape[0] == value.shape[0]:
-        raise ValueError(f"query, key and value differ in batch: {query.shape[0]}, {key.shape[0]}, {value.shape[0]}")
+        raise checks.ArgumentError(
+            f"query, key and value differ in batch: {query.shape[0]}, {key.shape[0]}, {value.shape[0]}"
+        )
     if value.offsets() is not key.offsets() and not torch.equal(value.offsets(), key.offsets()):
-        raise ValueError("key and value differ in their sequences' lengths")
+        raise checks.ArgumentError("key and value differ in their sequences' lengths")
     q, k, v = (tensor.transpose(1, 2).values() for tensor in (query, key, value))
     result = attention_varlen(q, k, v, offsets, key.offsets())
     if isinstance(result, Tensor):
@@ -52,7 +58,7 @@ def refuse_options(**options: object) -> None:
     """What attention() takes for padded tensors, and nested ones have no use for."""
     for name, value in options.items():
         if value is not None:
-            raise ValueError(f"{name} must not be given with nested tensors: their sequences have no padding")
+            raise checks.ArgumentError(f"{name} must not be given with nested tensors: their sequences have no padding")
 
 
 def _ragged(tokens: Tensor, offsets: Tensor) -> Tensor:
@@ -62,13 +68,13 @@ def _ragged(tokens: Tensor, offsets: Tensor) -> Tensor:
 
 def _check(name: str, tensor: object) -> None:
     if not any_nested(tensor):
-        raise ValueError(f"{name} must be nested, as the others are")
+        raise checks.ArgumentError(f"{name} must be nested, as the others are")
     if tensor.layout is not torch.jagged:
-        raise ValueError(f"{name} must be nested with the layout torch.jagged, got {tensor.layout}")
+        raise checks.ArgumentError(f"{name} must be nested with the layout torch.jagged, got {tensor.layout}")
     if tensor.dim() != 4 or tensor._ragged_idx != 2:
-        raise ValueError(
+        raise checks.ArgumentError(
             f"{name} must be (batch, heads, ragged length, width), as .transpose(1, 2) gives it of "
             f"(batch, ragged length, heads, width), got {tuple(tensor.shape)}"
         )
     if tensor._lengths is not None:
-        raise ValueError(f"{name} must not have holes between its sequences (lengths): make it contiguous")
+        raise checks.ArgumentError(f"{name} must not have holes between its sequences (lengths): make it contiguous")

@@ -189,7 +189,7 @@ def attention_varlen(
         )  # fmt: skip
         return autocast.lowered(call, query, key, value)
     if value.shape[0] != key.shape[0]:
-        raise ValueError(f"key and value differ in length: {key.shape[0]} and {value.shape[0]} tokens")
+        raise checks.ArgumentError(f"key and value differ in length: {key.shape[0]} and {value.shape[0]} tokens")
     check_common(
         query, key, value, is_causal=is_causal, window=window, alibi_slopes=alibi_slopes,
         dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa,
@@ -197,7 +197,7 @@ def attention_varlen(
     cu_seqlens_q = check_offsets("cu_seqlens_q", cu_seqlens_q, query.shape[0])
     cu_seqlens_k = check_offsets("cu_seqlens_k", cu_seqlens_k, key.shape[0])
     if len(cu_seqlens_q) != len(cu_seqlens_k):
-        raise ValueError(
+        raise checks.ArgumentError(
             "cu_seqlens_q and cu_seqlens_k must describe the same number of sequences, got "
             f"{len(cu_seqlens_q) - 1} and {len(cu_seqlens_k) - 1}"
         )

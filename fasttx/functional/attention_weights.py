@@ -61,7 +61,7 @@ def attention_weights(
         check_lse("lse", lse, tuple(query.shape[:-1]), query)
         checks.require_same_device("query", query, lse=lse)
     if dropout_p > 0.0 and seed is None:
-        raise ValueError(f"seed must be given where dropout_p is {dropout_p}")
+        raise checks.ArgumentError(f"seed must be given where dropout_p is {dropout_p}")
     if lse is not None and choose("attention_weights", (query, key), backend) == "reference":
         return reference.attention_weights(
             query, key, lse, attn_mask=attn_mask, key_lengths=key_lengths, **options, seed=seed, enable_gqa=True

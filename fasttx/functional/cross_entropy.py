@@ -36,9 +36,9 @@ def linear_cross_entropy(
     checks.require_floating("input", input)
     checks.require_floating("weight", weight)
     if input.dim() == 0:
-        raise ValueError("input must have at least one dimension")
+        raise checks.ArgumentError("input must have at least one dimension")
     if weight.dim() != 2 or weight.shape[1] != input.shape[-1] or weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(
+        raise checks.ArgumentError(
             f"weight must have the shape (classes, {input.shape[-1]}), neither of them 0, got {checks.shape(weight)}"
         )
     checks.require_shape("bias", bias, (weight.shape[0],), "weight's classes")
@@ -60,13 +60,13 @@ def linear_cross_entropy(
 def _check_target(target: Tensor, input: Tensor) -> Tensor:
     checks.require_tensor("target", target)
     if target.is_floating_point():
-        raise TypeError(
+        raise checks.KindError(
             f"target must hold class indices (int64 or int32), got {target.dtype}: "
             "class probabilities are not supported"
         )
     target = checks.require_integers("target", target)
     if target.shape != input.shape[:-1]:
-        raise ValueError(
+        raise checks.ArgumentError(
             f"target must have the shape {tuple(input.shape[:-1])}, one class for each row of input, "
             f"got {checks.shape(target)}"
         )
@@ -79,11 +79,11 @@ def check_options(ignore_index: int, label_smoothing: float, reduction: str, dty
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
         raise TypeError(f"label_smoothing must be a number, got {type(label_smoothing).__name__}")
     if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+        raise checks.ArgumentError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if reduction not in ops.REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(ops.REDUCTIONS)}, got {reduction!r}")
+        raise checks.ArgumentError(f"reduction must be one of {', '.join(ops.REDUCTIONS)}, got {reduction!r}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+        raise checks.KindError(f"dtype must be a floating-point dtype, got {dtype}")
 
 
 def _check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
@@ -93,6 +93,6 @@ def _check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
     if least < 0 or largest >= classes:
         wrong = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
         if wrong.numel():
-            raise ValueError(
+            raise checks.PlaceError(
                 f"target must lie in [0, {classes - 1}] or be ignore_index, {ignore_index}; got {wrong[0].item()}"
             )

@@ -67,7 +67,7 @@ def embedding(
     checks.require_shape("norm_weight", norm_weight, (width,), "token_weight's width")
     checks.require_shape("norm_bias", norm_bias, (width,), "token_weight's width")
     if norm_bias is not None and norm_weight is None:
-        raise ValueError("norm_bias needs a norm_weight")
+        raise checks.ArgumentError("norm_bias needs a norm_weight")
     checks.require_same_device(
         "token_weight", token_weight, token_ids=token_ids, position_weight=position_weight, segment_ids=segment_ids,
         segment_weight=segment_weight, norm_weight=norm_weight, norm_bias=norm_bias, position_ids=position_ids,
@@ -127,7 +127,9 @@ def _check_table(name: str, weight: Tensor, width: int | None) -> int:
     checks.require_floating(name, weight)
     if weight.dim() != 2 or weight.shape[1] == 0 or width not in (None, weight.shape[1]):
         expected = "of a width of at least 1" if width is None else f"{width} wide"
-        raise ValueError(f"{name} must have the shape (entries, width), {expected}, got {checks.shape(weight)}")
+        raise checks.ArgumentError(
+            f"{name} must have the shape (entries, width), {expected}, got {checks.shape(weight)}"
+        )
     return weight.shape[1]
 
 
@@ -137,12 +139,12 @@ def _check_indices(
     """The indices in the shape of token_ids; those of its weight's entries."""
     if weight is None:
         if ids is not None:
-            raise ValueError(f"{name} are given without {weight_name}")
+            raise checks.ArgumentError(f"{name} are given without {weight_name}")
         return None
     _check_table(weight_name, weight, width)
     if ids is None:
         if weight.shape[0] == 0:
-            raise ValueError(f"{weight_name} has no entries")
+            raise checks.ArgumentError(f"{weight_name} has no entries")
         return None
     ids = checks.require_integers(name, ids)
     checks.require_broadcast(name, ids, tuple(token_ids.shape))
@@ -154,7 +156,7 @@ def _check_offset(offset: int, length: int, positions: int) -> None:
     if isinstance(offset, bool) or not isinstance(offset, (int, torch.SymInt)):
         raise TypeError(f"offset must be an int, got {type(offset).__name__}")
     if offset < 0 or offset + length > positions:
-        raise ValueError(
+        raise checks.PlaceError(
             f"offset must leave room for {length} positions among position_weight's {positions}, got {offset}"
         )
 
@@ -165,5 +167,5 @@ def check_padding(padding_idx: int | None, entries: int) -> int | None:
     if isinstance(padding_idx, bool) or not isinstance(padding_idx, int):
         raise TypeError(f"padding_idx must be an int or None, got {type(padding_idx).__name__}")
     if not -entries <= padding_idx < entries:
-        raise ValueError(f"padding_idx must be in [{-entries}, {entries - 1}], got {padding_idx}")
+        raise checks.ArgumentError(f"padding_idx must be in [{-entries}, {entries - 1}], got {padding_idx}")
     return padding_idx % entries

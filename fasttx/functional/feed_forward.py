@@ -66,7 +66,7 @@ def feed_forward(
     )
     checks.require_probability("dropout_p", dropout_p)
     if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        raise checks.ArgumentError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
     if autocast.acts_on(input):
         call = partial(feed_forward, activation=activation, dropout_p=dropout_p, training=training, backend=backend)
         return autocast.lowered(call, *tensors)
@@ -88,7 +88,7 @@ def _fits(sizes: torch.Size, weight: Tensor | None, bias: Tensor | None) -> bool
 
 def _width(input: Tensor) -> int:
     if input.dim() == 0:
-        raise ValueError("input must have at least one dimension")
+        raise checks.ArgumentError("input must have at least one dimension")
     return input.shape[-1]
 
 
@@ -97,7 +97,7 @@ def _check_layer(
 ) -> None:
     checks.require_floating(weight_name, weight)
     if weight.dim() != 2 or weight.shape[1] != width:
-        raise ValueError(
+        raise checks.ArgumentError(
             f"{weight_name} must have the shape (out, {width}), as {source} is {width} wide; "
             f"got {checks.shape(weight)}"
         )

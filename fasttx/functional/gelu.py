@@ -46,7 +46,7 @@ def bias_gelu(
     checks.require_floating("input", input)
     checks.require_approximation(approximate)
     if input.dim() == 0:
-        raise ValueError("input must have at least one dimension")
+        raise checks.ArgumentError("input must have at least one dimension")
     checks.require_tensor("bias", bias)
     checks.require_shape("bias", bias, (input.shape[-1],), "input's width")
     checks.require_same_device("input", input, bias=bias)

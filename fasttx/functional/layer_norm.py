@@ -146,7 +146,7 @@ def _check_parameters(
     single = isinstance(normalized_shape, int)
     dims = (normalized_shape,) if single else tuple(normalized_shape)
     if not dims or tuple(input.shape[-len(dims) :]) != dims:
-        raise ValueError(
+        raise checks.ArgumentError(
             f"input's last dimensions must be normalized_shape {dims}, got {checks.shape(input)}"
         )
     if weight is not None:

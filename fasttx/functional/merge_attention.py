@@ -27,13 +27,13 @@ def merge_attention(
     for name, out in (("out1", out1), ("out2", out2)):
         checks.require_floating(name, out)
         if out.dim() not in (3, 4):
-            raise ValueError(
+            raise checks.ArgumentError(
                 f"{name} must be (batch, heads, length, width) or (total tokens, heads, width), got {checks.shape(out)}"
             )
     if out2.shape != out1.shape:
-        raise ValueError(f"out2 must have out1's shape {checks.shape(out1)}, got {checks.shape(out2)}")
+        raise checks.ArgumentError(f"out2 must have out1's shape {checks.shape(out1)}, got {checks.shape(out2)}")
     if out2.dtype != out1.dtype:
-        raise TypeError(f"out2 is {out2.dtype} but out1 is {out1.dtype}: use one dtype")
+        raise checks.KindError(f"out2 is {out2.dtype} but out1 is {out1.dtype}: use one dtype")
     rows = tuple(out1.shape[:-1]) if out1.dim() == 4 else (out1.shape[1], out1.shape[0])
     check_lse("lse1", lse1, rows, out1)
     check_lse("lse2", lse2, rows, out1)

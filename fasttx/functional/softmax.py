@@ -28,12 +28,12 @@ def softmax(
         return ops.softmax(input, None, False, -1)
     checks.require_floating("input", input)
     if input.dim() == 0:
-        raise ValueError("input must have at least one dimension")
+        raise checks.ArgumentError("input must have at least one dimension")
     if not -input.dim() <= dim < input.dim():
-        raise ValueError(f"dim must be in [{-input.dim()}, {input.dim() - 1}], got {dim}")
+        raise checks.PlaceError(f"dim must be in [{-input.dim()}, {input.dim() - 1}], got {dim}")
     last = dim % input.dim() == input.dim() - 1
     if is_causal and (input.dim() < 2 or not last):
-        raise ValueError("is_causal needs an input of two or more dimensions and dim=-1")
+        raise checks.ArgumentError("is_causal needs an input of two or more dimensions and dim=-1")
     if mask is not None:
         checks.require_mask("mask", mask, input, tuple(input.shape))
         checks.require_same_device("input", input, mask=mask)

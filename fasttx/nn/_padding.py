@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from fasttx.checks import has_values
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -52,6 +54,9 @@ def packings_of(
 
     None where there is nothing to gain, or a mask is none that torch takes, or more than padding.
     """
+    masks = [mask for _, mask in batches if mask is not None]
+    if not masks or not all(map(has_values, masks)):
+        return None
     valid = [_valid_in(x, mask, batch_first) for x, mask in batches]
     if any(v is None or len(v) != len(valid[0]) for v in valid) or all(bool(v.all()) for v in valid):
         return None

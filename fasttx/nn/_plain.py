@@ -90,6 +90,14 @@ def adopt(module: Module | None, fast: type[Module]) -> None:
         module.__class__ = fast
 
 
+def refuse_scripting(module: Module) -> None:
+    """What torch.jit.script asks of a module before it compiles its forward."""
+    raise RuntimeError(
+        f"torch.jit.script cannot compile fasttx's {type(module).__name__}: call fasttx.restore(model) before, or take "
+        "torch.jit.trace, torch.export or torch.compile"
+    )
+
+
 def step_aside(op: str, reason: str) -> None:
     """Tells whoever wants to know that a module runs its original forward, or calls a child, and why."""
     dispatch.report(op, "original", (("fasttx", reason),))

@@ -10,15 +10,17 @@ from torch.nn import functional as F
 
 from fasttx import autocast, checks, functional
 from fasttx._weak import WeakCache
-from fasttx.dispatch import takes_kernel
+from fasttx.dispatch import runs_on_cpu, takes_kernel
 from fasttx.functional.attention import attend
+from fasttx.ops._library import has_tangents, wants_grad
 from fasttx.ops.attention import EACH, MEAN, NONE
+from fasttx.ops.cross_attention import cross_attention
 from fasttx.ops.self_attention import self_attention
-from fasttx.packing import place_of
+from fasttx.packing import is_settled, place_of
 from fasttx.rng import draw_seed
 
-from ._plain import parameter, step_aside
-from ._recall import is_transformed
+from ._plain import parameter, refuse_scripting, step_aside
+from ._recall import is_observed, is_transformed
 
 if TYPE_CHECKING:
     from .cache import KVCache
@@ -44,6 +46,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     Arguments that torch refuses raise torch's errors; nested tensors and tensor subclasses run
     torch's forward.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     def forward(
         self,
@@ -75,7 +79,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal = is_causal and key_padding_mask is None and not need_weights
         mask = self.mask(None if is_causal else attn_mask, key_padding_mask, query.dtype)
         wanted = NONE if not need_weights else MEAN if average_attn_weights else EACH
-        results = self._self_attention(query, mask, is_causal, wanted) if query is key and key is value else None
+        results = None
+        if query is key and key is value:
+            results = self._self_attention(query, mask, is_causal, wanted)
+        elif key is value and wanted == NONE:
+            results = self._cross_attention(query, key, mask, is_causal)
         if results is None:
             q, k, v = map(self.split_heads, self._project(query, key, value))
             k, v, mask = self._extend(k, v, mask)
@@ -117,6 +125,21 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             draw_seed() if dropout_p > 0.0 else None, weights,
         )  # fmt: skip
         return (results, None) if weights == NONE else results
+
+    def _cross_attention(
+        self, x: Tensor, memory: Tensor, mask: Tensor | None, is_causal: bool
+    ) -> tuple[Tensor, None] | None:
+        """As one node of autograd, in training on the CPU; None elsewhere."""
+        if x.dim() != 3 or not self.can_pack() or is_observed() or has_tangents():
+            return None
+        tensors = (x, memory, *self.parameters_of_projections())
+        if not (wants_grad(*tensors) and runs_on_cpu(None, *tensors)):
+            return None
+        if mask is not None and mask.requires_grad:
+            return None
+        dropout_p = self.dropout if self.training else 0.0
+        seed = draw_seed() if dropout_p > 0.0 else None
+        return cross_attention(*tensors, self.num_heads, self.batch_first, mask, is_causal, dropout_p, seed), None
 
     def parameters_of_projections(self) -> tuple[Tensor | None, ...]:
         """Weight and bias of the joined projections of queries, keys and values, and of the one after."""
@@ -175,11 +198,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool,
     ) -> str | None:
         """Why torch's forward takes the call: it raises the error, or knows these tensors."""
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            checks.require_tensor(name, tensor)
-        checks.require_masks(key_padding_mask=key_padding_mask, attn_mask=attn_mask)
+        if not type(query) is type(key) is type(value) is Tensor:
+            for name, tensor in (("query", query), ("key", key), ("value", value)):
+                checks.require_tensor(name, tensor)
+        if key_padding_mask is not None or attn_mask is not None:
+            checks.require_masks("query", query, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
         if query.is_nested or key.is_nested or value.is_nested:
             return "a tensor is nested"
+        if not query.layout is key.layout is value.layout is torch.strided:
+            return "a tensor is sparse"
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight
         # What torch.export traces with is a subclass too, but one that knows every operator.
         if not torch.compiler.is_compiling() and torch.overrides.has_torch_function((query, key, value, weight)):
@@ -301,7 +328,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
 def _split_rows(weight: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The first `width` rows, and the others."""
-    if torch.compiler.is_compiling() or (weight.requires_grad and torch.is_grad_enabled()):
+    if not is_settled(weight):
         return weight.split((width, weight.shape[0] - width))
     place = place_of(weight)
     known = _rows.get(weight)

@@ -23,7 +23,7 @@ from ._blocks import (
     self_attention_half,
 )
 from ._padding import run_where_packed, takes_remove_padding
-from ._plain import adopt, is_plain, step_aside, why_patched
+from ._plain import adopt, is_plain, refuse_scripting, step_aside, why_patched
 from .attention import MultiheadAttention
 from .cache import KVCache
 from .transformer import causal_by, normed, removal_of
@@ -40,6 +40,8 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     With a fasttx.nn.KVCache as `cache`, tgt holds the new tokens alone; they attend causally to all that were, without
     tgt_mask or tgt_is_causal. tgt_mask and tgt_key_padding_mask, where given, are over all tokens seen.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     @functools.wraps(torch.nn.TransformerDecoderLayer.__init__)
     def __init__(self, *args, **kwargs) -> None:
@@ -194,6 +196,8 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
     `cache`, a fasttx.nn.KVCache, as in TransformerDecoderLayer; padding is not removed then.
     """
 
+    __prepare_scriptable__ = refuse_scripting
+
     remove_padding: bool | None = None
 
     @takes_remove_padding(torch.nn.TransformerDecoder)
@@ -279,10 +283,14 @@ def _require_tensors(
     tgt_key_padding_mask: object,
     memory_key_padding_mask: object,
 ) -> None:
+    no_mask = tgt_mask is memory_mask is tgt_key_padding_mask is memory_key_padding_mask is None
+    if no_mask and type(tgt) is type(memory) is Tensor:
+        return
     checks.require_tensor("tgt", tgt)
     checks.require_tensor("memory", memory)
+    checks.require_same_device("tgt", tgt, memory=memory)
     checks.require_masks(
-        tgt_mask=tgt_mask, memory_mask=memory_mask, tgt_key_padding_mask=tgt_key_padding_mask,
+        "tgt", tgt, tgt_mask=tgt_mask, memory_mask=memory_mask, tgt_key_padding_mask=tgt_key_padding_mask,
         memory_key_padding_mask=memory_key_padding_mask,
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ from ._blocks import (
     self_attention_half,
 )
 from ._padding import Packing, packings_of, run_where_packed, takes_remove_padding, zeroed_by_packing
-from ._plain import adopt, is_plain, step_aside, why_patched
+from ._plain import adopt, is_plain, refuse_scripting, step_aside, why_patched
 from .attention import MultiheadAttention
 
 
@@ -34,6 +34,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     with nothing to attend to get zeros from the attention, where torch gives NaN. GELU("tanh") is
     the approximation in inference too, where torch's fast path computes the exact function.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     @functools.wraps(torch.nn.TransformerEncoderLayer.__init__)
     def __init__(self, *args, **kwargs) -> None:
@@ -47,8 +49,10 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        checks.require_tensor("src", src)
-        checks.require_masks(src_mask=src_mask, src_key_padding_mask=src_key_padding_mask)
+        if type(src) is not Tensor:
+            checks.require_tensor("src", src)
+        if src_mask is not None or src_key_padding_mask is not None:
+            checks.require_masks("src", src, src_mask=src_mask, src_key_padding_mask=src_key_padding_mask)
         refusal = "src is nested" if src.is_nested else why_patched(self)
         if refusal is not None:
             step_aside("transformer_encoder_layer", refusal)
@@ -126,6 +130,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     leave zeros.
     """
 
+    __prepare_scriptable__ = refuse_scripting
+
     remove_padding: bool | None = None
 
     @takes_remove_padding(torch.nn.TransformerEncoder)
@@ -144,7 +150,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         is_causal: bool | None = None,
     ) -> Tensor:
         checks.require_tensor("src", src)
-        checks.require_masks(mask=mask, src_key_padding_mask=src_key_padding_mask)
+        checks.require_masks("src", src, mask=mask, src_key_padding_mask=src_key_padding_mask)
         if src.is_nested:
             step_aside("transformer_encoder", "src is nested")
             return super().forward(src, mask, src_key_padding_mask, is_causal)
@@ -230,6 +236,8 @@ def causal_by(mask: Tensor | None, hint: bool | None, length: int) -> bool:
         return hint
     if mask is None or tuple(mask.shape) != (length, length) or torch.compiler.is_compiling():
         return False
+    if not checks.has_values(mask):
+        return False
     if mask.dtype != torch.bool and not mask.is_floating_point():
         return False  # torch's attention says that it is no mask
     return bool(_is_causal(mask))
@@ -274,6 +282,8 @@ def _torch_would_nest(
     if not getattr(encoder, "use_nested_tensor", False) or encoder.layers[0].training:
         return False
     if torch.compiler.is_compiling() or not torch.backends.mha.get_fastpath_enabled():
+        return False
+    if not checks.has_values(key_padding_mask):
         return False
     if torch.is_autocast_enabled():
         return False

@@ -7,7 +7,7 @@ from torch.nn import Module
 
 from ._blocks import adopt_children
 from ._padding import takes_remove_padding
-from ._plain import adopt
+from ._plain import adopt, refuse_scripting
 from .decoder import TransformerDecoder, TransformerDecoderLayer
 from .layer_norm import LayerNorm
 from .transformer import TransformerEncoder, TransformerEncoderLayer
@@ -28,6 +28,8 @@ class Transformer(torch.nn.Transformer):
     True runs on the valid tokens alone wherever key padding masks allow it, in training too. Raises
     TypeError for another value, and where it is given beside an encoder or decoder that has no such choice.
     """
+
+    __prepare_scriptable__ = refuse_scripting
 
     @takes_remove_padding(torch.nn.Transformer)
     def __init__(self, *args: Any, **kwargs: Any) -> None:

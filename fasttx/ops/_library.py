@@ -125,6 +125,11 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def has_tangents() -> bool:
+    """Whether forward-mode derivatives are being taken, so that tensors may carry them."""
+    return forward_ad._current_level >= 0
+
+
 def run(op: Operator, differentiable: bool, *args):
     """Calls the op in the cheapest way that gives the gradients which are wanted."""
     if is_compiling():

@@ -1,0 +1,109 @@
+"""README.md: its Python runs as it is printed, and its commands are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fasttx
+from fasttx.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+BATCH, LENGTH, WIDTH, HEADS = 2, 6, 16, 2
+
+
+def run(code: str, **names: object) -> dict[str, object]:
+    """The block's names after it ran, given those that README leaves to the reader."""
+    exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
+def block(marker: str) -> str:
+    """The one block with this in it."""
+    (found,) = [code for code in BLOCKS if marker in code]
+    return found
+
+
+def test_every_block_is_run_here():
+    assert len({block("fasttx.optimize("), block("KVCache("), block("linear_cross_entropy(")}) == len(BLOCKS)
+
+
+def test_optimize_explain_restore(tmp_path, capsys):
+    models = pytest.importorskip("hf_models")
+    original = models.make("bert")
+    original.save_pretrained(tmp_path)
+    code = block("fasttx.optimize(")
+    before, line = code.split("fasttx.restore(model)")
+    inputs = models.batch("bert")
+    names = run(before, path=tmp_path)
+    optimized = names["model"]
+    assert type(optimized).__module__.startswith("transformers") and type(optimized) is type(original)
+    assert "fasttx" in {type(m).__module__.partition(".")[0] for m in optimized.modules()}
+    assert "BertLayer" in capsys.readouterr().out
+    with torch.no_grad():
+        expected, actual = original(**inputs), optimized(**inputs)
+        valid = inputs["attention_mask"].bool()
+        torch.testing.assert_close(actual[0][valid], expected[0][valid], rtol=1e-4, atol=1e-5)
+        run("fasttx.restore(model)" + line, **names)
+        assert [type(m) for m in optimized.modules()] == [type(m) for m in original.modules()]
+        assert torch.equal(optimized(**inputs)[0], expected[0])
+
+
+def test_decoding_step_by_step():
+    decoder = fasttx.nn.TransformerDecoder(
+        fasttx.nn.TransformerDecoderLayer(WIDTH, HEADS, 2 * WIDTH, batch_first=True), 2
+    ).eval()
+    memory, x = torch.randn(BATCH, 3, WIDTH), torch.randn(BATCH, LENGTH, WIDTH)
+    with torch.no_grad():
+        found = run(
+            block("KVCache("), fasttx=fasttx, decoder=decoder, memory=memory, tokens=x.split(1, 1),
+            beams=torch.tensor([1, 0]),
+        )  # fmt: skip
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(LENGTH)
+        expected = decoder(x, memory, tgt_mask=mask)
+        # The cache goes on with the sequences in their new order.
+        step = decoder(x[:, :1], memory[[1, 0]], cache=found["cache"])
+        longer = torch.cat((x[[1, 0]], x[:, :1]), 1)
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(LENGTH + 1)
+        after = decoder(longer, memory[[1, 0]], tgt_mask=mask)
+    torch.testing.assert_close(found["out"], expected[:, -1:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(step, after[:, -1:], rtol=1e-4, atol=1e-5)
+
+
+def test_operations():
+    classes, kv_heads = 11, 1
+    leaves = {
+        "q": torch.randn(BATCH, HEADS, LENGTH, WIDTH), "k": torch.randn(BATCH, kv_heads, LENGTH, WIDTH),
+        "v": torch.randn(BATCH, kv_heads, LENGTH, WIDTH), "bias": torch.randn(HEADS, LENGTH, LENGTH),
+        "weight": torch.randn(classes, WIDTH),
+    }  # fmt: skip
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    targets = torch.randint(classes, (BATCH, HEADS, LENGTH))
+    found = run(block("linear_cross_entropy("), lengths=torch.tensor([LENGTH, 2]), targets=targets, **leaves)
+    assert found["out"].shape == leaves["q"].shape and found["loss"].dim() == 0
+    found["loss"].backward()
+    assert all(leaf.grad.isfinite().all() and leaf.grad.any() for leaf in leaves.values())
+    imported = re.findall(r"import (.+)", block("linear_cross_entropy("))
+    assert {name for line in imported for name in line.split(", ")} <= set(fasttx.functional.__all__)
+
+
+def test_commands_are_there():
+    for command in set(re.findall(r"python -m fasttx (\w+)", README)):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([\w-]+)", README, flags=re.MULTILINE))
+    assert named and named <= targets
+
+
+def test_names_are_there():
+    """Every fasttx.x and fasttx.x.y that the text speaks of."""
+    for dotted in set(re.findall(r"`fasttx((?:\.[a-zA-Z]\w*)+)", README)):
+        value = fasttx
+        for name in dotted.strip(".").split("."):
+            value = getattr(value, name)
