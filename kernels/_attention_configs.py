@@ -95,6 +95,13 @@ TABLES["attention_bwd_dq"] = everywhere(
     _tile(64, 64, 8, 2, width=64, laden=False),
     _tile(64, 32, 4, 2, width=64),
     *_ROWS_WIDE,
+    sm_100=(
+        _tile(64, 64, 8, 2, width=64, laden=False),
+        _tile(64, 32, 4, 2, width=64),
+        *_ROWS_WIDE[:3],
+        _tile(32, 32, 8, 1, width=64, bits=19),
+        *_ROWS_EXACT,
+    ),
     sm_120=(_tile(64, 64, 8, 2, width=64, laden=False), _tile(64, 32, 8, 2, width=64), *_ROWS_WIDE),
     gfx942=(
         _tile(64, 64, 8, 1, width=64, laden=False),
@@ -118,13 +125,10 @@ _KEYS_EXACT = (
     _tile(16, 32, 8, 1, width=128, bits=19),
     _tile(16, 16, 8, 1, width=256, bits=32),
 )
-_KEYS_NARROW = (
+_KEYS_SMALL = (
     _tile(32, 32, 8, 1, width=32),
     _tile(32, 32, 8, 2, width=64),
     _tile(32, 32, 8, 1, width=128),
-)
-_KEYS_SMALL = (
-    *_KEYS_NARROW,
     _tile(16, 32, 8, 1, width=256, laden=False),
     _tile(16, 16, 8, 1, width=256),
     *_KEYS_EXACT,
@@ -132,11 +136,10 @@ _KEYS_SMALL = (
 TABLES["attention_bwd_dkdv"] = everywhere(
     _tile(32, 64, 8, 1, width=128, laden=False),
     *_KEYS_SMALL,
-    sm_80=(_tile(32, 64, 8, 1, width=128, laden=False), *_KEYS_NARROW, _tile(16, 32, 8, 1, width=256), *_KEYS_EXACT),
     sm_90=(*_KEYS_LARGE, *_KEYS_EXACT),
     sm_100=(*_KEYS_LARGE, *_KEYS_EXACT),
     sm_120=_KEYS_SMALL,
-    gfx942=(_tile(32, 64, 8, 1, width=64, laden=False), _tile(16, 32, 8, 1, width=256), *_KEYS_EXACT),
+    gfx942=(_tile(32, 64, 8, 1, width=64, laden=False), _tile(16, 32, 8, 1, width=256), *_KEYS_EXACT[1:]),
 )
 _BIAS = (
     _tile(64, 32, 8, 1, width=64),
