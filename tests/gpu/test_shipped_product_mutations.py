@@ -114,7 +114,7 @@ EQUIVALENT: dict[tuple[str, str], dict[str, tuple[int, str]]] = {
         "dropped proxy fence": (9, _COVERED),
     },
     ("matmul", "sm_80"): {
-        "off by one": (3, _A_MULTIPLE),
+        "off by one": (4, _A_MULTIPLE),
         "off by one (register)": (4, _NO_EFFECT),
         "dropped barrier": (1, "at the loop's head: the one at its end already follows the wait for these tiles"),
         "dropped wait": (3, "two in a row, and one at the loop's head after which nothing was committed"),

@@ -38,8 +38,8 @@ class WarpgroupProducts:
         self.machine = machine
         self.products: list[_Product] = []
         self.committed = np.zeros(machine.lanes // 128 + 1, np.int64)
-        # Every register that some wgmma of the kernel uses as a fragment; and, by its number here and warpgroup, whether
-        # it was touched since that warpgroup's last fence.
+        # Every register that some wgmma of the kernel uses as a fragment, numbered; and by number and warpgroup,
+        # whether it was touched since the last fence.
         self.fragments: dict[str, int] = {}
         self.unfenced = np.zeros((0, 0), bool)
         self.busy: frozenset = frozenset()
