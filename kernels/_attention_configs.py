@@ -14,8 +14,6 @@ WIDEST_IN_THREE = {
     "attention_bwd_dkdv": 32,
     "attention_bias_bwd": 64,
 }
-# Architectures with less shared memory.
-_SMALL = ("sm_86", "sm_89", "sm_120", "gfx942")
 
 
 def _tile(rows: int, keys: int, warps: int, stages: int, *, width: int, bits: int = 16, laden: bool = True) -> Config:
@@ -24,13 +22,16 @@ def _tile(rows: int, keys: int, warps: int, stages: int, *, width: int, bits: in
     return Config({"BLOCK_M": rows, "BLOCK_N": keys}, warps, stages, up_to)
 
 
-_FORWARD_WIDE = (
-    _tile(64, 32, 8, 2, width=256, laden=False),
-    _tile(32, 32, 8, 2, width=256),
+_FORWARD_EXACT = (
     _tile(32, 32, 8, 1, width=64, bits=32, laden=False),
     _tile(64, 16, 8, 1, width=64, bits=32),
     _tile(32, 16, 8, 1, width=128, bits=19),
     _tile(16, 16, 4, 1, width=256, bits=32),
+)
+_FORWARD_WIDE = (
+    _tile(64, 32, 8, 2, width=256, laden=False),
+    _tile(32, 32, 8, 2, width=256),
+    *_FORWARD_EXACT,
 )
 _FORWARD_LARGE = (
     _tile(128, 64, 8, 3, width=64),
@@ -45,6 +46,14 @@ _FORWARD_SMALL = (
     _tile(64, 32, 8, 2, width=128),
     *_FORWARD_WIDE,
 )
+# Where the assembler spills a few bytes of the laden ones, to hold them to 128 registers.
+_FORWARD_86 = (
+    *_FORWARD_SMALL[:3],
+    _tile(64, 64, 8, 2, width=128),
+    _tile(64, 32, 8, 2, width=256, laden=False),
+    _tile(32, 32, 8, 1, width=256),
+    *_FORWARD_EXACT,
+)
 TABLES["attention_fwd"] = everywhere(
     _tile(128, 64, 8, 3, width=64, laden=False),
     _tile(128, 64, 8, 2, width=64),
@@ -53,7 +62,10 @@ TABLES["attention_fwd"] = everywhere(
     *_FORWARD_WIDE,
     sm_90=_FORWARD_LARGE,
     sm_100=_FORWARD_LARGE,
-    **dict.fromkeys(_SMALL, _FORWARD_SMALL),
+    sm_86=_FORWARD_86,
+    sm_89=_FORWARD_86,
+    sm_120=_FORWARD_SMALL,
+    gfx942=_FORWARD_SMALL,
 )
 _SPLIT = (
     _tile(16, 64, 4, 3, width=128),
@@ -68,15 +80,37 @@ TABLES["attention_split"] = everywhere(
     sm_90=(*_SPLIT, _tile(16, 16, 4, 1, width=128, bits=32), _SPLIT_EXACT),
 )
 TABLES["attention_join"] = everywhere(Config(num_warps=4))
-TABLES["attention_bwd_dq"] = everywhere(
-    _tile(64, 64, 8, 2, width=64, laden=False),
-    _tile(64, 32, 4, 2, width=64),
-    _tile(64, 64, 8, 2, width=128, laden=False),
-    _tile(64, 32, 8, 2, width=128),
-    _tile(32, 32, 8, 1, width=256),
+_ROWS_EXACT = (
     _tile(32, 16, 8, 1, width=64, bits=32),
     _tile(32, 16, 8, 1, width=128, bits=19),
     _tile(16, 16, 8, 1, width=256, bits=32),
+)
+_ROWS_WIDE = (
+    _tile(64, 64, 8, 2, width=128, laden=False),
+    _tile(64, 32, 8, 2, width=128),
+    _tile(32, 32, 8, 1, width=256),
+    *_ROWS_EXACT,
+)
+TABLES["attention_bwd_dq"] = everywhere(
+    _tile(64, 64, 8, 2, width=64, laden=False),
+    _tile(64, 32, 4, 2, width=64),
+    *_ROWS_WIDE,
+    sm_100=(
+        _tile(64, 64, 8, 2, width=64, laden=False),
+        _tile(64, 32, 4, 2, width=64),
+        *_ROWS_WIDE[:3],
+        _tile(32, 32, 8, 1, width=64, bits=19),
+        *_ROWS_EXACT,
+    ),
+    sm_120=(_tile(64, 64, 8, 2, width=64, laden=False), _tile(64, 32, 8, 2, width=64), *_ROWS_WIDE),
+    gfx942=(
+        _tile(64, 64, 8, 1, width=64, laden=False),
+        _tile(64, 32, 4, 2, width=64),
+        _tile(64, 32, 8, 2, width=128, laden=False),
+        _tile(64, 32, 8, 1, width=128),
+        _tile(32, 16, 8, 1, width=256),
+        *_ROWS_EXACT,
+    ),
 )
 _KEYS_LARGE = (
     _tile(32, 64, 8, 2, width=64, laden=False),
@@ -95,7 +129,8 @@ _KEYS_SMALL = (
     _tile(32, 32, 8, 1, width=32),
     _tile(32, 32, 8, 2, width=64),
     _tile(32, 32, 8, 1, width=128),
-    _tile(16, 32, 8, 1, width=256),
+    _tile(16, 32, 8, 1, width=256, laden=False),
+    _tile(16, 16, 8, 1, width=256),
     *_KEYS_EXACT,
 )
 TABLES["attention_bwd_dkdv"] = everywhere(
@@ -104,6 +139,7 @@ TABLES["attention_bwd_dkdv"] = everywhere(
     sm_90=(*_KEYS_LARGE, *_KEYS_EXACT),
     sm_100=(*_KEYS_LARGE, *_KEYS_EXACT),
     sm_120=_KEYS_SMALL,
+    gfx942=(_tile(32, 64, 8, 1, width=64, laden=False), _tile(16, 32, 8, 1, width=256), *_KEYS_EXACT[1:]),
 )
 _BIAS = (
     _tile(64, 32, 8, 1, width=64),
@@ -111,8 +147,4 @@ _BIAS = (
     _tile(32, 16, 8, 1, width=64, bits=32),
     _tile(32, 16, 8, 1, width=128, bits=19),
 )
-TABLES["attention_bias_bwd"] = everywhere(
-    *_BIAS,
-    _tile(16, 16, 8, 1, width=256, bits=32),
-    sm_120=(*_BIAS, _tile(16, 16, 8, 1, width=256, bits=32)),
-)
+TABLES["attention_bias_bwd"] = everywhere(*_BIAS, _tile(16, 16, 8, 1, width=256, bits=32))

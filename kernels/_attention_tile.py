@@ -116,6 +116,17 @@ def tiles_unmasked(tiles, at, stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def tiles_left(tiles, mask_at, stride_mk, seen_ptr, MASK: tl.constexpr, BLOCK: tl.constexpr):
+    """tiles_unmasked by the mask of the program's queries, or by the keys that any query of its sequence sees."""
+    if MASK == BOOLEAN:
+        return tiles_unmasked(tiles, mask_at, stride_mk, BLOCK)
+    elif seen_ptr is not None:
+        return tiles_unmasked(tiles, seen_ptr, 1, BLOCK)
+    else:
+        return tiles
+
+
+@triton.jit
 def load_rows(ptr, stride, rows, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """(rows, BLOCK) of a matrix of WIDTH columns; zeros beyond them, and where a row is not valid (None: all are)."""
     columns = tl.arange(0, BLOCK)

@@ -16,7 +16,6 @@ from ._attention_call import Call, strides_of
 from ._attention_checks import refuse_weights
 from ._attention_configs import PROBLEM
 from ._attention_tile import (
-    BOOLEAN,
     attend,
     inverse,
     load_rows,
@@ -25,8 +24,8 @@ from ._attention_tile import (
     store_rows,
     store_statistics,
     tile_of,
+    tiles_left,
     tiles_seen,
-    tiles_unmasked,
     tokens_of,
 )
 from .launch import Kernel
@@ -77,11 +76,7 @@ def _attention_fwd_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     last_row = tl.minimum(first_row + BLOCK_M, row_count) - 1
     tiles = tiles_seen(first_row, last_row, key_count, lo, hi, HAS_LO, HAS_HI, BLOCK_N)
-    if MASK == BOOLEAN:
-        tiles = tiles_unmasked(tiles, mask_at, stride_mk, BLOCK_N)
-    elif seen_ptr is not None:
-        tiles = tiles_unmasked(tiles, seen_ptr, 1, BLOCK_N)
-    begin, full, ragged, end = tiles
+    begin, full, ragged, end = tiles_left(tiles, mask_at, stride_mk, seen_ptr, MASK, BLOCK_N)
     for phase in tl.static_range(3):
         if phase != 0 or HAS_LO:
             acc, largest, total = attend(

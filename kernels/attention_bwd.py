@@ -28,6 +28,7 @@ from ._attention_tile import (
     scores_of,
     store_rows,
     tile_of,
+    tiles_left,
     tiles_seen,
     tiles_unmasked,
     tokens_of,
@@ -138,11 +139,7 @@ def _attention_bwd_dq_kernel(
     mean_key = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     last_row = tl.minimum(first_row + BLOCK_M, row_count) - 1
     tiles = tiles_seen(first_row, last_row, key_count, lo, hi, HAS_LO, HAS_HI, BLOCK_N)
-    if MASK == BOOLEAN:
-        tiles = tiles_unmasked(tiles, mask_at, stride_mk, BLOCK_N)
-    elif seen_ptr is not None:
-        tiles = tiles_unmasked(tiles, seen_ptr, 1, BLOCK_N)
-    begin, full, ragged, end = tiles
+    begin, full, ragged, end = tiles_left(tiles, mask_at, stride_mk, seen_ptr, MASK, BLOCK_N)
     for phase in tl.static_range(3):
         if phase != 0 or HAS_LO:
             first = begin if phase == 0 else full if phase == 1 else ragged

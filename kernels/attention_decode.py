@@ -13,7 +13,6 @@ from torch import Tensor
 from ._attention_call import Call, strides_of
 from ._attention_configs import PROBLEM
 from ._attention_tile import (
-    BOOLEAN,
     attend,
     finite,
     inverse,
@@ -21,8 +20,8 @@ from ._attention_tile import (
     mask_rows,
     store_rows,
     store_statistics,
+    tiles_left,
     tiles_seen,
-    tiles_unmasked,
     tokens_of,
 )
 from .launch import Kernel
@@ -80,11 +79,7 @@ def _attention_split_kernel(
     begin, full, ragged, end = tiles_seen(0, queries - 1, key_count, lo, hi, HAS_LO, HAS_HI, BLOCK_N)
     full, ragged = tl.minimum(tl.maximum(full, start), stop), tl.minimum(tl.maximum(ragged, start), stop)
     tiles = tl.maximum(begin, start), full, ragged, tl.minimum(end, stop)
-    if MASK == BOOLEAN:
-        tiles = tiles_unmasked(tiles, mask_at, stride_mk, BLOCK_N)
-    elif seen_ptr is not None:
-        tiles = tiles_unmasked(tiles, seen_ptr, 1, BLOCK_N)
-    begin, full, ragged, end = tiles
+    begin, full, ragged, end = tiles_left(tiles, mask_at, stride_mk, seen_ptr, MASK, BLOCK_N)
     for phase in tl.static_range(3):
         if phase != 0 or HAS_LO:
             acc, largest, total = attend(

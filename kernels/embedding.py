@@ -191,11 +191,18 @@ def _rows(most: int, block_m: int, warps: int) -> Config:
 
 
 # By the power of two that holds a row.
-for _name in ("embedding_fwd", "embedding_bwd"):
-    TABLES[_name] = everywhere(
-        _rows(64, 32, 4), _rows(128, 16, 4), _rows(256, 8, 4), _rows(512, 4, 4), _rows(1024, 1, 4), _rows(1024, 2, 4),
-        _rows(2048, 1, 8), _rows(4096, 1, 8), _rows(8192, 1, 16),
-    )  # fmt: skip
+_NARROW = (
+    _rows(64, 32, 4), _rows(128, 16, 4), _rows(256, 8, 4), _rows(512, 4, 4), _rows(1024, 1, 4), _rows(1024, 2, 4),
+    _rows(2048, 1, 8),
+)  # fmt: skip
+_ROWS = (*_NARROW, _rows(4096, 1, 8), _rows(8192, 1, 16))
+TABLES["embedding_fwd"] = everywhere(*_ROWS)
+# Other numbers of warps where those would spill a register.
+TABLES["embedding_bwd"] = everywhere(
+    *_ROWS,
+    sm_100=(*_NARROW, _rows(4096, 1, 16), _rows(8192, 1, 16)),
+    sm_120=(*_NARROW, _rows(4096, 1, 8), _rows(8192, 1, 8)),
+)
 _BLOCK = 32  # places that are summed together: in all configurations, as both kernels go by it
 TABLES["embedding_block_sums"] = everywhere(Config({"BLOCK_N": 128}, num_warps=4))
 TABLES["embedding_gradients"] = everywhere(Config({"BLOCK_N": 256}, num_warps=4))

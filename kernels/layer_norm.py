@@ -131,15 +131,26 @@ def _store_input_gradients(
         tl.store(dropped_ptr + at, dx.to(dropped_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _add_columns(dweight, dbias, dy, normed, dweight_ptr, dbias_ptr):
+    """dweight and dbias with these rows' parts, where they are wanted."""
+    if dweight_ptr is not None:
+        dweight += tl.sum(dy * normed, 0)
+    if dbias_ptr is not None:
+        dbias += tl.sum(dy, 0)
+    return dweight, dbias
+
+
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _layer_norm_bwd_kernel(
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, seed_ptr, dx_ptr, dropped_ptr, dweight_ptr, dbias_ptr,
     rows: tl.int32, width, eps: tl.float32, seed: tl.int64, threshold: tl.int64, keep_scale: tl.float32,
-    DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SUMS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Each program takes its share of the rows, BLOCK_M at a time, and sums their parts of dweight and dbias.
 
-    dweight, dbias (programs, width) float32: one line a program.
+    dweight, dbias (programs, width) float32: one line a program. SUMS_FIRST: whether a row is added to them before its
+    dx is found or after; which takes fewer registers depends on the assembler.
     """
     column = tl.arange(0, BLOCK_N)
     within = (column < width)[None, :]
@@ -159,6 +170,8 @@ def _layer_norm_bwd_kernel(
         centred = tl.where(inside, x - (tl.sum(x, 1) / width)[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)[:, None]
         normed = centred * rstd
+        if SUMS_FIRST:
+            dweight, dbias = _add_columns(dweight, dbias, dy, normed, dweight_ptr, dbias_ptr)
         slope = dy * weight
         mean_slope = (tl.sum(slope, 1) / width)[:, None]
         mean_product = (tl.sum(slope * normed, 1) / width)[:, None]
@@ -167,10 +180,8 @@ def _layer_norm_bwd_kernel(
             dx, dsum_ptr, seed_ptr, dx_ptr, dropped_ptr, row, 0, inside, width, seed, threshold, keep_scale,
             DROPOUT, BLOCK_N,
         )  # fmt: skip
-        if dweight_ptr is not None:
-            dweight += tl.sum(dy * normed, 0)
-        if dbias_ptr is not None:
-            dbias += tl.sum(dy, 0)
+        if not SUMS_FIRST:
+            dweight, dbias = _add_columns(dweight, dbias, dy, normed, dweight_ptr, dbias_ptr)
     line = tl.program_id(0) * width + column
     if dweight_ptr is not None:
         tl.store(dweight_ptr + line, dweight, mask=column < width)
@@ -263,16 +274,25 @@ def _rows(most: int, block_m: int, warps: int) -> Config:
     return Config({"BLOCK_M": block_m}, num_warps=warps, up_to={"block": most})
 
 
+def _bwd_rows(most: int, block_m: int, warps: int, *, sums_first: bool = False) -> Config:
+    return Config({"BLOCK_M": block_m, "SUMS_FIRST": int(sums_first)}, num_warps=warps, up_to={"block": most})
+
+
 # By the power of two that holds a row.
 TABLES["layer_norm_fwd"] = everywhere(
     _rows(64, 32, 4), _rows(128, 16, 4), _rows(256, 8, 4), _rows(512, 4, 4), _rows(1024, 1, 4), _rows(1024, 4, 4),
     _rows(2048, 1, 4), _rows(2048, 1, 8), _rows(4096, 1, 8), _rows(8192, 1, 8), _rows(8192, 1, 16),
     _rows(16384, 1, 16),
 )  # fmt: skip
-TABLES["layer_norm_bwd"] = everywhere(
-    _rows(64, 32, 4), _rows(128, 16, 4), _rows(256, 8, 4), _rows(512, 4, 4), _rows(1024, 1, 4), _rows(1024, 2, 4),
-    _rows(2048, 1, 8), _rows(4096, 1, 8), _rows(8192, 1, 16),
+_NARROW_BWD = (
+    _bwd_rows(64, 32, 4), _bwd_rows(128, 16, 4), _bwd_rows(256, 8, 4), _bwd_rows(512, 4, 4), _bwd_rows(1024, 1, 4),
+    _bwd_rows(1024, 2, 4), _bwd_rows(2048, 1, 8), _bwd_rows(4096, 1, 8),
 )  # fmt: skip
+TABLES["layer_norm_bwd"] = everywhere(
+    *_NARROW_BWD,
+    _bwd_rows(8192, 1, 16),
+    sm_100=(*_NARROW_BWD, _bwd_rows(8192, 1, 16, sums_first=True)),
+)
 TABLES["layer_norm_fwd_wide"] = everywhere(Config(num_warps=16))
 TABLES["layer_norm_bwd_wide"] = everywhere(Config(num_warps=16))
 TABLES["layer_norm_bwd_sums"] = everywhere(Config({"BLOCK_M": 8, "BLOCK_N": 256}, num_warps=4))

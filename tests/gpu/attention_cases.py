@@ -7,7 +7,7 @@ from fasttx.kernels.attention import attention_fwd
 from fasttx.kernels.attention_bias_bwd import attention_bias_bwd
 from fasttx.kernels.attention_bwd import attention_bwd
 
-from gpu.compile_matrix import Case
+from gpu.compile_matrix import ARCHITECTURES, Case
 
 _TOKENS = 512
 
@@ -69,12 +69,13 @@ def _run(call: Callable, width: int, precision: str, laden: str) -> None:
 
 
 def _architectures(kind: str, width: int, precision: str, laden: str) -> tuple[str, ...]:
-    """One of each group that shares its tiles, where a call is of a usual kind; else the two oldest of them, or one."""
-    if laden in (", dropout", ", mask"):
-        return ("sm_90",)
-    if kind or precision == "float32" and width >= 64:
-        return "sm_80", "sm_90", "sm_120"
-    return ("sm_80", "sm_90") if laden else ("sm_80", "sm_90", "sm_100", "sm_120")
+    """All for 16-bit values but what sm_80 has not been compiled for; for float32 one of each group of chips."""
+    if precision == "bfloat16":
+        is_left_out = (width, laden) in ((128, ", dropout"), (256, ", dropout"), (256, ", mask"))
+        return tuple(ARCHITECTURES[1:] if is_left_out else ARCHITECTURES)
+    if precision == "tf32" and width == 64:
+        return tuple(x for x in ARCHITECTURES if x != "sm_89")
+    return ("sm_80", "sm_90", "sm_120") if kind or precision == "float32" and width >= 64 else ("sm_80", "sm_90")
 
 
 def _case(kind: str, call: Callable, width: int, precision: str, laden: str) -> Case:

@@ -151,8 +151,11 @@ def of(text: str, kinds: Iterable[str] | None = None, most: int | None = None) -
         yield from found[::step]
 
 
-def compiled(target: str, call: Callable[[], object], kernel: str = "") -> str:
-    """The PTX of the one kernel that a call launches, or of the one whose name has `kernel` in it."""
+def compiled(target: str, trial: Trial, kernel: str = "") -> str:
+    """The PTX of the one kernel that a trial launches, or of the one whose name has `kernel` in it.
+
+    Raises ValueError unless there is one, and what it gives unbroken is right.
+    """
     texts = []
 
     def keep(text: str) -> str:
@@ -160,7 +163,9 @@ def compiled(target: str, call: Callable[[], object], kernel: str = "") -> str:
         return text
 
     with emulated(target, transform=keep):
-        call()
+        result = trial.call()
+    if not trial.agrees(result):
+        raise ValueError("the result is wrong with nothing changed: every mutation would count as caught")
     texts = {text for text in texts if re.search(rf"\.entry \w*{kernel}", text)}
     if len(texts) != 1:
         raise ValueError(f"the call launches {len(texts)} kernels {kernel}, expected one")
@@ -191,9 +196,9 @@ def survivors(
     All trials must launch the same PTX: sizes that Triton specialises alike. kernel: which one of several that a call
     launches, by a part of its name.
     """
-    text = compiled(target, trials[0].call, kernel)
+    text = compiled(target, trials[0], kernel)
     for trial in trials[1:]:
-        if compiled(target, trial.call, kernel) != text:
+        if compiled(target, trial, kernel) != text:
             raise ValueError("the trials do not launch the same PTX")
     left, outcomes = list(of(text, kinds, most)), []
     for trial in trials:

@@ -9,8 +9,6 @@ from fasttx.kernels.launch import KERNELS
 from gpu.compile_matrix import Case
 
 _ROWS = 64
-# Row kernels hold little; one of each kind of chip stands for the others.
-_ARCHITECTURES = ("sm_80", "sm_90", "gfx942")
 _SEED = torch.tensor(1)
 
 
@@ -68,21 +66,20 @@ def _cross_entropy(dtype: torch.dtype, backward: bool) -> None:
 
 
 def _row_cases(name: str, call) -> list[Case]:
-    """A case for each entry of a table that goes by the width of a row, the same on every architecture."""
+    """A case for each entry of a table that goes by the width of a row, on the architectures that have it."""
 
     def run(config: Config) -> None:
         with KERNELS[name].using(config):
             call(config.up_to["block"])
 
-    return [
-        Case(
-            f"{name} {c.up_to['block']}, {c.blocks['BLOCK_M']} rows, {c.num_warps} warps",
-            lambda c=c: run(c),
-            (),
-            _ARCHITECTURES,
-        )
-        for c in configs.TABLES[name]["sm_80"]
-    ]
+    found: dict[str, tuple[Config, list[str]]] = {}
+    for architecture, table in configs.TABLES[name].items():
+        for config in table:
+            case = f"{name} {config.up_to['block']}, {config.blocks['BLOCK_M']} rows, {config.num_warps} warps"
+            if config.blocks.get("SUMS_FIRST"):
+                case += ", sums first"
+            found.setdefault(case, (config, []))[1].append(architecture)
+    return [Case(case, lambda c=c: run(c), (), tuple(archs)) for case, (c, archs) in found.items()]
 
 
 def _product(dtype: torch.dtype, epilogue: int) -> None:
@@ -145,14 +142,14 @@ ENDS = [
 CASES = [
     *_row_cases("layer_norm_fwd", _layer_norm_fwd),
     *_row_cases("layer_norm_bwd", _layer_norm_bwd),
-    Case("layer_norm_fwd wide", lambda: _layer_norm_fwd(20000), (), _ARCHITECTURES),
-    Case("layer_norm_bwd wide", lambda: _layer_norm_bwd(20000), (), _ARCHITECTURES),
+    Case("layer_norm_fwd wide", lambda: _layer_norm_fwd(20000)),
+    Case("layer_norm_bwd wide", lambda: _layer_norm_bwd(20000)),
     *_row_cases("gelu_fwd", _gelu_fwd),
     *_row_cases("gelu_bwd", _gelu_bwd),
     *_row_cases("softmax_fwd", _softmax_fwd),
     *_row_cases("softmax_bwd", _softmax_bwd),
-    Case("softmax_fwd wide", lambda: _softmax_fwd(20000), (), _ARCHITECTURES),
-    Case("softmax_bwd wide", lambda: _softmax_bwd(20000), (), _ARCHITECTURES),
+    Case("softmax_fwd wide", lambda: _softmax_fwd(20000)),
+    Case("softmax_bwd wide", lambda: _softmax_bwd(20000)),
     *_tile_cases("matmul", _run_matmul, "matmul"),
     *ENDS,
 ]

@@ -250,3 +250,43 @@ def test_wgmma(n: int) -> None:
     for late in ("mov.b32 %r65, 0;", f"{write}\n{copy}", f"{copy}\n{write}"):
         with pytest.raises(CheckFailed, match="wgmma fence"):
             go(*complete, late)
+
+
+@pytest.mark.parametrize("checks", (True, False))
+def test_a_warpgroup_fences_its_own_registers_alone(checks: bool) -> None:
+    accumulators = ", ".join(f"%r{64 + i}" for i in range(4))
+    body = f"""
+    mul.wide.u32 %rd8, %t, 4;
+    cvt.u64.u32 %rd20, 0;
+    mov.u32 %r3, smem;
+    shl.b32 %r2, %t, 2;
+    add.u32 %r2, %r2, %r3;
+    st.shared.b32 [%r2], 0;
+    st.shared.b32 [%r2+1024], 0;
+    st.shared.b32 [%r2+2048], 0;
+    st.shared.b32 [%r2+3072], 0;
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    wgmma.fence.sync.aligned;
+    setp.lt.u32 %p2, %t, 128;
+    @%p2 bra FIRST;
+    SECOND
+    bra.uni JOINED;
+FIRST:
+    add.u32 %r64, %r64, 1;
+    wgmma.fence.sync.aligned;
+JOINED:
+    setp.ne.b32 %p1, 0, 0;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{{accumulators}}}, %rd20, %rd20, %p1, 1, 1, 0, 0;
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    """
+
+    def go(second: str) -> None:
+        out = np.zeros(256, np.uint32)
+        run_module(module(body.replace("SECOND", second), 1, 256), [out], 256, shared=4096, checks=checks)
+
+    go("")
+    go("add.u32 %r64, %r64, 1;\nwgmma.fence.sync.aligned;")
+    with pytest.raises(CheckFailed, match="wgmma fence"):
+        go("add.u32 %r64, %r64, 1;")

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -19,17 +20,24 @@ from gpu.mutations import SYNCHRONISATION, Trial  # noqa: E402
 from gpu.test_shipped_mutations import by_target, trial  # noqa: E402
 
 
-def attention(queries: int, keys: int, *, causal: bool = True, backward: bool = False) -> Trial:
-    """Two heads over one of keys, bfloat16; causal: the last query sees all keys. Plain: two sequences."""
-    batch, width, offset = 1 if causal else 2, 64, keys - queries if causal else 0
-    q, slope = torch.randn(2, batch, 2, queries, width).bfloat16().unbind()
-    k, v = torch.randn(2, batch, 1, keys, width).bfloat16().unbind()
+def attention(
+    queries: int, keys: int, *, causal: bool = True, backward: bool = False, wide: bool = False, ahead: int = 0
+) -> Trial:
+    """Two heads over one of keys, bfloat16; causal: the last query but `ahead` sees all keys, and so do those after it.
+
+    Plain: two sequences. wide: two sequences and two heads of keys, each with its two.
+    """
+    batch, kv_heads, width = 2 if wide or not causal else 1, 2 if wide else 1, 64
+    offset = keys - queries + ahead if causal else 0
+    q, slope = torch.randn(2, batch, 2 * kv_heads, queries, width).bfloat16().unbind()
+    k, v = torch.randn(2, batch, kv_heads, keys, width).bfloat16().unbind()
     q, slope, k, v = (x.clone() for x in (q, slope, k, v))  # past the end of one must not lie another
     options = (None,) * 5 + (causal, offset, -1, -1, 0.0, None, width**-0.5)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     hidden = torch.ones(queries, keys, dtype=torch.bool).triu(offset + 1) & causal
-    scores = (leaves[0] @ leaves[1].mT).masked_fill(hidden, -math.inf)
-    output, lse = (scores * width**-0.5).softmax(-1) @ leaves[2], (scores * width**-0.5).logsumexp(-1)
+    key, value = (x.repeat_interleave(2, 1) for x in leaves[1:])
+    scores = (leaves[0] @ key.mT).masked_fill(hidden, -math.inf)
+    output, lse = (scores * width**-0.5).softmax(-1) @ value, (scores * width**-0.5).logsumexp(-1)
     if not backward:
         return trial(lambda: attention_fwd(q, k, v, *options)[:2], (output.detach(), lse.detach()), 2**-7)
     gradients = torch.autograd.grad(output, leaves, slope.double(), retain_graph=True)
@@ -40,7 +48,7 @@ def attention(queries: int, keys: int, *, causal: bool = True, backward: bool = 
 
 
 def product(rows: int, columns: int, depth: int) -> Trial:
-    """gelu(a b + bias), and what it is taken of."""
+    """relu(a b + bias), and what it is taken of."""
     a, b, bias = torch.randn(rows, depth).bfloat16(), torch.randn(columns, depth).bfloat16(), torch.randn(columns)
     bias = bias.bfloat16()
     preact = a.double() @ b.double().t() + bias.double()
@@ -51,7 +59,7 @@ def product(rows: int, columns: int, depth: int) -> Trial:
         matmul.multiply(a, b.t(), found, bias=bias, activation=1, preact=before)
         return found, before
 
-    return trial(call, (F.gelu(preact), preact), 2**-7)
+    return trial(call, (F.relu(preact), preact), 2**-7)
 
 
 # By kernel: the trials, and its name. Sizes make each of their loops run never, once, and several times.
@@ -68,6 +76,8 @@ _JOINS_THE_NEXT = "the group joins the next one, and no wait tells the two apart
 _AT_THE_HEAD = "what a copy overwrites was last read before the barrier at the loop's head, or another that follows"
 _COVERED = "the fence at the loop's head follows every copy; what is multiplied later lies in registers"
 _UNTOUCHED = "no register of the second product was touched since the first one's fence"
+_A_MULTIPLE = "the depth is compared, which is a multiple of 16 here"
+_NO_EFFECT = "one more tile, or step of the loop, or copy ahead: beyond the matrix, where masks leave nothing to do"
 # Survivors that change nothing, by kind: how many, and why.
 EQUIVALENT: dict[tuple[str, str], dict[str, tuple[int, str]]] = {
     ("attention", "sm_80"): {
@@ -104,12 +114,18 @@ EQUIVALENT: dict[tuple[str, str], dict[str, tuple[int, str]]] = {
         "dropped proxy fence": (9, _COVERED),
     },
     ("matmul", "sm_80"): {
+        "off by one": (4, _A_MULTIPLE),
+        "off by one (register)": (4, _NO_EFFECT),
         "dropped barrier": (1, "at the loop's head: the one at its end already follows the wait for these tiles"),
         "dropped wait": (3, "two in a row, and one at the loop's head after which nothing was committed"),
         "late wait": (3, "the same waits"),
         "dropped commit": (1, _JOINS_THE_NEXT),
     },
-    ("matmul", "sm_90"): {"dropped commit": (1, _JOINS_THE_NEXT)},
+    ("matmul", "sm_90"): {
+        "off by one": (3, _A_MULTIPLE),
+        "off by one (register)": (4, _NO_EFFECT),
+        "dropped commit": (1, _JOINS_THE_NEXT),
+    },
 }
 
 
@@ -136,6 +152,27 @@ def test_missing_synchronisation_is_caught(kernel: str, target: str) -> None:
 def test_every_store_of_a_product_is_guarded(target: str) -> None:
     caught = judge("matmul", target, ["unguarded store"], [product(137, 144, 208), product(40, 160, 80)])
     assert set(caught) == {"global bounds"}
+
+
+def edges_of_a_product() -> list[Trial]:
+    """Each row and column of a thread is the first outside in one; tiles in groups, and all buffers in turn."""
+    several = (137, 272, 208), (40, 160, 80), (1160, 16, 16)
+    depths = [*range(16, 128, 16), 464, *range(144, 256, 16), 240]
+    each = ((8 * i + 9, 16 * (5 * i % 16 + 1), depth) for i, depth in enumerate(depths))
+    with_few = product(300, 256, 48)  # tiles a program, that is
+
+    def call() -> object:
+        with mock.patch.object(matmul, "_processors", lambda device: 3):
+            return with_few.call()
+
+    return [*(product(*size) for size in (*several, *each)), Trial(call, with_few.agrees)]
+
+
+@full
+@by_target
+def test_a_product_s_masks_and_strides_are_right_to_the_element(target: str) -> None:
+    caught = judge("matmul", target, ["off by one", "off by one (register)", "wrong stride"], edges_of_a_product())
+    assert caught["global bounds"] and caught["result"] and "malformed" not in caught
 
 
 @full

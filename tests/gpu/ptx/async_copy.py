@@ -36,7 +36,7 @@ class AsyncCopies:
     def begin(self, lanes: np.ndarray, offsets: np.ndarray, words: np.ndarray) -> None:
         """The destination may be written at any time from here on: nothing may touch it until the wait."""
         shadow, size = self.machine.shadow, words.shape[1] * words.dtype.itemsize
-        granules = np.empty(0, np.int64)
+        granules = np.empty((len(lanes), 0), np.int64)
         if shadow:
             granules, count = shadow.granules(offsets, size)
             shadow.check_write(granules, np.repeat(lanes, count))

@@ -89,7 +89,7 @@ class Machine:
         number = {start: i for i, start in enumerate(edges)}
         self.exit, self.blocked = number[len(code)], number[len(code)] + 1
         special = set().union(*(set().union(*wgmma.fragment_registers(ins)) for ins in code))
-        self.products.fragments = special
+        self.products.fragments = {name: number for number, name in enumerate(sorted(special))}
         blocks = []
         for first, stop in zip(edges, edges[1:], strict=False):
             following = number[stop]

@@ -6,6 +6,7 @@ accumulators before the wait, and the machine checks that nothing does.
 """
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,21 +38,37 @@ class WarpgroupProducts:
         self.machine = machine
         self.products: list[_Product] = []
         self.committed = np.zeros(machine.lanes // 128 + 1, np.int64)
-        self.fragments: set[str] = set()  # every register that some wgmma of the kernel uses as a fragment
-        self.unfenced: set[str] = set()
+        # Every register that some wgmma of the kernel uses as a fragment, numbered; and by number and warpgroup,
+        # whether it was touched since the last fence.
+        self.fragments: dict[str, int] = {}
+        self.unfenced = np.zeros((0, 0), bool)
         self.busy: frozenset = frozenset()
 
     def reset(self) -> None:
         self.products.clear()
         self.committed.fill(0)
-        self.unfenced = set(self.fragments)
+        self.unfenced = np.ones((len(self.fragments), len(self.committed)), bool)
         self.busy = frozenset()
+
+    def numbers(self, registers: Iterable[str]) -> np.ndarray:
+        """The rows of `unfenced` that are theirs."""
+        return np.array([self.fragments[name] for name in registers], np.int64)
+
+    def groups(self, mask: Mask) -> np.ndarray | slice:
+        """The warpgroups of which a lane is in the mask."""
+        if mask is True:
+            return slice(None)
+        return np.unique(np.flatnonzero(mask) // 128)
 
     def begin(self, product: _Product) -> None:
         if self.machine.shadow:
             self.machine.shadow.reading[product.granules] += 1
         self.products.append(product)
         self.busy |= product.results | product.inputs
+
+    def fence(self, groups: np.ndarray) -> None:
+        """The warpgroups' registers are ordered before their products to come."""
+        self.unfenced[:, groups] = False
 
     def commit(self, groups: np.ndarray) -> None:
         chosen = set(groups.tolist())
@@ -122,12 +139,18 @@ def guard_registers(machine, ins, operation: Operation, special: set[str]) -> Op
     # A copy of one fragment's register to another's counts as late as what it copies: LLVM leaves copies between the
     # fence and the product, and ptxas, which names registers anew, puts them before the fence.
     is_copy = ins.name == "mov" and len(touched) == 2 and len(written) == 1
+    numbers, copied = products.numbers(touched), products.numbers(touched - written)
 
     def run(mask: Mask) -> None:
         if products.busy and not products.busy.isdisjoint(touched):
             products.check_touch(touched, written, mask)
-        if not is_copy or not products.unfenced.isdisjoint(touched - written):
-            products.unfenced |= touched
+        unfenced = products.unfenced
+        if mask is True and not is_copy:
+            unfenced[numbers] = True
+        else:
+            groups = products.groups(mask)
+            late = unfenced[copied, groups] if is_copy else True
+            unfenced[numbers[:, None], np.arange(unfenced.shape[1])[groups]] |= late
         operation(mask)
 
     return run
@@ -139,7 +162,7 @@ def _wgmma(machine, ins) -> Operation:
     if machine.threads % 128:
         raise PTXError("wgmma needs whole warpgroups")
     if action == "fence":
-        return lambda mask: products.unfenced.clear()
+        return lambda mask: products.fence(require_lanes(mask, machine.lanes, 128, "wgmma.fence"))
     if action == "commit_group":
         return lambda mask: products.commit(require_lanes(mask, machine.lanes, 128, "wgmma.commit_group"))
     if action == "wait_group":
@@ -170,14 +193,17 @@ def _multiply(machine, ins) -> Operation:
         accumulate, negated = machine.registers.predicate(scale_d)
     results, inputs = fragment_registers(ins)
     products = machine.products
+    names = sorted(results | inputs)
+    numbers = products.numbers(names)
 
     def run(mask: Mask) -> None:
         groups = require_lanes(mask, machine.lanes, 128, "wgmma")
         lanes = groups * 128
         products.check_touch(inputs, frozenset(), mask)
-        late = products.unfenced & (results | inputs)
-        if late:
-            raise CheckFailed("wgmma fence", f"{min(late)} is used with no wgmma.fence since it was last touched")
+        late = products.unfenced[numbers[:, None], groups].any(1)
+        if late.any():
+            name = names[int(late.argmax())]
+            raise CheckFailed("wgmma fence", f"{name} is used with no wgmma.fence since it was last touched")
         warps = (groups[:, None] * 4 + np.arange(4)).ravel()
         if in_registers:
             left = a_fragment(fragments[a_rows[:, None], warps], kind).reshape(len(groups), 64, k)
