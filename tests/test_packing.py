@@ -52,6 +52,24 @@ def test_one_copy_serves_every_call():
         assert packed(weight) is first
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_vector_unit_has_a_copy_of_its_own_where_it_reads_another(dtype):
+    """Both count, and both are forgotten; elsewhere one copy serves both."""
+    weight = parameter(70, 33, dtype=dtype)
+    for isa in every_isa():
+        first, second = packed(weight), packed(weight, on_vectors=True)
+        assert packed(weight) is first and packed(weight, on_vectors=True) is second
+        if isa == "amx" and dtype == torch.float32:
+            assert first.nbytes > second.nbytes
+            assert packing.packed_bytes() == first.nbytes + second.nbytes
+        else:
+            assert first is second
+            assert packing.packed_bytes() == first.nbytes
+        packing.invalidate()
+        assert packing.packed_bytes() == 0
+
+
 @torch.no_grad()
 def test_feed_forward_uses_the_copies(monkeypatch):
     """After the first call nothing is packed any more."""

@@ -40,7 +40,7 @@ class _Half:
         return cls(tensors, {}, norm.eps, norm_first, *options)
 
     def packed(self, decodes: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Copies of the two weights: made at the first call, as a prompt and the steps after it may take different ones."""
+        """Copies of the two weights, made at the first call: a prompt and the steps after it may take others."""
         known = self.copies.get(decodes)
         if known is None:
             known = packed(self.tensors[0], decodes), packed(self.tensors[2], decodes)
