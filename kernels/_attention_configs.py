@@ -136,6 +136,12 @@ _KEYS_SMALL = (
 TABLES["attention_bwd_dkdv"] = everywhere(
     _tile(32, 64, 8, 1, width=128, laden=False),
     *_KEYS_SMALL,
+    sm_80=(
+        _tile(32, 64, 8, 1, width=128, laden=False),
+        *_KEYS_SMALL[:2],
+        _tile(16, 32, 8, 1, width=128),
+        *_KEYS_SMALL[3:],
+    ),
     sm_90=(*_KEYS_LARGE, *_KEYS_EXACT),
     sm_100=(*_KEYS_LARGE, *_KEYS_EXACT),
     sm_120=_KEYS_SMALL,
