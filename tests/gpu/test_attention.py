@@ -401,19 +401,22 @@ def test_empty_sizes(shape):
         torch.testing.assert_close(x, truth[name])
 
 
-def test_tf32_only_where_pytorch_may_use_it():
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_tf32_only_where_pytorch_may_use_it(target):
     inputs = {name: x.float() for name, x in draw_inputs(1, 2, 2, 50, 70, 64, 64).items()}
-    truth, _ = run_reference(**{name: x.double() for name, x in inputs.items()})
-    errors = []
+    truth = results(run_reference, {name: x.double() for name, x in inputs.items()})
+    errors = {}
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         for precision in ("ieee", "tf32"):
             torch.backends.cuda.matmul.fp32_precision = precision
-            with on_triton("sm_80"):
-                errors.append((run_op(**inputs)[0] - truth).abs().max().item())
+            with on_triton(target):
+                found = results(run_op, inputs)
+            errors[precision] = {name: (x - truth[name]).abs().max().item() for name, x in found.items()}
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    assert errors[0] < 2e-6 and 1e-5 < errors[1] < 1e-2
+    assert max(errors["ieee"].values()) < 5e-6
+    assert all(1e-5 < error < 2e-2 for name, error in errors["tf32"].items())
 
 
 def _shows(change: dict) -> bool:
