@@ -91,17 +91,10 @@ _ROWS_WIDE = (
     _tile(32, 32, 8, 1, width=256),
     *_ROWS_EXACT,
 )
-_ROWS_LARGE = (
-    _tile(64, 64, 8, 2, width=64, laden=False),
-    _tile(64, 32, 4, 2, width=64),
-    *_ROWS_WIDE[:3],
-    _tile(32, 32, 8, 1, width=64, bits=19),
-    *_ROWS_EXACT,
-)
+_ROWS = (_tile(64, 64, 8, 2, width=64, laden=False), _tile(64, 32, 4, 2, width=64), *_ROWS_WIDE)
+_ROWS_LARGE = (*_ROWS[:5], _tile(32, 32, 8, 1, width=64, bits=19), *_ROWS_EXACT)
 TABLES["attention_bwd_dq"] = everywhere(
-    _tile(64, 64, 8, 2, width=64, laden=False),
-    _tile(64, 32, 4, 2, width=64),
-    *_ROWS_WIDE,
+    *_ROWS,
     sm_90=_ROWS_LARGE,
     sm_100=_ROWS_LARGE,
     sm_120=(_tile(64, 64, 8, 2, width=64, laden=False), _tile(64, 32, 8, 2, width=64), *_ROWS_WIDE),

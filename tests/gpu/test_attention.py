@@ -415,8 +415,8 @@ def test_tf32_only_where_pytorch_may_use_it(target):
             errors[precision] = {name: (x - truth[name]).abs().max().item() for name, x in found.items()}
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    assert max(errors["ieee"].values()) < 5e-6
-    assert all(1e-5 < error < 2e-2 for name, error in errors["tf32"].items())
+    assert next(iter(errors["ieee"].values())) < 2e-6  # of the output
+    assert all(1e-5 < error < 1e-2 for error in errors["tf32"].values()), errors["tf32"]
 
 
 def _shows(change: dict) -> bool:
