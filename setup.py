@@ -29,7 +29,7 @@ ISAS = {"scalar": []}
 if platform.machine() in ("x86_64", "AMD64"):
     AVX512_BF16 = [*AVX512, "-mavx512bf16"]
     AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
-    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16, "amx": AMX}
+    ISAS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16, "amx": AMX, "amx_float32": AMX}
 
 
 def find_compiler() -> str | None:

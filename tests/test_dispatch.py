@@ -209,7 +209,8 @@ def test_instruction_set_that_the_machine_lacks_is_an_error(needs_extension):
 def test_best_instruction_set_is_the_default(needs_extension):
     done = python(REPORT)
     assert done.returncode == 0, done.stderr
-    best = [name for name, present in dispatch.extension.isas() if present][-1]
+    unasked = ("amx_float32",)  # where neighbours use the core, its float32 is slower than by vectors
+    best = [name for name, present in dispatch.extension.isas() if present and name not in unasked][-1]
     if best == "avx512_bf16" and "AuthenticAMD" not in Path("/proc/cpuinfo").read_text():
         best = "avx512"  # elsewhere vdpbf16ps is slower than widening
     assert done.stdout.strip().endswith(best)

@@ -60,7 +60,7 @@ def test_the_vector_unit_has_a_copy_of_its_own_where_it_reads_another(dtype):
     for isa in every_isa():
         first, second = packed(weight), packed(weight, on_vectors=True)
         assert packed(weight) is first and packed(weight, on_vectors=True) is second
-        if isa == "amx" and dtype == torch.float32:
+        if isa == "amx_float32" and dtype == torch.float32:
             assert first.nbytes > second.nbytes
             assert packing.packed_bytes() == first.nbytes + second.nbytes
         else:

@@ -144,6 +144,8 @@ template <>
 struct ProductUnitOf<bf16> {
   using type = AmxTiles;
 };
+#endif
+#if defined(FASTTX_SPLITS)
 template <>
 struct ProductUnitOf<Split> {
   using type = AmxTiles;

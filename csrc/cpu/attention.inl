@@ -27,7 +27,7 @@ struct QueryTile {
   A* bias;     // (kKeyTile<P>)
   A* keep;     // (kKeyTile<P>)
   bool raised = false;  // some row's decay is not 1
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
   SplitTurns turns_ahead = {};
 #endif
 
@@ -61,7 +61,7 @@ struct QueryTile {
   // another tile, products on tiles take less time than all at once (a ninth of the whole kernel's).
   void score_ahead([[maybe_unused]] const AttentionShape& g, [[maybe_unused]] int64_t rows,
                    [[maybe_unused]] const P* keys, [[maybe_unused]] int64_t n, [[maybe_unused]] int64_t r) {
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
     if constexpr (kInParts<P>) {
       constexpr int64_t kBlock = kTileCols<P>;
       const int64_t turns = SplitProduct<true>::kTurns * q_stride / kAmxK, all = ceil_div(n, kBlock) * turns;
@@ -230,7 +230,7 @@ struct AttentionFwdOn {
   // Keys that come packed are packed as another kernel takes them (OnOperands).
   static constexpr bool kPacksAnew = kSplits<T> && !kInParts<P>;
 
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
   static bool splits(const AttentionFwd& g, int64_t item) {
     const AttentionShape& shape = g.shape;
     const bool packed = g.k_packed != nullptr;

@@ -79,7 +79,7 @@ struct AttentionBwdOn {
     return {pair_count(shape) * chunks, max_of(1, (int64_t{1} << 17) / work), Scratch(g, nullptr).pieces.used, true};
   }
 
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
   static bool splits(const AttentionBwd& g, int64_t item) {
     const int64_t pair = item / (g.dq_partial != nullptr ? most_chunks(g.shape.keys) : 1) + g.shape.first_pair;
     return splits_gradients(g, sequence_of(g.shape, pair / g.shape.kv_heads), pair % g.shape.kv_heads);
@@ -238,7 +238,7 @@ struct AttentionBwdOn {
     }
   }
 
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
   // The same, of the product in parts: the diagonal of dO O^T.
   static void sum_split_products(const T* dout, int64_t dout_stride, const T* out, int64_t out_stride, int64_t rows,
                                  int64_t width, Split* parts, A* delta) {

@@ -147,7 +147,7 @@ struct KeyTile {
     finish(rows.count, n);
   }
 
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
   // Two rows' probabilities and slopes at 32 keys, as the products read them in parts: the rows' steps of panels of keys,
   // and of the slopes, rows of a left operand.
   FASTTX_INLINE void store_parts(int64_t r, int64_t i, V (&probability)[2][kStep], V (&slope)[2][kStep]) {
@@ -211,7 +211,7 @@ struct KeyTile {
 
   // (kKeys, width) of sums that lie as the products leave them.
   A* by_keys(A* sums, [[maybe_unused]] int64_t width) {
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
     if constexpr (kInParts<P>) {
       for (int64_t key = 0; key < kKeys; key += V::kWidth) {
         for (int64_t column = 0; column < width; column += V::kWidth) {

@@ -92,7 +92,7 @@ struct AttentionPackKernel {
       const int64_t kv_head = pair % g.shape.kv_heads;
       const Sequence sequence = sequence_of(g.shape, pair / g.shape.kv_heads);
       if (key >= sequence.keys.count) continue;
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
       if constexpr (kSplits<T>) note_magnitude(g, sequence, pair, kv_head, key / kTileCols<P>);
 #endif
       pack_keys(g.shape, keys_of<T>(g.shape, g.k, g.k_strides, sequence, kv_head),
@@ -102,7 +102,7 @@ struct AttentionPackKernel {
     }
   }
 
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
   static void note_magnitude(const AttentionPack& g, const Sequence& sequence, int64_t pair, int64_t kv_head,
                              int64_t panel) {
     const AttentionShape& shape = g.shape;
@@ -118,7 +118,7 @@ struct AttentionPackKernel {
 #endif
 };
 
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
 static inline bool worth_splitting(const AttentionShape& g, const Sequence& sequence) {
   return sequence.keys.count > kSplitKeys && g.width > kSplitWidth &&
          !reads_keys_directly(g, sequence.queries, sequence.keys.count);

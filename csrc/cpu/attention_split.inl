@@ -8,7 +8,7 @@ template <class T, bool splits = kSplits<T>>
 struct OperandOf {
   using type = typename Packed<T>::type;
 };
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
 template <class T>
 struct OperandOf<T, true> {
   using type = Split;
@@ -37,7 +37,7 @@ struct Magnitude {
   void join(Magnitude other) { bits = bits > other.bits ? bits : other.bits; }
 };
 
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
 template <class T>
 static Magnitude magnitude_of(const MatrixRows<T>& rows, const Places& places, int64_t first, int64_t last,
                               int64_t width) {

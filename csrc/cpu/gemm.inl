@@ -8,13 +8,13 @@
 template <class T, Activation kActivation, bool kStoresPreact, bool kGradient>
 static FASTTX_INLINE void finish_plain(const Gemm& g, int64_t row, int64_t rows, int64_t column, const accum_t<T>* sums) {
   using V = Vec<accum_t<T>>;
-  V bias[kGemmVecs];
-  for (int j = 0; j < kGemmVecs; ++j)
+  V bias[kGemmVecs<T>];
+  for (int j = 0; j < kGemmVecs<T>; ++j)
     bias[j] = g.bias == nullptr ? V::zero() : V::load(static_cast<const T*>(g.bias) + column + j * V::kWidth);
   int64_t at = row * g.c_stride + column;
   for (int64_t i = 0; i < rows; ++i, sums += kGemmCols<T>, at += g.c_stride) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kGemmVecs; ++j) {
+    for (int j = 0; j < kGemmVecs<T>; ++j) {
       const int64_t here = at + j * V::kWidth;
       const V value = V::load(sums + j * V::kWidth) + bias[j];
       T* c = static_cast<T*>(g.c) + here;
@@ -85,7 +85,7 @@ struct GemmKernelOn {
   using Blocks = GemmBlocks<T, kParts>;
   using Operands = typename GemmTypes<T, kParts>::Operands;
   using Unit = typename GemmTypes<T, kParts>::Unit;
-  static constexpr int64_t kCols = kGemmCols<T>, kDepth = kBlockK<T, kParts>;
+  static constexpr int64_t kCols = kGemmCols<T>, kDepth = kBlockK<T>;
 
   struct Scratch {
     ScratchPieces pieces;

@@ -2,7 +2,7 @@
 
 // Values of k that are summed in registers, before that sum is added to those before it: the rounding error of a sum
 // grows with the length of its chain, and PyTorch's products have short ones.
-constexpr int64_t kChainK = Vec<float>::kWidth == 1 ? 16 : 32;  // shorter where every term rounds twice
+constexpr int64_t kChainK = Vec<float>::kWidth == 1 ? 16 : 64;  // shorter where every term rounds twice
 
 // How the result is cut: rows and panels of an item, rows of one tile, panels of one wave. Nothing of it shows in the
 // result.
@@ -16,7 +16,7 @@ struct GemmBlocks {
   explicit GemmBlocks(const Gemm& g) : panels(ceil_div(g.n, kGemmCols<T>)), keeps_left(g.k <= kMostKeptK) {
     // Blocks and tiles of about one height: a low last one would take nearly as long as a whole one.
     const int64_t even = ceil_div(g.m, max_of(1, ceil_div(g.m, kMostRows)));
-    tile_rows = kBeside ? kLeftRows<T> : ceil_div(even, max_of(1, ceil_div(even, int64_t{kGemmRows})));
+    tile_rows = kBeside ? kLeftRows<T> : ceil_div(even, max_of(1, ceil_div(even, int64_t{kTileRows})));
     rows = round_up(even, max_of(1, tile_rows));
     // The more panels an item has, the less often its rows are packed; but the threads are to end together.
     const int64_t blocks = ceil_div(g.m, max_of(1, rows)), threads = max_of(1, g.threads);
@@ -28,9 +28,9 @@ struct GemmBlocks {
     wave = ceil_div(group, ceil_div(group, kMostWave));
   }
   int64_t groups() const { return ceil_div(panels, group); }
-  // The sums of a wave are at most 300 KiB in float32, 512 KiB to 1 MiB on AMX.
-  static constexpr int64_t kMostRows = kUsesAmx<T> ? 512 : kBeside ? 256 : 14 * kGemmRows;
-  static constexpr int64_t kMostWave = kBeside ? 16 : 12;
+  // The sums of a wave are at most 288 KiB in float32, 512 KiB to 1 MiB on AMX.
+  static constexpr int64_t kMostRows = kUsesAmx<T> ? 512 : kBeside ? 256 : 32 * kTileRows;
+  static constexpr int64_t kMostWave = (kBeside ? 512 : 384) / kGemmCols<T>;
   static constexpr int64_t kMostKeptK = 4096;
   // Of each thread: one that is held up by something else leaves the last ones to the others. Not where items have much
   // to pack.
@@ -55,7 +55,8 @@ struct Ahead {
   void share_among(int64_t tiles) { share = ceil_div(runs * ceil_div(run_bytes, 64), tiles); }
 };
 
-// The left operand packed or, on AMX, where it lies; the panels of the right one packed.
+// The left operand packed or, where that needs no conversion and its rows lie along k, in place; the panels of the right
+// one packed.
 template <class T>
 class PackedOperands {
   using Blocks = GemmBlocks<T, false>;
@@ -66,7 +67,7 @@ class PackedOperands {
 
  public:
   PackedOperands(const Gemm& g, const Blocks& blocks, ScratchPieces& pieces) : g_(g), blocks_(blocks) {
-    const int64_t k = packed_k<T>(g.k), depth = min_of(k, kBlockK<T, false>);
+    const int64_t k = packed_k<T>(g.k), depth = min_of(k, kBlockK<T>);
     left_buffer_ = pieces.take<P>(blocks.rows * (blocks.keeps_left ? k : depth));
     panel_buffer_ = g.packed_b != nullptr ? nullptr : pieces.take<P>(depth * kCols);
   }
@@ -77,10 +78,9 @@ class PackedOperands {
     depth_ = depth;
     rows_ = rows;
     const T* from = static_cast<const T*>(g_.a) + row0 * g_.a_row_stride + k * g_.a_k_stride;
-    // AMX reads rows by their stride at no loss.
-    if constexpr (kUsesAmx<T>) {
-      if (g_.a_k_stride == 1 && depth == packed_k<T>(depth)) {
-        left_ = from;
+    if constexpr (sizeof(T) == sizeof(P)) {
+      if (g_.a_k_stride == 1 && g_.a_row_stride != 0 && depth == packed_k<T>(depth)) {
+        left_ = reinterpret_cast<const P*>(from);
         left_stride_ = g_.a_row_stride;
         return;
       }
@@ -114,6 +114,8 @@ class PackedOperands {
   void multiply([[maybe_unused]] ProductUnit<T>& unit, int64_t r, int64_t rows, bool add, A* sums,
                 [[maybe_unused]] const F& meanwhile) {
     const int64_t depth = packed_k<T>(depth_);
+    const bool packed = left_stride_ == 0;
+    const P* left = left_ + r * (packed ? depth : left_stride_);
 #if defined(__AMX_BF16__)
     if constexpr (kUsesAmx<T>) {
       const int64_t lines = ceil_div(ahead_.share, max_of(1, depth / kAmxK));
@@ -121,20 +123,19 @@ class PackedOperands {
         ahead_.fetch(lines);
         meanwhile();
       };
-      const bool packed = left_stride_ == 0;
-      amx_product<kCols>(unit, left_ + r * (packed ? depth : left_stride_), packed ? kAmxK : left_stride_,
-                         packed ? rows * kAmxK : kAmxK, panel_, depth, rows, kCols, add, sums, kCols, also_fetch);
+      amx_product<kCols>(unit, left, packed ? kAmxK : left_stride_, packed ? rows * kAmxK : kAmxK, panel_, depth, rows,
+                         kCols, add, sums, kCols, also_fetch);
       return;
     }
 #endif
     ahead_.fetch(ahead_.share);
-    with_count<kGemmRows>(rows, [&]<int kRows>() {
-      const P* tile = left_ + r * depth;
-      int64_t k = 0;
-      do {
-        add_chain<kRows>(tile + k * kRows, panel_ + k * kCols, min_of(depth - k, kChainK), add || k > 0, sums);
-        k += kChainK;
-      } while (k < depth);
+    constexpr int kStep = Packed<T>::kStep;
+    with_rows(rows, [&]<int kRows>() {
+      if (packed) {
+        add_product<kRows>(left, kStep, kRows, depth, add, sums);
+      } else {
+        add_product<kRows>(left, left_stride_, 1, depth, add, sums);
+      }
     });
   }
 
@@ -144,7 +145,8 @@ class PackedOperands {
  private:
   Ahead ahead_of(int64_t panel, int64_t k) const {
     if (panel == blocks_.panels) return {};
-    const int64_t depth = min_of(g_.k - k, kBlockK<T, false>), column = panel * kCols, columns = min_of(kCols, g_.n - column);
+    const int64_t depth = min_of(g_.k - k, kBlockK<T>);
+    const int64_t column = panel * kCols, columns = min_of(kCols, g_.n - column);
     const T* b = static_cast<const T*>(g_.b) + k * g_.b_k_stride + column * g_.b_n_stride;
     Ahead ahead = g_.b_k_stride == 1 ? Ahead{bytes_at(b), g_.b_n_stride * kItem, columns, depth * kItem}
                                     : Ahead{bytes_at(b), g_.b_k_stride * kItem, depth, columns * kItem};
@@ -157,25 +159,29 @@ class PackedOperands {
   }
   static const char* bytes_at(const void* p) { return static_cast<const char*>(p); }
 
+  // Row i of the left operand begins at left + i * row_stride; its values lie k_stride apart, in whole steps.
   template <int kRows>
-  static FASTTX_INLINE void add_chain(const P* left, const P* panel, int64_t k, bool add, A* sums) {
-    constexpr int kStep = Packed<T>::kStep;
-    V sum[kRows][kGemmVecs];
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i)
+  FASTTX_INLINE void add_product(const P* left, int64_t row_stride, int64_t k_stride, int64_t depth, bool add,
+                                 A* sums) const {
+    int64_t k = 0;
+    do {
+      V sum[kRows][kGemmVecs<T>];
 #pragma GCC unroll 8
-      for (int j = 0; j < kGemmVecs; ++j) sum[i][j] = V::zero();
-    multiply_tile<T, kRows, kGemmVecs>(left, kStep, panel, k, sum, kRows * kStep);
-    if (add) {
-#pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
-        for (int j = 0; j < kGemmVecs; ++j) sum[i][j] = V::load(sums + i * kCols + j * V::kWidth) + sum[i][j];
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i)
+        for (int j = 0; j < kGemmVecs<T>; ++j) sum[i][j] = V::zero();
+      multiply_tile<T, kRows, kGemmVecs<T>>(left + k * k_stride, row_stride, panel_ + k * kCols,
+                                            min_of(depth - k, kChainK), sum, k_stride * Packed<T>::kStep);
 #pragma GCC unroll 8
-      for (int j = 0; j < kGemmVecs; ++j) sum[i][j].store(sums + i * kCols + j * V::kWidth);
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < kGemmVecs<T>; ++j) {
+          A* at = sums + i * kCols + j * V::kWidth;
+          (add ? V::load(at) + sum[i][j] : sum[i][j]).store(at);
+        }
+      add = true;
+      k += kChainK;
+    } while (k < depth);
   }
 
   const Gemm& g_;
@@ -188,13 +194,13 @@ class PackedOperands {
   Ahead ahead_{};
 };
 
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
 // Both operands in three bf16 parts (split.inl): the left one of the whole item; the panels packed, or split one ahead of
 // their use.
 template <class T>
 class SplitOperands {
   using Blocks = GemmBlocks<T, true>;
-  static constexpr int64_t kCols = kGemmCols<T>, kDepth = kBlockK<T, true>;
+  static constexpr int64_t kCols = kGemmCols<T>, kDepth = kBlockK<T>;
 
  public:
   SplitOperands(const Gemm& g, const Blocks& blocks, ScratchPieces& pieces) : g_(g), blocks_(blocks) {
@@ -328,7 +334,7 @@ struct GemmTypes {
   using Operands = PackedOperands<T>;
   using Unit = ProductUnit<T>;
 };
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
 template <class T>
 struct GemmTypes<T, true> {
   using Operands = SplitOperands<T>;

@@ -6,13 +6,13 @@ static inline int64_t packed_k(int64_t k) {
   return round_up(k, Packed<T>::kLeftStep);
 }
 
-// Values of k that are taken together: a tile's rows and as much of a panel, 24 KiB in float32, stay in L1; and the parts
-// of both, 24 KiB each, as far as they need to. On AMX bf16 comes from L2 fast enough.
-template <class T, bool kParts>
-constexpr int64_t kBlockK = kParts ? 128 : kUsesAmx<T> ? 1024 : 192;
+// Values of k that are taken together: a tile's rows and as much of a panel, 32 KiB in float32 with AVX-512, stay in L1;
+// and the parts of both, 24 KiB each, as far as they need to. On AMX bf16 comes from L2 fast enough.
+template <class T>
+constexpr int64_t kBlockK = kUsesAmx<T> ? 1024 : 128;
 // Rows of the left operand that are packed together as [step][row][kLeftStep].
 template <class T>
-constexpr int kLeftRows = kOnMatrixUnit<T> ? 32 : kGemmRows;
+constexpr int kLeftRows = kOnMatrixUnit<T> ? 32 : kTileRows;
 
 // Packs `rows` <= kLeftRows rows of k values, given by their strides, for one tile; zero up to a whole step.
 template <class T>
@@ -115,7 +115,7 @@ static inline void pack_panel(const T* b, int64_t k_stride, int64_t n_stride, in
   }
 }
 
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
 // One step of a panel in parts, of a matrix given by its strides. What lies along k is transposed before it is split:
 // its parts would be three times as much to transpose.
 template <class T>
@@ -142,7 +142,7 @@ struct Panels {
     pack_panel(b, k_stride, n_stride, k, columns, panel);
   }
 };
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
 template <class T>
 struct Panels<T, true> {
   using P = bf16;
@@ -191,8 +191,8 @@ struct PackBKernel {
       const int64_t panels = ceil_div(g.n, kGemmCols<T>);
       for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t column = panel * kGemmCols<T>;
-        for (int64_t k = 0; k < g.k; k += kBlockK<T, kParts>) {
-          const int64_t depth = min_of(g.k - k, kBlockK<T, kParts>);
+        for (int64_t k = 0; k < g.k; k += kBlockK<T>) {
+          const int64_t depth = min_of(g.k - k, kBlockK<T>);
           Of::pack(static_cast<const T*>(g.b) + column * g.n_stride + k * g.k_stride, g.k_stride, g.n_stride, depth,
                    min_of(kGemmCols<T>, g.n - column),
                    static_cast<typename Of::P*>(g.packed) + panel_offset<T, kParts>(panels, panel, k, depth));

@@ -1,12 +1,12 @@
 // Products of float32 on AMX: every value is the sum of three bf16 values, exactly, and of the nine products of parts the
-// six largest are taken; what the others would add is below the rounding of float32. The matrix unit is so much faster
-// than the vector unit that six of its products take less time than one of the other's.
+// six largest are taken; what the others would add is below the rounding of float32. Where nothing else uses the core, the
+// matrix unit is so much faster than the vector unit that six of its products take less time than one of the other's.
 // (Henry, Tang and Heinecke, "Leveraging the bfloat16 artificial intelligence datatype for higher-precision
 // computations", ARITH 2019.)
 //
 // Parts of values that are not finite or nearly too large, and products below 2^-126, give sums that are not finite or
 // tiny; such sums are taken again on the vector unit.
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
 
 constexpr int kSplitParts = 3;
 // One step of an operand: all three parts of 32 values of k of a tile's rows, or of a panel's columns, each as two tiles.

@@ -2,9 +2,8 @@
 //
 // A tile of sums stays in registers while k runs. B is packed in panels [panel][k][columns], so that its loads are
 // consecutive; A is read by broadcast. Every sum runs over k in order, whatever the tile's place or height: a row's result
-// does not depend on the rows beside it. Attention's tiles are kTileRows x kTileCols, wide and low, as its left operands
-// are read in place; those of linear layers, whose left operands are packed, are kGemmRows x kGemmCols, which needs half
-// the panel in cache.
+// does not depend on the rows beside it. A tile is kTileRows x kTileCols, wide and low: more sums of fewer columns would
+// need more instructions for a multiplication.
 
 // A packed operand of storage T holds P = Packed<T>::type. A panel has steps of kStep values along k, rows of the left
 // operand have steps of kLeftStep; both are filled up with zeros to a whole kLeftStep.
@@ -26,7 +25,7 @@ struct Packed<bf16> {
 #endif
 };
 #endif
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
 // Parts are multiplied as bf16 is.
 template <>
 struct Packed<Split> {
@@ -52,7 +51,7 @@ constexpr bool kUsesAmx = false;
 // Whether products of T, floats when packed, run on AMX tiles all the same, in bf16 parts (split.inl).
 template <class T>
 constexpr bool kSplits = false;
-#if defined(__AMX_BF16__)
+#if defined(FASTTX_SPLITS)
 template <>
 constexpr bool kSplits<float> = true;
 template <>
@@ -63,21 +62,21 @@ template <class T>
 constexpr bool kOnMatrixUnit = kUsesAmx<T> || kSplits<T>;
 
 constexpr int kTileRows = 6;
-constexpr int kGemmVecs = 2;
 #if defined(__AVX512F__)
-constexpr int kTileVecs = 4;   // 24 sums, 4 columns of B and one broadcast: 29 of 32 registers
-constexpr int kGemmRows = 14;  // 28 sums, 2 columns of B and one broadcast: 31
+constexpr int kTileVecs = 4;  // 24 sums, 4 columns of B and one broadcast: 29 of 32 registers
 #else
 constexpr int kTileVecs = 2;  // 12 sums, 2 columns of B and one broadcast: 15 of 16 registers
-constexpr int kGemmRows = kTileRows;
 #endif
 
 template <class T>
 constexpr int kTileCols = kTileVecs * Vec<accum_t<T>>::kWidth;
 template <>
 constexpr int kTileCols<Split> = 2 * Vec<float>::kWidth;
+// Linear layers' panels are as wide as the tile of the unit that they are packed for.
 template <class T>
-constexpr int kGemmCols = kGemmVecs * Vec<accum_t<T>>::kWidth;
+constexpr int kGemmVecs = kOnMatrixUnit<T> ? 2 : kTileVecs;
+template <class T>
+constexpr int kGemmCols = kGemmVecs<T> * Vec<accum_t<T>>::kWidth;
 
 static inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;

@@ -83,7 +83,7 @@ def _extension() -> list[tuple[str, str]]:
     for name, present in extension.isas():
         text = "present" if present else "not on this processor"
         if present and after_default:
-            text += f", slower on this processor than {default}"
+            text += ", used only if FASTTX_ISA asks for it"
         if name == extension.isa():
             text += f", in use{chosen}"
         rows.append((name, text))
