@@ -17,7 +17,11 @@ def memory() -> dict[str, int]:
 
 
 def empty_cache() -> None:
-    """Frees what fasttx keeps between calls; the next calls make it anew. Not while another thread is in a call."""
+    """Frees what fasttx keeps between calls; the next calls make it anew. Not while another thread is in a call.
+
+    To be called after an edit of part of a weight through `.data` or NumPy, too: no version counter tells of it, and of
+    the values only a sample is looked at.
+    """
     packing.invalidate()
     if extension is not None:
         extension.release_workspaces()

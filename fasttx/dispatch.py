@@ -284,7 +284,9 @@ def _fallback(decision: Decision, verb: str) -> str:
 
 
 _autocast_enabled = torch._C._is_any_autocast_enabled
-_are_plain = None if extension is None else extension.are_plain
+if extension is not None:
+    extension.watch(_requested, listeners)
+_runs_on_cpu = None if extension is None else extension.runs_on_cpu
 
 
 def runs_on_cpu(requested: str | None, *tensors: Tensor | None) -> bool:
@@ -293,15 +295,7 @@ def runs_on_cpu(requested: str | None, *tensors: Tensor | None) -> bool:
     False where that takes a closer look, and where torch.compile has to follow it: with the detailed checks, then, and
     with `choose`.
     """
-    return (
-        requested is None
-        and _requested.name == "auto"
-        and _are_plain is not None
-        and not listeners
-        and not _autocast_enabled()
-        and not is_compiling()
-        and _are_plain(*tensors)
-    )
+    return requested is None and _runs_on_cpu is not None and not is_compiling() and _runs_on_cpu(*tensors)
 
 
 def choose(

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 import fasttx
 from fasttx import functional
@@ -64,12 +65,18 @@ def _calls():
                     yield pytest.param(make, tensors, {argument: value}, id=f"{name}, {argument}: {kind}")
 
 
-def error_of(module, tensors, changes):
+def outcome_of(module, tensors, changes):
+    """The output, or the error."""
     try:
-        module(**dict.fromkeys(tensors, X) | changes)
+        output = module(**dict.fromkeys(tensors, X) | changes)
     except Exception as error:
         return error
-    return None
+    return output[0] if isinstance(output, tuple) else output
+
+
+def error_of(module, tensors, changes):
+    outcome = outcome_of(module, tensors, changes)
+    return outcome if isinstance(outcome, Exception) else None
 
 
 @pytest.mark.parametrize("make, tensors, changes", list(_calls()))
@@ -84,6 +91,21 @@ def test_who_catches_torchs_error_catches_ours(make, tensors, changes):
         assert isinstance(ours, type(theirs)), (ours, theirs)
     else:  # layer norm of mixed dtypes, which the reference computes
         assert tensors == ("input",) and changes["input"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("make, tensors, changes", [call for call in _calls() if call.values[1] != ("input",)])
+def test_inference_takes_and_refuses_what_torchs_does(make, tensors, changes, grad):
+    """Without gradients on torch's fast path, which takes other masks than its attention does, and has other errors."""
+    torch.manual_seed(0)
+    module = make().eval()
+    with torch.set_grad_enabled(grad):
+        theirs = outcome_of(copy.deepcopy(module), tensors, changes)
+        ours = outcome_of(fasttx.optimize(module), tensors, changes)
+    if isinstance(theirs, Exception):
+        assert isinstance(ours, type(theirs)), (ours, theirs)
+    else:
+        assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("train", [False, True])

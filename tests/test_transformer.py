@@ -127,6 +127,18 @@ def test_layer_within_budget(dtype, norm_first):
     assert_module_within_budget(layer, {"src": torch.randn(8, 24, 64)}, dtype)
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_relu_layer_within_budget_off_its_kink(norm_first, dtype, seed):
+    """At zero the slope jumps: values whose rounding decides their sign have either gradient, in torch as here."""
+    torch.manual_seed(seed)
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=norm_first)
+    with torch.no_grad():  # half of the hidden values above zero, half below, none near it
+        layer.linear1.bias.copy_(torch.tensor([4.0, -4.0]).repeat(32) + 0.1 * torch.randn(64))
+    assert_module_within_budget(layer, {"src": torch.randn(2, 7, 32)}, dtype)
+
+
 @pytest.mark.parametrize("pattern", ["right", "left", "holes", "none"])
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("norm_first", [False, True])

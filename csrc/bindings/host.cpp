@@ -53,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_target_version") = "2.10";
   define_kernels(m);
   define_quick(m);
+  define_plain_calls(m);
   define_snapshot(m);
 }
 

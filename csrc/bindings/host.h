@@ -14,10 +14,18 @@ const Isa& isa_named(const std::string& name);
 
 // Adds every kernel of the table and its arguments to the module.
 void define_kernels(pybind11::module_& m);
-// Adds the functions that every call of an op asks.
+// Adds the functions that calls ask.
 void define_quick(pybind11::module_& m);
+// Adds the ways from a call on plain tensors to its op.
+void define_plain_calls(pybind11::module_& m);
 // Adds the class Snapshot.
 void define_snapshot(pybind11::module_& m);
+
+// A C function as Python's table of methods has it.
+template <class F>
+PyCFunction as_method(F function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
 
 // A hash of up to 16 words spread evenly over the memory there, and of the bytes past its last whole word: cheap evidence
 // that it has not changed.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fasttx import autocast, checks, reference
 from fasttx.dispatch import choose, runs_on_cpu
@@ -28,10 +29,10 @@ def layer_norm(
     input (..., *normalized_shape), or such a jagged nested tensor; weight and bias of normalized_shape, or None; the
     result has input's shape and dtype. As torch.nn.functional.layer_norm; Ba, Kiros and Hinton 2016.
     """
-    if runs_on_cpu(backend, input, weight, bias) and (
-        width := _fitting_width(input, normalized_shape, weight, bias)
-    ):
-        return ops.layer_norm(input, width, weight, bias, eps)
+    if backend is None and not is_compiling():
+        output = ops.plain_layer_norm(input, normalized_shape, weight, bias, eps)
+        if output is not None:
+            return output
     checks.require_floating("input", input)
     dims = _check_parameters(input, normalized_shape, weight, bias)
     if any_nested(input):

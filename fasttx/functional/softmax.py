@@ -3,9 +3,10 @@
 from functools import partial
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fasttx import autocast, checks, reference
-from fasttx.dispatch import choose, runs_on_cpu
+from fasttx.dispatch import choose
 from fasttx.ops import softmax as ops
 
 
@@ -24,8 +25,10 @@ def softmax(
     row i keeps the columns j <= i; `dim` must then be the last. A row that keeps nothing, or whose every value is -inf,
     gives zeros with zero gradients.
     """
-    if mask is None and not is_causal and dim == -1 and runs_on_cpu(backend, input) and input.dim() > 0:
-        return ops.softmax(input, None, False, -1)
+    if mask is None and not is_causal and dim == -1 and backend is None and not is_compiling():
+        output = ops.plain_softmax(input, None, False) if type(input) is Tensor and input.dim() > 0 else None
+        if output is not None:
+            return output
     checks.require_floating("input", input)
     if input.dim() == 0:
         raise checks.ArgumentError("input must have at least one dimension")

@@ -229,11 +229,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return "is_causal is a hint about attn_mask, which is missing"
         if self.training and self.dropout >= 1.0:
             return "dropout is 1"
-        return self._mask_refusal(query, key, key_padding_mask, attn_mask)
+        return self.refusal_of_masks(query, key, key_padding_mask, attn_mask)
 
-    def _mask_refusal(
+    def refusal_of_masks(
         self, query: Tensor, key: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None
     ) -> str | None:
+        """What is wrong with the masks."""
         batch, queries, keys = self._batch(query), self._length(query), self._length(key)
         if key_padding_mask is not None:
             if tuple(key_padding_mask.shape) != ((batch, keys) if query.dim() == 3 else (keys,)):

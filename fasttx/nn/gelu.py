@@ -15,7 +15,7 @@ class GELU(torch.nn.GELU):
     __prepare_scriptable__ = refuse_scripting
 
     def forward(self, input: Tensor) -> Tensor:
-        if type(input) is not Tensor:
+        if type(input) is not Tensor:  # by itself, a third of the time that it takes to ask
             checks.require_tensor("input", input)
         if input.is_nested and not is_dense_jagged(input):
             step_aside("gelu", "input is nested, and not jagged without holes")

@@ -62,7 +62,12 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         )
         if x is not None:
             return self._feed_forward_half(x)
-        if type(self.self_attn) is not MultiheadAttention:
+        if type(self.self_attn) is MultiheadAttention:
+            refusal = self.self_attn.refusal_of_masks(src, src, src_key_padding_mask, src_mask)
+            if refusal is not None:  # torch's layer takes it in inference, or has an error of its own
+                step_aside("transformer_encoder_layer", refusal)
+                return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        else:
             # Another module gets what torch's layer hands over: masks to be added.
             src_mask = additive(src_mask, src)
             src_key_padding_mask = additive(src_key_padding_mask, src)
@@ -151,8 +156,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     ) -> Tensor:
         checks.require_tensor("src", src)
         checks.require_masks("src", src, mask=mask, src_key_padding_mask=src_key_padding_mask)
-        if src.is_nested:
-            step_aside("transformer_encoder", "src is nested")
+        refusal = "src is nested" if src.is_nested else _refusal_of_padding(self.layers[0], src, src_key_padding_mask)
+        if refusal is not None:
+            step_aside("transformer_encoder", refusal)
             return super().forward(src, mask, src_key_padding_mask, is_causal)
         batch_first = self.layers[0].self_attn.batch_first
         length = src.shape[1 if batch_first and src.dim() == 3 else 0]
@@ -201,6 +207,13 @@ class PackingTransformerEncoder(TransformerEncoder):
     """TransformerEncoder that removes padding wherever a key padding mask allows it; optimize() makes it."""
 
     remove_padding = True
+
+
+def _refusal_of_padding(layer: torch.nn.Module, src: Tensor, key_padding_mask: Tensor | None) -> str | None:
+    """Why torch's forward takes a mask that is none of the documented ones, by an error or in its own way."""
+    if key_padding_mask is None or src.dim() != 3 or type(layer.self_attn) is not MultiheadAttention:
+        return None
+    return layer.self_attn.refusal_of_masks(src, src, key_padding_mask, None)
 
 
 def _can_pack(layer: torch.nn.Module) -> bool:

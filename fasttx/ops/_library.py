@@ -7,6 +7,8 @@ from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from fasttx.dispatch import extension
+
 from ._functorch import as_rows, has_tangent, no_forward_mode, one_by_one, transformable
 
 # The codes of Activation in csrc/cpu/kernels.h.
@@ -139,6 +141,14 @@ def run(op: Operator, differentiable: bool, *args):
     if forward_ad._current_level >= 0 and any(map(has_tangent, args)):
         raise NotImplementedError(no_forward_mode(op.name))
     return op.apply(*args) if differentiable else op.raw(*args)
+
+
+def plain_call(op: Operator, kind: str = "plain_call") -> Callable:
+    """The op's quickest call, by the extension: its result, or None where the arguments take a closer look.
+
+    kind: one of fasttx._C's, which say what the arguments are. Not to be called while torch.compile traces.
+    """
+    return (lambda *args: None) if extension is None else getattr(extension, kind)(op.raw, op.apply)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

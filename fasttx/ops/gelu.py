@@ -10,11 +10,12 @@ from ._library import (
     forbid_double_backward,
     given,
     map_rows,
+    plain_call,
     run,
     wants_grad,
 )
 
-_CODES = {"none": ACTIVATIONS["gelu"], "tanh": ACTIVATIONS["gelu_tanh"]}
+CODES = {"none": ACTIVATIONS["gelu"], "tanh": ACTIVATIONS["gelu_tanh"]}
 
 
 def _dense_like(input: Tensor) -> Tensor:
@@ -51,15 +52,16 @@ def _backward(ctx, grad):
 
 differentiate(gelu_fwd, _backward, _save)
 forbid_double_backward(gelu_bwd)
+plain_gelu = plain_call(gelu_fwd)
 map_rows(gelu_fwd, "input")
 map_rows(gelu_bwd, "grad", "input", alone=("needs_bias",))
 
 
 def gelu(input: Tensor, approximate: str) -> Tensor:
     """GELU, exact or by its tanh approximation."""
-    return run(gelu_fwd, wants_grad(input), input, None, _CODES[approximate])
+    return run(gelu_fwd, wants_grad(input), input, None, CODES[approximate])
 
 
 def bias_gelu(input: Tensor, bias: Tensor, approximate: str) -> Tensor:
     """gelu(input + bias), the bias on the last dim."""
-    return run(gelu_fwd, wants_grad(input, bias), input, bias, _CODES[approximate])
+    return run(gelu_fwd, wants_grad(input, bias), input, bias, CODES[approximate])

@@ -9,6 +9,7 @@ from ._library import (
     forbid_double_backward,
     given,
     map_rows,
+    plain_call,
     run,
     wants_grad,
 )
@@ -57,28 +58,32 @@ def _parameter_gradient(gradient: Tensor, wanted: bool, shape: torch.Size | None
 
 
 def _save_layer_norm(ctx, inputs, output):
-    input, ctx.width, weight, bias, ctx.eps = inputs
+    input, width, weight, bias, eps = inputs
     ctx.save_for_backward(input, weight)
-    ctx.shape = _parameter_shape(weight, bias)
+    ctx.rest = width, eps, _parameter_shape(weight, bias)
 
 
 def _layer_norm_backward(ctx, grad):
     input, weight = ctx.saved_tensors
+    width, eps, shape = ctx.rest
     needs_input, _, needs_weight, needs_bias, _ = ctx.needs_input_grad
-    dinput, dweight, dbias = layer_norm_bwd(
-        grad, input, weight, ctx.width, ctx.eps, needs_input, needs_weight, needs_bias
-    )
+    dinput, dweight, dbias = layer_norm_bwd(grad, input, weight, width, eps, needs_input, needs_weight, needs_bias)
+    if shape is not None:
+        dweight = _parameter_gradient(dweight, needs_weight, shape)
+        dbias = _parameter_gradient(dbias, needs_bias, shape)
     return (
-        given(dinput, needs_input),
+        dinput if needs_input else None,
         None,
-        _parameter_gradient(dweight, needs_weight, ctx.shape),
-        _parameter_gradient(dbias, needs_bias, ctx.shape),
+        dweight if needs_weight else None,
+        dbias if needs_bias else None,
         None,
     )
 
 
 differentiate(layer_norm_fwd, _layer_norm_backward, _save_layer_norm)
 forbid_double_backward(layer_norm_bwd)
+# By (input, normalized_shape, weight, bias, eps).
+plain_layer_norm = plain_call(layer_norm_fwd, "plain_layer_norm")
 map_rows(layer_norm_fwd, "input")
 map_rows(layer_norm_bwd, "grad", "input", alone=("needs_weight", "needs_bias"))
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._library import define, differentiate, forbid_double_backward, given, map_rows, run, wants_grad
+from ._library import define, differentiate, forbid_double_backward, given, map_rows, plain_call, run, wants_grad
 
 
 def _dense_like(input: Tensor) -> Tensor:
@@ -40,6 +40,7 @@ def _backward(ctx, grad):
 
 differentiate(softmax_fwd, _backward, _save)
 forbid_double_backward(softmax_bwd)
+plain_softmax = plain_call(softmax_fwd)
 map_rows(softmax_fwd, "input", alone=("mask",))
 map_rows(softmax_bwd, "grad", "output")
 
