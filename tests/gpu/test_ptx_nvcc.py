@@ -89,7 +89,7 @@ def test_a_reduction() -> None:
 def test_its_mistakes_are_found_with_their_line() -> None:
     with pytest.raises(CheckFailed, match=r"(shared race|uninitialised shared memory).*kernel.cu:\d+"):
         _run_reduction(_reduction(sync=""))
-    with pytest.raises(CheckFailed, match=r"global bounds.*byte 20 of out \(20 bytes\).*kernel.cu:15"):
+    with pytest.raises(CheckFailed, match=r"global bounds.*byte 20 of out \(20 bytes\).*kernel.cu:14"):
         _run_reduction(_reduction(guard="+ 1"))
     with pytest.raises(CheckFailed, match="warp divergence|divergent barrier"):
         _run_reduction(_reduction(sync="if (threadIdx.x < 100) __syncthreads();"))
