@@ -362,4 +362,5 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 def _slopes(outputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Repeatable gradients of the outputs, of values that `dtype` holds."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype).to(x) for x in outputs]
+    wide = {"dtype": torch.float64, "device": "cpu"}  # a default device, as in tests on a GPU, has no part in it
+    return [torch.randn(x.shape, generator=generator, **wide).to(dtype).to(x) for x in outputs]

@@ -14,6 +14,9 @@ WIDEST_IN_THREE = {
     "attention_bwd_dkdv": 32,
     "attention_bias_bwd": 64,
 }
+# Up to which width float32 is multiplied as TF32, where PyTorch's setting allows it: of wider rows no tile of the
+# gradients leaves registers enough, and the forward has to be as exact as they are.
+WIDEST_IN_TF32 = 128
 
 
 def _tile(rows: int, keys: int, warps: int, stages: int, *, width: int, bits: int = 16, laden: bool = True) -> Config:

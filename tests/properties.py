@@ -57,7 +57,7 @@ def slopes(outputs: Sequence[Tensor]) -> list[Tensor]:
     """Repeatable gradients of the outputs; those of fewer rows are the first of those of more."""
     generator = torch.Generator()
     return [
-        torch.rand(x.shape, generator=generator.manual_seed(i)).sub(0.5).to(x.dtype)
+        torch.rand(x.shape, generator=generator.manual_seed(i), device="cpu").sub(0.5).to(x)
         for i, x in enumerate(outputs)
     ]
 

@@ -9,7 +9,7 @@ from fasttx.kernels import availability
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fasttx
-from fasttx import dispatch, functional
+from fasttx import dispatch, functional, reference
 
 pytest.importorskip("triton")
 
@@ -108,6 +108,44 @@ def test_machines_without_a_gpu_are_refused():
         pytest.skip("there is one here")
     with pytest.raises(fasttx.UnsupportedError, match="PyTorch finds no CUDA device here"):
         functional.gelu(torch.ones(3), backend="triton")
+
+
+def wide_heads(query: torch.Tensor) -> torch.Tensor:
+    return functional.attention(query, query, query)
+
+
+NORM = "LayerNorm"
+# What is run, the dtype and the capability; the backend that takes it, and why Triton does not.
+TOLD = {
+    "taken": (NORM, torch.float32, (9, 0), "triton", ""),
+    "dtype": (NORM, torch.float64, (9, 0), "reference", "float64 is not float32, bfloat16 or float16"),
+    "capability": (NORM, torch.float32, (7, 5), "reference", "compute capability 7.5, the kernels need 8.0"),
+    "width": (wide_heads, torch.bfloat16, (9, 0), "reference", "heads are 257 wide"),
+}
+
+
+class Call(torch.nn.Module):
+    """A function as a module, for explain."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_explain_tells_what_auto_took_and_why(on_gpu, device, case, monkeypatch):
+    # Fake tensors of a device that this PyTorch is not built for cannot be indexed, as the reference does.
+    monkeypatch.setattr(reference, "attention", lambda query, *_, **__: (query, query.sum(-1)))
+    what, dtype, capability, backend, reason = TOLD[case]
+    device(capability)
+    model = fasttx.nn.LayerNorm(257, device="cuda", dtype=dtype) if what is NORM else Call(what)
+    explanation = fasttx.explain(model, on_gpu(1, 2, 3, 257, dtype=dtype))
+    (row,) = explanation.rows
+    assert row.backend == backend and reason in row.reason
+    assert reason in str(explanation)
 
 
 def test_an_op_keeps_its_own_refusal(on_gpu, device):

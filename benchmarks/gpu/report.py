@@ -26,6 +26,8 @@ def row(
             "seconds": _interval(median),
             "tflops": case.flops / median.value / 1e12,
             "gigabytes_per_second": case.bytes / median.value / 1e9,
+            "share_of_copy": case.bytes / median.value / limits.copy,
+            "share_of_product": case.flops / median.value / limits.matmul[case.dtype],
             "share_of_limit": limits.least_seconds(case.flops, case.bytes, case.dtype) / median.value,
             "error_of_eager": errors.get(name),
         }
@@ -47,36 +49,47 @@ def _interval(interval: Interval) -> list[float]:
     return [interval.value, interval.low, interval.high]
 
 
-def write(folder: Path, environment: Mapping[str, object], limits: Limits, rows: Sequence[Row]) -> None:
-    """results.json and results.md in the folder: losses are printed like wins."""
+def write(
+    folder: Path,
+    environment: Mapping[str, object],
+    limits: Limits,
+    rows: Sequence[Row],
+    failed: Mapping[str, str] | None = None,
+) -> None:
+    """results.json and results.md in the folder: losses are printed like wins, and what failed with the reason."""
+    failed = failed or {}
     rates = {str(dtype): rate for dtype, rate in limits.matmul.items()}
     content = {
         "environment": dict(environment),
         "copy_bytes_per_second": limits.copy,
         "matmul_flops_per_second": rates,
         "rows": list(rows),
+        "failed": dict(failed),
     }
     (folder / "results.json").write_text(json.dumps(content, indent=1))
-    (folder / "results.md").write_text(_markdown(environment, limits, rows))
+    (folder / "results.md").write_text(_markdown(environment, limits, rows, failed))
 
 
-def _markdown(environment: Mapping[str, object], limits: Limits, rows: Sequence[Row]) -> str:
+def _markdown(
+    environment: Mapping[str, object], limits: Limits, rows: Sequence[Row], failed: Mapping[str, str]
+) -> str:
     lines = ["# GPU results", ""]
     lines += [f"- {name}: {value}" for name, value in environment.items()]
     lines += [f"- copy: {limits.copy / 1e9:.0f} GB/s"]
     lines += [f"- product of {dtype}: {rate / 1e12:.1f} TFLOP/s" for dtype, rate in limits.matmul.items()]
     lines += [
         "",
-        "Medians with their 95 % interval. The limit is the copy's bandwidth or the product's rate, whichever binds.",
+        "Medians with their 95 % interval. Shares are of the copy's bandwidth and of the product's rate in that dtype.",
         "",
-        "| case | fasttx, us | TFLOP/s | GB/s | of the limit | against eager | against the best | which is | error |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| case | fasttx, us | TFLOP/s | of the product | GB/s | of the copy | against eager | against the best "
+        "| which is | error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for entry in rows:
         ours = entry["variants"]["fasttx"]
         cells = [
             entry["case"], _text(ours["seconds"], 1e6, ".1f"), f"{ours['tflops']:.1f}",
-            f"{ours['gigabytes_per_second']:.0f}", f"{ours['share_of_limit']:.0%}",
+            f"{ours['share_of_product']:.0%}", f"{ours['gigabytes_per_second']:.0f}", f"{ours['share_of_copy']:.0%}",
             _text(entry["speed_against_eager"], 1, ".2f"), _text(entry["speed_against_best"], 1, ".2f"),
             entry["best_rival"], f"{ours['error_of_eager']:.2f}",
         ]  # fmt: skip
@@ -89,6 +102,7 @@ def _markdown(environment: Mapping[str, object], limits: Limits, rows: Sequence[
         ]
     reasons = sorted({f"{name}: {why}" for entry in rows for name, why in entry["left_out"].items()})
     lines += ["", "Left out:", *[f"- {reason}" for reason in reasons]] if reasons else []
+    lines += ["", "Failed:", *[f"- {name}: {why}" for name, why in failed.items()]] if failed else []
     return "\n".join(lines) + "\n"
 
 

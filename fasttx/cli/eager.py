@@ -172,7 +172,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _dropout(x: Tensor, p: float, seed: int | Tensor | None, columns: int) -> Tensor:
-    keep = philox.matrix_keep_mask(seed, x.numel() // columns, columns, p)
+    keep = philox.matrix_keep_mask(seed, x.numel() // columns, columns, p, x.device)
     return x * keep.view(x.shape) / (1 - p)
 
 
@@ -224,7 +224,9 @@ def embedding(
     if token_scale != 1.0:
         total = total * token_scale
     if position_weight is not None:
-        positions = torch.arange(token_ids.shape[-1]) + offset if position_ids is None else position_ids
+        positions = position_ids
+        if positions is None:
+            positions = torch.arange(token_ids.shape[-1], device=token_ids.device) + offset
         total = total + F.embedding(positions, position_weight)
     if segment_weight is not None:
         segments = torch.zeros_like(token_ids) if segment_ids is None else segment_ids
@@ -233,7 +235,7 @@ def embedding(
         total = F.layer_norm(total, (total.shape[-1],), norm_weight, norm_bias, eps)
     if not training or dropout_p == 0.0:
         return total
-    keep = philox.matrix_keep_mask(seed, token_ids.numel(), total.shape[-1], dropout_p)
+    keep = philox.matrix_keep_mask(seed, token_ids.numel(), total.shape[-1], dropout_p, total.device)
     return total * keep.view(total.shape).to(total.dtype).div(1 - dropout_p)
 
 

@@ -68,10 +68,12 @@ def _run(call: Callable, width: int, precision: str, laden: str) -> None:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def _architectures(kind: str, width: int, precision: str) -> tuple[str, ...]:
-    """All for 16-bit values; for float32 one of each group of chips."""
-    if precision == "bfloat16":
+def _architectures(kind: str, width: int, precision: str, laden: str) -> tuple[str, ...]:
+    """All for 16-bit values, and for float32 of the usual width; else one of each group of chips."""
+    if precision == "bfloat16" or (precision, width, laden) == ("float32", 64, ", bias"):
         return tuple(ARCHITECTURES)
+    if not kind and not laden:
+        return "sm_80", "sm_90"
     if precision == "tf32" and width == 64:
         return tuple(x for x in ARCHITECTURES if x != "sm_89")
     return ("sm_80", "sm_90", "sm_120") if kind or precision == "float32" and width >= 64 else ("sm_80", "sm_90")
@@ -82,7 +84,7 @@ def _case(kind: str, call: Callable, width: int, precision: str, laden: str) -> 
         f"attention{kind} {precision} {width}{laden}",
         lambda: _run(call, width, precision, laden),
         () if precision == "float32" else _MATRIX,
-        _architectures(kind, width, precision),
+        _architectures(kind, width, precision, laden),
     )
 
 
@@ -92,6 +94,7 @@ CASES = [
     *(_case("", _train, w, "bfloat16", ", bias") for w in (16, 32)),
     *(_case("", _train, w, "float32", ", bias") for w in (16, 32, 64, 128, 256)),
     *(_case("", _train, w, "tf32", ", bias") for w in (64, 128)),
+    *(_case("", _train, 64, precision, "") for precision in ("float32", "tf32")),
     *(_case(" of one query", _decode, w, "bfloat16", "") for w in (64, 128, 256)),
     *(_case(" of one query", _decode, w, "float32", "") for w in (16, 32, 64, 128, 256)),
     *(_case(" of one query", _decode, w, "tf32", "") for w in (64, 128)),

@@ -1,6 +1,7 @@
 """Attention in Triton on the emulator, forward and backward, against float64 by the error budget."""
 
 import math
+from itertools import accumulate
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from fasttx import philox, reference
 from fasttx.ops import attention as ops
-from gpu.launchers import TARGETS, by_dtype, full, on_triton
+from gpu.launchers import TARGETS, by_dtype, counted, full, on_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-by_target = pytest.mark.parametrize("target", ["sm_90", pytest.param("sm_80", marks=full)])
-KEEP = torch.rand(2, 3, 150, 170, generator=torch.Generator().manual_seed(0)) > 0.4
+by_target = pytest.mark.parametrize("target", [TARGETS[-1], *(pytest.param(x, marks=full) for x in TARGETS[:-1])])
+KEEP = torch.rand(2, 3, 150, 170, generator=torch.Generator().manual_seed(0), device="cpu") > 0.4
+KEEP = KEEP.to(torch.get_default_device())
 KEEP[..., 0] = True
 
 # By name: batch, heads, kv heads, queries, keys, width, value width; and options.
@@ -137,7 +139,7 @@ def packed(lengths_q: list[int], lengths_k: list[int]) -> tuple[dict[str, Tensor
         "key": draw(sum(lengths_k), 2, 16),
         "value": draw(sum(lengths_k), 2, 9),
     }
-    return inputs, tuple(torch.tensor([0, *torch.tensor(n).cumsum(0)]) for n in (lengths_q, lengths_k))
+    return inputs, tuple(torch.tensor([0, *accumulate(n)]) for n in (lengths_q, lengths_k))
 
 
 def run_packed(offsets, query, key, value, **options):
@@ -185,7 +187,7 @@ def test_packed_sequences_without_queries_or_keys(lengths_q, lengths_k):
     inputs, offsets = packed(lengths_q, lengths_k)
     inputs = {name: x.float() for name, x in inputs.items()}
     truth = results(lambda **x: packed_reference(offsets, **x), inputs)
-    with on_triton("sm_80"), poisoned():
+    with on_triton(TARGETS[0]), poisoned():
         found = results(lambda **x: run_packed(offsets, **x), inputs)
     for name, x in found.items():  # zeros, and -inf
         assert torch.equal(x, truth[name]), name
@@ -194,7 +196,7 @@ def test_packed_sequences_without_queries_or_keys(lengths_q, lengths_k):
 @full
 def test_packed_empty_sequences_between_others():
     inputs, offsets = packed([4, 0, 70], [9, 8, 7])
-    with on_triton("sm_80"):
+    with on_triton(TARGETS[0]):
         assert_op_within_budget(
             lambda **x: run_packed(offsets, **x),
             eager=lambda **x: eager_packed(offsets, **x),
@@ -378,7 +380,7 @@ def test_masks_of_any_stride(target, kind):
 def test_tokens_before_heads_give_gradients_in_the_same_order():
     projected = torch.randn(2, 30, 3, 4, 8)  # as one projection gives them: query, key, value
     inputs = [x.transpose(1, 2).requires_grad_() for x in projected.unbind(2)]
-    with on_triton("sm_80"):
+    with on_triton(TARGETS[0]):
         output, lse = run_op(*inputs)
         gradients = torch.autograd.grad(output.sum() + lse.sum(), inputs)
     assert output.transpose(1, 2).is_contiguous()
@@ -395,13 +397,13 @@ def test_tokens_before_heads_give_gradients_in_the_same_order():
 def test_empty_sizes(shape):
     inputs = {name: x.float() for name, x in draw_inputs(*shape).items()}
     truth = results(run_reference, inputs)
-    with on_triton("sm_80"), poisoned():
+    with on_triton(TARGETS[0]), poisoned():
         found = results(run_op, inputs)
     for name, x in found.items():
         torch.testing.assert_close(x, truth[name])
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_tf32_only_where_pytorch_may_use_it(target):
     inputs = {name: x.float() for name, x in draw_inputs(1, 2, 2, 50, 70, 64, 64).items()}
     truth = results(run_reference, {name: x.double() for name, x in inputs.items()})
@@ -425,6 +427,7 @@ def _shows(change: dict) -> bool:
     return not any(x.dtype == torch.int64 and x.shape == (2,) for x in indices)
 
 
+@counted
 @pytest.mark.parametrize("name", ("attention_fwd", "attention_bwd", "attention_bias_bwd"))
 def test_arguments_that_do_not_fit_are_refused(name):
     launcher = next(x for x in register.LAUNCHERS if x.__name__ == name)
@@ -466,6 +469,7 @@ def products(target: str, inputs: dict[str, Tensor], **options) -> dict[str, flo
     return {launch.name: sum(launch.counts.matrix_flops.values()) for launch in machine.launches}
 
 
+@counted
 @by_target
 @pytest.mark.parametrize("case", [c if c == "left padding" else pytest.param(c, marks=full) for c in SKIPPED])
 def test_tiles_that_no_row_sees_are_skipped(case, target):
@@ -479,6 +483,7 @@ def test_tiles_that_no_row_sees_are_skipped(case, target):
     assert all(found[name] <= share * flops for name, flops in whole.items()), (found, whole)
 
 
+@counted
 @by_target
 def test_tiles_that_no_row_sees_are_skipped_by_splits(target):
     inputs = draw_inputs(1, 1, 1, 1, 1024, 64, 64)

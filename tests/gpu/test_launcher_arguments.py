@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fasttx.kernels import register
+from fasttx.kernels._attention_call import Call
 from test_raw_ops import RAW
 
 from gpu.launchers import on_triton
@@ -34,3 +35,16 @@ def test_float64_is_refused(name):
     with on_triton("sm_80") as machine, pytest.raises(TypeError, match="must be float32, bfloat16 or float16"):
         LAUNCHERS[name](**wide)
     assert not machine.launches
+
+
+@pytest.mark.parametrize(("width", "value_width", "how"), [(128, 80, "tf32"), (129, 80, "ieee"), (80, 129, "ieee")])
+def test_heads_too_wide_for_tf32_are_multiplied_as_float32(width, value_width, how):
+    query, value = torch.zeros(1, 1, 4, width), torch.zeros(1, 1, 4, value_width)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        call = Call(query, query, value, *(None,) * 5, False, 0, -1, -1, 0.0, None, 1.0)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    for kernel in ("attention_fwd", "attention_split", "attention_bwd_dq", "attention_bwd_dkdv", "attention_bias_bwd"):
+        assert call.constants_of(kernel)[-1] == how

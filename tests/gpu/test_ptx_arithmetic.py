@@ -294,3 +294,19 @@ def test_immediates() -> None:
     assert elementwise("mov.b32 {d}, -1;", [U32], np.uint32)[0] == 0xFFFFFFFF
     assert elementwise("mov.b64 {d}, 0x10;", [U32], np.uint64)[0] == 16
     assert math.isinf(elementwise("mov.b32 {d}, 0fFF800000;", [U32], np.float32)[0])
+
+
+@pytest.mark.parametrize(
+    ("kinds", "first", "second"), [("s32.s32", "i1", "i1"), ("u32.s32", "u1", "i1"), ("u32.u32", "u1", "u1")]
+)
+def test_products_of_four_bytes(kinds, first, second) -> None:
+    got = elementwise(f"dp4a.{kinds} {{d}}, {{a}}, {{b}}, {{c}};", [U32, V32, np.roll(U32, 3)], np.uint32)
+    a, b = U32.view(first).reshape(-1, 4).astype(np.int64), V32.view(second).reshape(-1, 4).astype(np.int64)
+    np.testing.assert_array_equal(got, ((a * b).sum(1) + np.roll(U32, 3)).astype(np.uint32))
+
+
+@pytest.mark.parametrize("sign", ["s", "u"])
+def test_sums_of_absolute_differences(sign) -> None:
+    got = elementwise(f"sad.{sign}32 {{d}}, {{a}}, {{b}}, {{c}};", [U32, V32, np.roll(U32, 3)], np.uint32)
+    a, b = (x.view(np.int32 if sign == "s" else np.uint32).astype(np.int64) for x in (U32, V32))
+    np.testing.assert_array_equal(got, (np.abs(a - b) + np.roll(U32, 3)).astype(np.uint32))

@@ -6,7 +6,7 @@ import torch
 from budget import assert_within_budget
 
 from gpu.nvcc import compile_ptx, find_nvcc
-from gpu.ptx import CheckFailed, launch, parse
+from gpu.ptx import CheckFailed, PTXError, launch, parse
 from gpu.tensors import allocation
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
@@ -43,6 +43,27 @@ extern "C" __global__ void mixed(const __nv_bfloat162* x, const __half* y, float
   float late = history[(i * 7) & 3];
   unsigned votes = __ballot_sync(__activemask(), i & 1);
   out[i] = fmaf(pair.y, step.scale, __half2float(y[i])) + late + sinf(pair.x) + __popc(votes) * (float)step.shift;
+}
+"""
+
+
+CALLS = r"""
+#include <cassert>
+#include <cstdio>
+#include <cuda_bf16.h>
+__noinline__ __device__ float polynomial(float x, int n) {
+  float sum = 0.f;
+  for (int i = 0; i < n; i++) sum = sum * x + i;
+  return sum;
+}
+extern "C" __global__ void calls(const float* x, float* out, int n) {
+  out[threadIdx.x] = polynomial(x[threadIdx.x], n);
+}
+extern "C" __global__ void asserts(const __nv_bfloat162* x, __nv_bfloat162* out, int n) {
+  if (threadIdx.x >= n) return;
+  assert(n < 30);
+  if (n == 0) printf("%d", n);
+  out[threadIdx.x] = h2exp2(x[threadIdx.x]);
 }
 """
 
@@ -92,3 +113,16 @@ def test_half_precision_local_arrays_and_structures(target: str) -> None:
     inputs = square[:, 0], square[:, 1], y
     eager, truth = (mixed(*(part.to(dtype) for part in inputs)) for dtype in (torch.float32, torch.float64))
     assert_within_budget(actual=out, eager=eager, truth=truth)
+
+
+def test_assertions_trap_and_what_is_called_is_named_once_it_runs() -> None:
+    kernels = parse(compile_ptx(CALLS, "sm_80"))
+    x, out = torch.randn(32, 2).bfloat16(), torch.zeros(32, 2).bfloat16()
+    memory = [allocation(t, name) for t, name in ((x, "x"), (out, "out"))]
+    launch(kernels["asserts"], (1,), (32,), [x.data_ptr(), out.data_ptr(), 29], memory)
+    torch.testing.assert_close(out[:29], x[:29].exp2())
+    assert not out[29:].any()
+    with pytest.raises(CheckFailed, match="trap.*kernel.cu:15"):
+        launch(kernels["asserts"], (1,), (32,), [x.data_ptr(), out.data_ptr(), 30], memory)
+    with pytest.raises(PTXError, match="call.uni is not implemented"):
+        launch(kernels["calls"], (1,), (32,), [x.data_ptr(), out.data_ptr(), 3], memory)

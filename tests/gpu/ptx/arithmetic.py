@@ -136,6 +136,32 @@ def _extremum(machine, ins) -> Operation:
     return _elementwise(machine, ins, function)
 
 
+@instruction("sad")
+def _absolute_difference(machine, ins) -> Operation:
+    """|a - b| + c."""
+    return _elementwise(machine, ins, lambda a, b, c: np.maximum(a, b) - np.minimum(a, b) + c)
+
+
+@instruction("dp4a")
+def _byte_products(machine, ins) -> Operation:
+    """c + the sum of the products of four bytes, each register's signed or not."""
+    target, read = machine.registers.target(ins.operands[0], "s32"), machine.registers.read
+    kinds = [modifier for modifier in ins.modifiers if modifier in ("s32", "u32")]
+    values, addend = [read(operand, "u32") for operand in ins.operands[1:3]], read(ins.operands[3], "s32")
+
+    def run(mask: Mask) -> None:
+        total = np.asarray(addend, np.int64)
+        for shift in (0, 8, 16, 24):
+            a, b = (
+                (np.asarray(x, np.uint32) >> np.uint32(shift)).astype(np.int8 if kind == "s32" else np.uint8)
+                for x, kind in zip(values, kinds, strict=True)
+            )
+            total = total + a.astype(np.int64) * b
+        store(target, total.astype(np.int32), mask)
+
+    return run
+
+
 @instruction("div")
 def _divide(machine, ins) -> Operation:
     if not is_float(ins.kind):

@@ -118,7 +118,7 @@ _VARIABLE = re.compile(
     r"\.(\w+)\s+([\w$]+)\s*((?:\[\d*\])*)\s*(?:=\s*(.*))?$",
     re.S,
 )
-_REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)$", re.S)
+_REGISTERS = re.compile(r"\.reg\s*\.(\w+)\s+(.*)$", re.S)
 _LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+(?:[^\n]*?inlined_at\s+(\d+)\s+(\d+))?[^\n]*")
 _LABEL = re.compile(r"([$\w]+):(?!:)")
 _INSTRUCTION = re.compile(r"(?:@(!?)(%?[\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
@@ -166,6 +166,7 @@ class _Body:
         self.kernel, self.text, self.at, self.files = kernel, text, start, files
         self.scopes: list[dict[str, str]] = [{}]
         self.source = ""
+        self.call_parameters: set[str] = set()
         # Line breaks are counted on the way: str.count over the whole text for every statement would be quadratic.
         self.line, self.counted = text.count("\n", 0, start) + 1, start
 
@@ -202,12 +203,14 @@ class _Body:
             self.source = f"{self.files.get(match[3], '?')}:{match[4]} (in {self.source})"
 
     def _statement(self, text: str) -> None:
-        if not text or text.startswith(".pragma"):
+        if not text or text.startswith(".pragma") or ".callprototype" in text:
             return
         if match := _REGISTERS.match(text):
             self._declare(match[1], match[2])
         elif match := _VARIABLE.match(text):
             _add_variable(self.kernel, _variable(match))
+        elif text.startswith(".param"):
+            self.call_parameters.add(_PARAMETER.search(text)[3])
         elif text[0] == ".":
             raise PTXError(f"line {self.line}: unsupported directive {text.split()[0]}")
         else:
@@ -229,8 +232,20 @@ class _Body:
             raise PTXError(f"line {self.line}: cannot parse {text!r}")
         guard = Register(self._resolve(match[2]), match[1] == "!") if match[2] else None
         name, *modifiers = match[3].split(".")
+        if name == "call":
+            self._call(match[4], tuple(modifiers), guard)
+            return
+        if modifiers[:1] == ["param"] and re.search(r"\[\s*([%\w$]+)", match[4])[1] in self.call_parameters:
+            return
         operands = tuple(self._operand(part) for part in _split(match[4]))
         self.kernel.code.append(Instruction(name, tuple(modifiers), operands, guard, self.line, self.source))
+
+    def _call(self, text: str, modifiers: tuple, guard: Register | None) -> None:
+        """A failed assertion is a trap, and nothing is printed; what calls another function can be read but not run."""
+        function = re.search(r"(?:\([^)]*\)\s*,)?\s*([%\w$]+)", text)[1]
+        if function != "vprintf":
+            name = "trap" if function == "__assertfail" else "call"
+            self.kernel.code.append(Instruction(name, modifiers, (), guard, self.line, self.source))
 
     def _resolve(self, name: str) -> str:
         return next((scope[name] for scope in reversed(self.scopes) if name in scope), name)

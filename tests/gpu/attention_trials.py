@@ -1,0 +1,47 @@
+"""Attention as mutations of its kernels are tried on: sizes and offsets of any kind that launch the same PTX."""
+
+import math
+
+import torch
+from fasttx.kernels.attention import attention_fwd
+from fasttx.kernels.attention_bwd import attention_bwd
+
+from gpu.mutations import Trial
+from gpu.test_shipped_mutations import trial
+
+
+def causal(
+    queries: int, keys: int, offset: int, *, several: bool = False, cold: bool = False, backward: bool = False
+) -> Trial:
+    """Two heads over one of keys, bfloat16, 64 wide; query i sees the keys up to i + offset, or none at all.
+
+    several: two sequences and two heads of keys. cold: all scores are far below 0, so that a key too many, whose score
+    is 0, is all that a row sees.
+    """
+    batch, kv_heads = (2, 2) if several else (1, 1)
+    query, slope = torch.randn(2, batch, 2 * kv_heads, queries, 64).unbind()
+    key, value = torch.randn(2, batch, kv_heads, keys, 64).unbind()
+    if cold:
+        query, key = query / 2 + 2, key / 2 - 2
+    # Each in memory of its own: past the end of one must not lie another.
+    query, key, value, slope = (x.to(torch.bfloat16, copy=True) for x in (query, key, value, slope))
+    options = (None,) * 5 + (True, offset, -1, -1, 0.0, None, 64**-0.5)
+    leaves = [x.double().requires_grad_() for x in (query, key, value)]
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril(offset)
+    rows = seen.any(-1)
+    products = leaves[0] @ leaves[1].repeat_interleave(2, 1).mT
+    scores = (products / 8).masked_fill(~seen, -math.inf)
+    p = scores.masked_fill(~rows[:, None], 0).softmax(-1) * rows[:, None]
+    output, lse = p @ leaves[2].repeat_interleave(2, 1), scores.detach().logsumexp(-1)
+    if not backward:
+
+        def call() -> tuple:
+            found, found_lse = attention_fwd(query, key, value, *options)[:2]
+            return found, torch.where(rows | (found_lse != -math.inf), found_lse, 0.0)
+
+        return trial(call, (output.detach(), torch.where(rows, lse, 0.0)), 2**-7)
+    gradients = torch.autograd.grad(output, leaves, slope.double(), retain_graph=True)
+    top = torch.where(rows, products.detach().masked_fill(~seen, -math.inf).amax(-1), 0.0)
+    factor = torch.where(rows, (top / 8 - lse).exp(), 0.0)
+    output, stats = output.detach().bfloat16(), torch.stack([top, factor], -1).float()
+    return trial(lambda: attention_bwd(slope, None, query, key, value, output, stats, *options), gradients, 2**-6)

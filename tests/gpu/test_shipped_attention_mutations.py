@@ -1,0 +1,72 @@
+"""Attention's masks, guards and strides, broken by one: the checks, or the comparison with float64, must notice."""
+
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("triton")
+
+from gpu import mutations  # noqa: E402
+from gpu.attention_trials import causal  # noqa: E402
+from gpu.launchers import full  # noqa: E402
+from gpu.mutations import EDGES, Trial  # noqa: E402
+from gpu.test_shipped_mutations import by_target  # noqa: E402
+
+KINDS = [*EDGES, "wrong stride"]
+
+
+def forward() -> list[Trial]:
+    """Tiles of 128 queries by 64 keys: each row and column of a thread is the first outside in one."""
+    sizes = [
+        (70, 420, 350), (60, 60, 0), (200, 200, 0), (232, 232, 0), (9, 65, 90), (300, 97, -210), (128, 150, 60),
+        (128, 180, 60),
+    ]  # fmt: skip
+    columns = (8 * j + e for j in range(8) for e in (1, 2))
+    return [
+        causal(131, 161, 30, several=True),
+        *(causal(*size) for size in sizes),
+        *(causal(9, keys, 400, cold=True) for keys in columns),
+    ]
+
+
+# By kernel: the trials, and its name.
+KERNELS = {"attention": (forward, "_attention_fwd_kernel")}
+_MULTIPLES = "what whole tiles begin and end at is a multiple of their size"
+_INFINITE = "whether what a logarithm is taken of is infinite, which no sum of exponentials is"
+_PACKED = "a program beyond its sequence's rows, which only packed ones have"
+_NOT_STORED = "rows beyond the last, which are not stored"
+_ONE_MORE = "one more tile, or one more copied ahead: of keys that no row sees"
+_FIRST = "the first whole tile of a row that sees all keys before it is the first of all: 0 by any stride"
+_THREE = "a buffer beyond the third, where the loop of partly seen tiles has three steps at most"
+# Survivors that change nothing, by kind: how many, and why.
+EQUIVALENT: dict[tuple[str, str], dict[str, tuple[int, str]]] = {
+    ("attention", "sm_80"): {
+        "off by one": (3, f"{_MULTIPLES}; {_INFINITE} (2)"),
+        "off by one (register)": (6, f"{_PACKED}; {_NOT_STORED} (2); {_ONE_MORE} (3)"),
+        "wrong stride": (3, _FIRST),
+    },
+    ("attention", "sm_90"): {
+        "off by one": (4, f"{_MULTIPLES}; {_THREE}; {_INFINITE} (2)"),
+        "off by one (register)": (7, f"{_PACKED}; {_NOT_STORED} (2); {_ONE_MORE} (4)"),
+        "wrong stride": (3, _FIRST),
+    },
+}
+
+
+@full
+@by_target
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_masks_guards_and_strides_are_right_to_the_element(kernel: str, target: str) -> None:
+    make, name = KERNELS[kernel]
+    left, outcomes = mutations.survivors(target, make(), KINDS, kernel=name)
+    allowed = {kind: count for kind, (count, _) in EQUIVALENT[kernel, target].items()}
+    assert Counter(mutation.kind for mutation in left) == allowed, "\n".join(map(str, left))
+    assert {"global bounds", "result"} <= {outcome.check for outcome in outcomes}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_sample_of_them(kernel: str) -> None:
+    name = KERNELS[kernel][1]
+    trials = [causal(131, 161, 30, several=True, backward=kernel != "attention")]
+    left, outcomes = mutations.survivors("sm_90", trials, ["unguarded store"], most=3, kernel=name)
+    assert not left and outcomes, "\n".join(map(str, left))
