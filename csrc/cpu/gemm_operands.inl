@@ -2,7 +2,7 @@
 
 // Values of k that are summed in registers, before that sum is added to those before it: the rounding error of a sum
 // grows with the length of its chain, and PyTorch's products have short ones.
-constexpr int64_t kChainK = Vec<float>::kWidth == 1 ? 16 : 64;  // shorter where every term rounds twice
+constexpr int64_t kChainK = Vec<float>::kWidth == 1 ? 16 : 32;  // shorter where every term rounds twice
 
 // How the result is cut: rows and panels of an item, rows of one tile, panels of one wave. Nothing of it shows in the
 // result.
