@@ -432,8 +432,8 @@ def test_modules_name_what_is_no_tensor(module, tensors, argument):
         module(**tensors | {argument: [1.0]})
 
 
-@pytest.mark.parametrize("mask", ["src_mask", "tgt_mask", "memory_mask"])
-def test_a_mask_of_integers_is_named_by_torchs_attention(mask):
+@pytest.mark.parametrize("mask, name", [("src_mask", "src"), ("tgt_mask", "attn"), ("memory_mask", "attn")])
+def test_a_mask_of_integers_is_named_by_torchs_layer_or_attention(mask, name):
     model, x = fasttx.nn.Transformer(8, 2, 1, 1, 16, batch_first=True), torch.randn(2, 3, 8)
-    with pytest.raises(AssertionError, match="only bool and floating types of attn_mask are supported"):
+    with pytest.raises(AssertionError, match=f"only bool and floating types of {name}_mask are supported"):
         model(x, x, **{mask: torch.zeros(3, 3, dtype=torch.long)})
