@@ -67,7 +67,8 @@ def place_of(weight: Tensor) -> tuple:
 def packed(weight: Tensor, on_vectors: bool = False) -> Tensor | None:
     """The packed copy of a weight (out, in), or None where the kernel had better pack it for the call.
 
-    on_vectors: for the vector unit, which a step of cached decoding takes; float32 has another copy for AMX, if it goes there.
+    on_vectors: for the vector unit, which a step of cached decoding takes; float32 has another copy where
+    it is multiplied in parts.
     """
     state = settled_state(weight)
     if state is None:

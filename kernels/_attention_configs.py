@@ -14,8 +14,9 @@ WIDEST_IN_THREE = {
     "attention_bwd_dkdv": 32,
     "attention_bias_bwd": 64,
 }
-# Up to which width float32 is multiplied as TF32, where PyTorch's setting allows it: of wider rows the gradients spilled
-# registers with every tile that was tried (five on sm_80, one on sm_90), and the forward has to be as exact as they are.
+# Up to which width float32 is multiplied as TF32, where PyTorch's setting allows it: of wider rows the gradients
+# spilled registers with every tile that was tried (five on sm_80, one on sm_90), and the forward has to be as exact
+# as they are.
 WIDEST_IN_TF32 = 128
 
 
