@@ -1,7 +1,8 @@
 // Linear layers: c = epilogue(a b), a block of rows and a group of panels at a time.
 //
-// An item packs its rows once, and goes through its panels in waves whose sums stay in L2, a stretch of k after the other:
-// the stretch of a panel stays in L1 while the rows pass, and the next one is fetched meanwhile.
+// An item packs its rows once, unless it reads them in place, and goes through its panels in waves whose sums stay in
+// L2, a stretch of k after the other: the stretch of a panel stays in L1 while the rows pass, and the next one is
+// fetched meanwhile.
 
 // Finishes rows of a whole tile that want a bias, an activation or its gradient, and what goes with them: without a
 // question for every vector.
