@@ -5,11 +5,6 @@
 constexpr int kAmxRows = 16;
 constexpr int kAmxCols = 16;
 constexpr int kAmxK = 32;
-#if defined(__AMX_BF16__)
-constexpr bool kHasTiles = true;
-#else
-constexpr bool kHasTiles = false;
-#endif
 
 #if defined(__AMX_BF16__)
 template <int kTile>

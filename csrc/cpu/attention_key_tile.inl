@@ -10,7 +10,7 @@ struct KeyTile {
   using V = Vec<A>;
   static constexpr int kStep = Packed<P>::kStep, kLeftStep = Packed<P>::kLeftStep, kCols = kTileCols<P>;
   // Tiles read and write the sums once for so many queries.
-  static constexpr int64_t kRows = kHasTiles && sizeof(A) == 4 ? 64 : 48;
+  static constexpr int64_t kRows = kAttendsOnMatrixUnit<P> ? 64 : 48;
 
   // A matrix of at most `most` rows as both operands of a product: `left`, and `right` in panels of `most` rows; one
   // and the same where their layouts agree and `left` does not change its sign. In parts, `right` is the transpose as a

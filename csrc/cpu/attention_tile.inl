@@ -2,7 +2,7 @@
 
 // Rows and keys of one tile of scores. Both are whole tiles of the product's unit; a row's keys are padded to kKeyStep.
 template <class P>
-constexpr int64_t kQueryTile = kHasTiles && sizeof(accum_t<P>) == 4 ? 32 : 48;
+constexpr int64_t kQueryTile = kAttendsOnMatrixUnit<P> ? 32 : 48;
 template <class P>
 constexpr int64_t kKeyTile = kUsesAmx<P> ? 64 : 128;  // on tiles, what the first-level cache holds of all operands
 template <class P>

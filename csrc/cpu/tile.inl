@@ -60,6 +60,9 @@ constexpr bool kSplits<fp16> = true;
 // Whether linear layers' products run beside the vector unit.
 template <class T>
 constexpr bool kOnMatrixUnit = kUsesAmx<T> || kSplits<T>;
+// Whether attention's do, of operands P. Those of one type, whole or in parts, are in tiles of one size.
+template <class P>
+constexpr bool kAttendsOnMatrixUnit = kOnMatrixUnit<P> || kInParts<P>;
 
 constexpr int kTileRows = 6;
 #if defined(__AVX512F__)
