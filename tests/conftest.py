@@ -1,6 +1,7 @@
 """Fixtures for every test; seeds, the instruction set and the threads are reset each time."""
 
 import contextlib
+import gc
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -20,16 +21,32 @@ def _instruction_sets() -> list:
     ]
 
 
+def _modes() -> dict[str, object]:
+    """What a thread of PyTorch and Python is in, and what a test must leave as it was."""
+    return {
+        "gradients": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "garbage collection": gc.isenabled(),
+    }
+
+
 @pytest.fixture(autouse=True)
 def _reset(request: pytest.FixtureRequest) -> Iterator[None]:
     """Seeds PyTorch by the test's own name, and puts back what tests change."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
     threads = torch.get_num_threads()
     isa = extension.isa() if extension else None
+    before = _modes()
     yield
     torch.set_num_threads(threads)
     if isa is not None:
         extension.set_isa(isa)
+    after = _modes()
+    if after != before:  # every later test would be another one
+        torch.set_grad_enabled(before["gradients"])
+        pytest.fail(f"the test leaves behind {after}, and found {before}")
 
 
 @pytest.fixture

@@ -87,6 +87,14 @@ def test_what_is_not_reached_in_time_is_named(tmp_path):
     assert "late 8x16" in (tmp_path / "results.md").read_text()
 
 
+def test_a_deadline_leaves_gradients_as_they_were():
+    """It may strike where they are switched off already, and nothing is there yet that switches them on again."""
+    with pytest.raises(program.OutOfTime), program.at_most(0.01):
+        torch.set_grad_enabled(False)
+        time.sleep(60)
+    assert torch.is_grad_enabled()
+
+
 def test_a_case_that_is_still_running_at_the_deadline_is_stopped(tmp_path):
     slow = a_case(op="slow", rivals={"rival": lambda input: time.sleep(60)})
     start = time.monotonic()
