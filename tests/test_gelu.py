@@ -67,13 +67,14 @@ def test_bias_gelu_within_budget(dtype, approximate, shape):
     )
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)
 @pytest.mark.parametrize(
     ("low", "high"), ((-1e-30, 1e-30), (-1e-4, 1e-4), (-0.1, 0.1), (-1, 1), (-5, -2), (-7, -5), (-30, -7), (2, 30))
 )
-def test_every_range_within_its_own_budget(isa, approximate, low, high):
+def test_every_range_within_its_own_budget(isa, dtype, approximate, low, high):
     """What is large elsewhere does not excuse an error here."""
-    x = torch.linspace(low, high, 5001).requires_grad_()
+    x = torch.linspace(low, high, 5001).to(dtype).requires_grad_()
     wide = x.detach().double().requires_grad_()
     results = [
         (y.detach(), *torch.autograd.grad(y.sum(), given))
@@ -107,7 +108,7 @@ def test_strided_and_broadcast_inputs(isa, approximate):
             assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)
 def test_tails(isa, dtype, approximate):
     inf, nan = math.inf, math.nan

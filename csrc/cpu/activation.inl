@@ -56,7 +56,7 @@ struct ActivationFwdKernel {
         g, begin, end,
         [&]<Activation kActivation>(int64_t i, int lanes, V value) __attribute__((always_inline)) {
           prefetch_to_write(ahead(y + i));
-          store_lanes(y + i, gelu<kActivation>(value), lanes);
+          store_lanes(y + i, gelu<kActivation, T>(value), lanes);
         });
   }
 };
@@ -74,7 +74,7 @@ struct ActivationBwdKernel {
           prefetch(ahead(dy + i));
           prefetch_to_write(ahead(dx + i));
           const V grad = load_lanes<V>(dy + i, lanes);
-          store_lanes(dx + i, grad * gelu_grad<kActivation>(value), lanes);
+          store_lanes(dx + i, grad * gelu_grad<kActivation, T>(value), lanes);
         });
   }
 };

@@ -20,12 +20,12 @@ static FASTTX_INLINE void finish_plain(const Gemm& g, int64_t row, int64_t rows,
       const V value = V::load(sums + j * V::kWidth) + bias[j];
       T* c = static_cast<T*>(g.c) + here;
       if constexpr (kGradient) {
-        const auto both = gelu_and_grad<kActivation>(V::load(static_cast<const T*>(g.grad_preact) + here));
+        const auto both = gelu_and_grad<kActivation, T>(V::load(static_cast<const T*>(g.grad_preact) + here));
         (value * both.gradient).store(c);
         if (g.recomputed != nullptr) both.value.store(static_cast<T*>(g.recomputed) + here);
       } else {
         if constexpr (kStoresPreact) value.store(static_cast<T*>(g.preact) + here);
-        gelu<kActivation>(value).store(c);
+        gelu<kActivation, T>(value).store(c);
       }
     }
   }
@@ -57,14 +57,14 @@ static FASTTX_INLINE void finish_tile(const Gemm& g, int64_t row, int64_t rows, 
       if (g.grad_preact != nullptr) {
         const V preact = load(g.grad_preact, at);
         if (g.recomputed != nullptr) {
-          const auto both = gelu_and_grad<kActivation>(preact);
+          const auto both = gelu_and_grad<kActivation, T>(preact);
           value = dropped(value * both.gradient);
           store(g.recomputed, dropped(both.value));
         } else {
-          value = dropped(value * gelu_grad<kActivation>(preact));
+          value = dropped(value * gelu_grad<kActivation, T>(preact));
         }
       } else {
-        value = dropped(gelu<kActivation>(value));
+        value = dropped(gelu<kActivation, T>(value));
       }
       if (g.residual != nullptr) {
         value = value + (g.residual_is_wide ? load_lanes<V>(static_cast<const A*>(g.residual) + at + j, lanes)

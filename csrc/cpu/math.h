@@ -174,25 +174,40 @@ struct LogisticTail {
   }
 };
 
-template <Activation act, class A>
-struct GeluTailOf {
-  using type = NormalTail<A>;
-};
-template <class A>
-struct GeluTailOf<Activation::gelu_tanh, A> {
-  using type = LogisticTail<A>;
-};
+#if defined(__AVX512F__)
+#include "gelu_cubics.h"
+#endif
 
-// The activation `act` of x. NaN stays NaN, and -infinity gives 0.
-template <Activation act, class A>
-FASTTX_INLINE Vec<A> gelu(Vec<A> x) {
-  using V = Vec<A>;
+// By what its results are rounded to.
+template <Activation act, class T>
+struct GeluTailOf {
+  using type = NormalTail<accum_t<T>>;
+};
+template <class T>
+struct GeluTailOf<Activation::gelu_tanh, T> {
+  using type = LogisticTail<accum_t<T>>;
+};
+#if defined(__AVX512F__)
+template <Activation act>
+struct GeluTailOf<act, bf16> {
+  using type = CubicTail<act>;
+};
+template <>
+struct GeluTailOf<Activation::gelu_tanh, bf16> {
+  using type = CubicTail<Activation::gelu_tanh>;
+};
+#endif
+
+// The activation `act` of x, to be rounded to T. NaN stays NaN, and -infinity gives 0.
+template <Activation act, class T>
+FASTTX_INLINE Vec<accum_t<T>> gelu(Vec<accum_t<T>> x) {
+  using V = Vec<accum_t<T>>;
   if constexpr (act == Activation::none) {
     return x;
   } else if constexpr (act == Activation::relu) {
     return max(V::zero(), x);
   } else {
-    using Tail = typename GeluTailOf<act, A>::type;
+    using Tail = typename GeluTailOf<act, T>::type;
     const V size = abs(x);
     const V a = select(lt(size, V::set1(Tail::kEnd)), size, V::zero());
     return fnma(a, Tail::value(a), max(V::zero(), x));  // max keeps a NaN x
@@ -200,16 +215,16 @@ FASTTX_INLINE Vec<A> gelu(Vec<A> x) {
 }
 
 // Its derivative; relu's is 0 at 0.
-template <Activation act, class A>
-FASTTX_INLINE Vec<A> gelu_grad(Vec<A> x) {
-  using V = Vec<A>;
+template <Activation act, class T>
+FASTTX_INLINE Vec<accum_t<T>> gelu_grad(Vec<accum_t<T>> x) {
+  using V = Vec<accum_t<T>>;
   const V one = V::set1(1);
   if constexpr (act == Activation::none) {
     return one;
   } else if constexpr (act == Activation::relu) {
     return select(le(x, V::zero()), V::zero(), one);
   } else {
-    using Tail = typename GeluTailOf<act, A>::type;
+    using Tail = typename GeluTailOf<act, T>::type;
     const V end = V::set1(Tail::kGradientEnd), size = abs(x);
     // A NaN is not ge, and min keeps it.
     const V tail = select(ge(size, end), V::zero(), Tail::gradient(min(end, size)));
@@ -218,13 +233,14 @@ FASTTX_INLINE Vec<A> gelu_grad(Vec<A> x) {
 }
 
 // The activation and its derivative at once, where both are wanted.
-template <Activation act, class A>
-FASTTX_INLINE ValueAndGradient<A> gelu_and_grad(Vec<A> x) {
+template <Activation act, class T>
+FASTTX_INLINE ValueAndGradient<accum_t<T>> gelu_and_grad(Vec<accum_t<T>> x) {
+  using A = accum_t<T>;
   using V = Vec<A>;
   if constexpr (act == Activation::none || act == Activation::relu) {
-    return {gelu<act>(x), gelu_grad<act>(x)};
+    return {gelu<act, T>(x), gelu_grad<act, T>(x)};
   } else {
-    using Tail = typename GeluTailOf<act, A>::type;
+    using Tail = typename GeluTailOf<act, T>::type;
     const V end = V::set1(Tail::kGradientEnd), size = abs(x), a = min(end, size);
     const GeluTail<A> tail = Tail::both(a);
     const V value = select(ge(size, V::set1(Tail::kEnd)), V::zero(), tail.value);
@@ -243,14 +259,4 @@ FASTTX_INLINE auto with_activation(Activation activation, const F& f) {
     case Activation::none: break;
   }
   return f.template operator()<Activation::none>();
-}
-
-// gelu and gelu_grad where the activation is known at run time only.
-template <class A>
-FASTTX_INLINE Vec<A> activate(Activation activation, Vec<A> x) {
-  return with_activation(activation, [&]<Activation act>() { return gelu<act>(x); });
-}
-template <class A>
-FASTTX_INLINE Vec<A> activation_grad(Activation activation, Vec<A> x) {
-  return with_activation(activation, [&]<Activation act>() { return gelu_grad<act>(x); });
 }

@@ -184,6 +184,11 @@ FASTTX_INLINE Vec<float> reciprocal(Vec<float> a) {
 }
 FASTTX_INLINE Vec<double> reciprocal(Vec<double> a) { return Vec<double>::set1(1.0) / a; }
 
+// For each lane of a table's entries the one that the last five bits of the lane of i number.
+FASTTX_INLINE Vec<float> lookup(const float (&table)[32], Vec<float> i) {
+  return {_mm512_permutex2var_ps(_mm512_load_ps(table), _mm512_castps_si512(i.v), _mm512_load_ps(table + 16))};
+}
+
 template <class V>
 FASTTX_INLINE typename V::Mask first_lanes(int n) {
   return V::first_lanes(n);
