@@ -128,7 +128,6 @@ class PackedOperands {
       return;
     }
 #endif
-    ahead_.fetch(ahead_.share);
     constexpr int kStep = Packed<T>::kStep;
     with_rows(rows, [&]<int kRows>() {
       if (packed) {
@@ -162,9 +161,11 @@ class PackedOperands {
   // Row i of the left operand begins at left + i * row_stride; its values lie k_stride apart, in whole steps.
   template <int kRows>
   FASTTX_INLINE void add_product(const P* left, int64_t row_stride, int64_t k_stride, int64_t depth, bool add,
-                                 A* sums) const {
+                                 A* sums) {
+    const int64_t lines = ceil_div(ahead_.share, max_of(1, ceil_div(depth, kChainK)));
     int64_t k = 0;
     do {
+      ahead_.fetch(lines);
       V sum[kRows][kGemmVecs<T>];
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)
