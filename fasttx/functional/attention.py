@@ -3,7 +3,9 @@
 import math
 from functools import partial
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fasttx import autocast, checks, reference
 from fasttx.dispatch import choose, runs_on_cpu
@@ -57,17 +59,19 @@ def attention(
     Vaswani et al. 2017; computed without a (Tq, Tk) matrix, after Milakov and Gimelshein 2018 and Dao et al. 2022.
     """
     if (
-        attn_mask is key_lengths is alibi_slopes is window is None
-        and dropout_p == 0.0
+        alibi_slopes is window is None
         and runs_on_cpu(backend, query, key, value)
         and _fit(query, key, value)
+        and (attn_mask is None or _mask_fits(attn_mask, query, key))
+        and (key_lengths is None or _lengths_fit(key_lengths, key))
+        and (dropout_p == 0.0 or (type(dropout_p) is float and 0.0 < dropout_p < 1.0))
         and type(is_causal) is bool
         and type(query_offset) is int
         and (scale is None or (type(scale) is float and math.isfinite(scale)))
     ):
         output, lse = ops.attention(
-            query, key, value, None, None, None, None, None, is_causal, query_offset, -1, -1, 0.0, None,
-            scale_of(scale, query), return_lse,
+            query, key, value, _in_four_dims(attn_mask), key_lengths, None, None, None, is_causal, query_offset, -1, -1,
+            dropout_p, draw_seed() if dropout_p else None, scale_of(scale, query), return_lse,
         )  # fmt: skip
         return (output, lse) if return_lse else output
     options = {
@@ -135,11 +139,8 @@ def attend(
         output, lse = reference.attention(query, key, value, **options, return_lse=True)
         applied = None if weights == ops.NONE else reference.attention_weights(query, key, **options)
         return output, lse if return_lse else None, applied.mean(1) if weights == ops.MEAN else applied
-    if attn_mask is not None:
-        # Not expanded: its gradient is summed over what it broadcasts over, and has its own shape.
-        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     output, lse, *applied = ops.attention(
-        query, key, value, attn_mask, key_lengths, None, None, alibi_slopes, is_causal,
+        query, key, value, _in_four_dims(attn_mask), key_lengths, None, None, alibi_slopes, is_causal,
         query_offset, *(window or (-1, -1)), dropout_p, seed, scale_of(scale, query), return_lse, weights,
     )  # fmt: skip
     return output, lse, *(applied or (None,))
@@ -225,6 +226,31 @@ def _fit(query: Tensor, key: Tensor, value: Tensor) -> bool:
     batch, heads, _, width = query.shape
     of_key, of_value = key.shape, value.shape
     return of_key == (batch, heads, of_value[2], width) and of_value[:2] == of_key[:2] and width > 0
+
+
+def _mask_fits(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    """The same of a mask: a plain tensor of a dtype that masks have, which broadcasts to every score."""
+    if type(mask) not in (Tensor, Parameter) or not mask.is_cpu or mask.layout is not torch.strided or mask.is_nested:
+        return False
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype) or mask.dim() > 4:
+        return False
+    scores = (*query.shape[:3], key.shape[2])
+    return all(size in (1, most) for size, most in zip(reversed(mask.shape), reversed(scores), strict=False))
+
+
+def _lengths_fit(lengths: Tensor, key: Tensor) -> bool:
+    """The same of the sequences' lengths."""
+    if type(lengths) is not Tensor or lengths.dtype != torch.int64 or not lengths.is_cpu:
+        return False
+    if lengths.layout is not torch.strided or lengths.shape != key.shape[:1]:
+        return False
+    keys, values = key.shape[2], lengths.tolist()
+    return not values or (min(values) >= 0 and max(values) <= keys)
+
+
+def _in_four_dims(mask: Tensor | None) -> Tensor | None:
+    """Not expanded: its gradient is summed over what it broadcasts over, and has its own shape."""
+    return mask if mask is None or mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
 
 
 def scale_of(scale: float | None, query: Tensor) -> float:
