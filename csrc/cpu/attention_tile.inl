@@ -193,7 +193,7 @@ struct TileMask {
     has_bias = g.mask.kind != MaskKind::none;
     shared = has_bias && g.mask.stride_q == 0 && (g.mask.stride_h == 0 || one_head);
     if (shared) {
-      fill(rows.rows[0]);
+      fill(rows.rows[0], 0);
       bool adds = false;
       while (n > 0 && bias[n - 1] == -kInfinity<A>) --n;
       for (int64_t i = 0; i < n; ++i) adds |= bias[i] != 0;
@@ -202,32 +202,84 @@ struct TileMask {
     full = n % kStep == 0 && rows.all_see(key, n);
   }
 
-  void fill(const TileRow& row) {
+  // The mask's values for all keys and a row, as they lie there, to f.
+  template <class F>
+  void with_values(const TileRow& row, const F& f) const {
     const Mask& mask = g.mask;
     const int64_t at = sequence.batch * mask.stride_b + row.head * mask.stride_h + row.query * mask.stride_q;
-    const auto widen = [&](auto* values) { widen_mask(values + at, mask.stride_k, sequence.keys, key, n, bias); };
     if (mask.kind == MaskKind::boolean) {
-      widen(static_cast<const uint8_t*>(mask.data));
+      f(static_cast<const uint8_t*>(mask.data) + at);
     } else if (mask.wide) {
-      widen(static_cast<const A*>(mask.data));
+      f(static_cast<const A*>(mask.data) + at);
     } else {
-      widen(static_cast<const T*>(mask.data));
+      f(static_cast<const T*>(mask.data) + at);
     }
+  }
+  // The bias of a row from the start-th of the tile's keys on.
+  void fill(const TileRow& row, int64_t start) {
+    with_values(row, [&](auto* values) {
+      widen_mask(values, g.mask.stride_k, sequence.keys, key + start, n - start, bias + start);
+    });
   }
 
   // Applies all of it to the scores, rows `stride` apart; -inf from n up to a whole step.
   void apply(A* scores, int64_t stride) {
     if (full && !has_bias && !scale.added) return;
+    const bool in_place = g.mask.stride_k == 1 && n > 0 && sequence.keys.adjoin(key, n);
+    const int64_t whole = n / V::kWidth * V::kWidth, end = round_up(n, kStep);
     for (int64_t i = 0; i < rows.count; ++i) {
-      if (has_bias && !shared) fill(rows.rows[i]);
-      apply_row(rows.rows[i], scores + i * stride);
+      const TileRow& row = rows.rows[i];
+      A* const to = scores + i * stride;
+      int64_t done = 0;
+      if (has_bias && !shared && !in_place) fill(row, 0);
+      if (g.alibi_slopes == nullptr && row.first <= key && key + n <= row.last) {
+        done = whole;
+        if (!has_bias) {
+          if (scale.added) multiply_row(to, done);
+        } else if (!shared && in_place) {
+          with_values(row, [&](auto* values) { mask_row(to, values + sequence.keys[key], done); });
+        } else {
+          mask_row(to, bias, done);
+        }
+      }
+      if (done == end) continue;
+      if (has_bias && !shared && in_place) fill(row, done);
+      apply_row(row, to, done);
     }
   }
 
-  void apply_row(const TileRow& row, A* scores) {
-    const V lowest = V::set1(-kInfinity<A>), factor = V::set1(scale.scale);
-    // As an exponent of 2 it must not overflow.
+  // The quicker ways of whole vectors of a row that sees all of its keys, as far as positions go.
+  void multiply_row(A* scores, int64_t count) const {
+    for (int64_t i = 0; i < count; i += V::kWidth) (V::load(scores + i) * V::set1(scale.scale)).store(scores + i);
+  }
+  template <class S>
+  void mask_row(A* scores, const S* values, int64_t count) const {
+    if constexpr (sizeof(S) == 1) {
+      for (int64_t i = 0; i < count; i += V::kWidth)
+        select(V::nonzero(values + i), V::load(scores + i), V::set1(-kInfinity<A>)).store(scores + i);
+    } else if (scale.added) {
+      for (int64_t i = 0; i < count; i += V::kWidth) {
+        const V added = V::load(values + i);
+        masked(plus(V::load(scores + i), added), added).store(scores + i);
+      }
+    } else {
+      for (int64_t i = 0; i < count; i += V::kWidth)
+        masked(V::load(scores + i), V::load(values + i)).store(scores + i);
+    }
+  }
+  // The score scaled, and what is added to it; as an exponent of 2 it must not overflow.
+  FASTTX_INLINE V plus(V score, V added) const {
     const V least = V::set1(sizeof(A) == 4 ? A(-0x1p126) : A(-0x1p1022));
+    return max(least, fma(score, V::set1(scale.scale), added));
+  }
+  // Whatever a score is, and be it NaN, what is masked is -inf.
+  FASTTX_INLINE V masked(V score, V added) const {
+    const V lowest = V::set1(-kInfinity<A>);
+    return select(eq(added, lowest), lowest, score);
+  }
+
+  void apply_row(const TileRow& row, A* scores, int64_t start) {
+    const V lowest = V::set1(-kInfinity<A>);
     // Counted from the tile's first key, and clamped, they are exact in A.
     const V first = V::set1(static_cast<A>(max_of(0, min_of(n, row.first - key))));
     const V last = V::set1(static_cast<A>(max_of(0, min_of(n, row.last - key))));
@@ -235,16 +287,17 @@ struct TileMask {
     const V distance = V::set1(static_cast<A>(sequence.keys[key] - row.query - g.query_offset));
     // What nothing is added to stays as it is where the row sees it.
     const bool begins = has_bias || scale.added || row.first > key;
-    const int64_t start = begins ? 0 : max_of(0, min_of(n, row.last - key)) / V::kWidth * V::kWidth;
+    if (!begins) start = max_of(start, max_of(0, min_of(n, row.last - key)) / V::kWidth * V::kWidth);
     for (int64_t i = start; i < round_up(n, kStep); i += V::kWidth) {
       const V index = V::iota() + V::set1(static_cast<A>(i));
       V score = V::load(scores + i);
-      if (scale.added) score = score * factor;
       auto seen = mask_and(ge(index, first), lt(index, last));
       if (has_bias) {
         const V added = V::load(bias + i);
         seen = mask_and(seen, mask_not(eq(added, lowest)));
-        score = scale.added ? max(least, score + added) : score;
+        if (scale.added) score = plus(score, added);
+      } else if (scale.added) {
+        score = score * V::set1(scale.scale);
       }
       if (g.alibi_slopes != nullptr) score = fnma(slope, abs(distance + steps_from<V>(sequence.keys, key, n, i)), score);
       select(seen, score, lowest).store(scores + i);

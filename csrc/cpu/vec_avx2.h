@@ -97,6 +97,11 @@ struct Vec<float> {
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(words, _mm256_set1_epi32(int(threshold))), words));
   }
+  // Where the bytes at p are not zero.
+  static FASTTX_INLINE Mask nonzero(const uint8_t* p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_setzero_si256()));
+  }
 };
 
 // Orders streams before what the thread writes later.
@@ -129,6 +134,10 @@ struct Vec<double> {
     const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     const __m128i kept = _mm_cmpeq_epi32(_mm_max_epu32(words, _mm_set1_epi32(int(threshold))), words);
     return _mm256_castsi256_pd(_mm256_cvtepi32_epi64(kept));
+  }
+  static FASTTX_INLINE Mask nonzero(const uint8_t* p) {
+    const __m128i bytes = _mm_loadu_si32(p);
+    return _mm256_castsi256_pd(_mm256_cmpgt_epi64(_mm256_cvtepu8_epi64(bytes), _mm256_setzero_si256()));
   }
 };
 

@@ -93,6 +93,11 @@ struct Vec<float> {
   static FASTTX_INLINE Mask at_least(const uint32_t* p, uint32_t threshold) {
     return _mm512_cmpge_epu32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(int(threshold)));
   }
+  // Where the bytes at p are not zero.
+  static FASTTX_INLINE Mask nonzero(const uint8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm_test_epi8_mask(bytes, bytes);
+  }
 };
 
 // Orders streams before what the thread writes later.
@@ -124,6 +129,10 @@ struct Vec<double> {
   static FASTTX_INLINE Mask at_least(const uint32_t* p, uint32_t threshold) {
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm256_cmpge_epu32_mask(words, _mm256_set1_epi32(int(threshold)));
+  }
+  static FASTTX_INLINE Mask nonzero(const uint8_t* p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return Mask(_mm_test_epi8_mask(bytes, bytes));
   }
 };
 

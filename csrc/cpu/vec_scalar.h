@@ -77,6 +77,7 @@ struct Vec {
   }
 
   static FASTTX_INLINE Mask at_least(const uint32_t* p, uint32_t threshold) { return *p >= threshold; }
+  static FASTTX_INLINE Mask nonzero(const uint8_t* p) { return *p != 0; }
 
   friend FASTTX_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend FASTTX_INLINE Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
