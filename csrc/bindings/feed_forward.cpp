@@ -4,8 +4,11 @@
 namespace fasttx::bindings {
 namespace {
 
-// Rows that go through both layers together: their hidden values (6 MiB at width 3072 in float32) stay in cache.
-constexpr int64_t kChunkRows = 512;
+// Rows that go through both layers together: their hidden values stay in cache. Each chunk wakes the threads twice.
+int64_t chunk_rows(int64_t rows, int64_t row_bytes) {
+  constexpr int64_t kLeastRows = 512, kBytes = 3 << 20;
+  return std::min(rows, std::max(kLeastRows, kBytes / std::max<int64_t>(row_bytes, 1)));
+}
 
 struct Shape {
   int dtype;
@@ -78,9 +81,10 @@ Tensor feed_forward_forward(const Tensor& input, const Tensor& weight1, const Op
   const Tensor x = dense(input);
   const OptionalTensor b1 = dense(bias1), b2 = dense(bias2), r = dense(ending.residual);
   Tensor preact = store_preact ? allocate(s.sizes(s.hidden), input.scalar_type()) : nothing(input);
-  const Workspace hidden(std::min(s.rows, kChunkRows) * s.hidden * input.element_size());
-  for (int64_t row = 0; row < s.rows; row += kChunkRows) {
-    const int64_t rows = std::min(kChunkRows, s.rows - row);
+  const int64_t row_bytes = s.hidden * input.element_size(), chunk = chunk_rows(s.rows, row_bytes);
+  const Workspace hidden(chunk * row_bytes);
+  for (int64_t row = 0; row < s.rows; row += chunk) {
+    const int64_t rows = std::min(chunk, s.rows - row);
     multiply(s.dtype, {at_row(data(x), row, s.in, x), rows, s.in, s.in, 1}, w1,
              {.bias = data(b1), .activation = make_activation(activation),
               .preact = at_row(out_or_null(preact), row, s.hidden, x), .c = hidden.data(), .c_stride = s.hidden,
