@@ -44,9 +44,13 @@ struct Ahead {
   int64_t run_bytes, share;
   int64_t at = 0;
   FASTTX_INLINE void fetch(int64_t lines) {
-    for (; lines > 0 && runs > 0; --lines) {
-      __builtin_prefetch(run + at, 0, 2);
-      if ((at += 64) < run_bytes) continue;
+    while (lines > 0 && runs > 0) {
+      const char* const line = run + at;
+      const int64_t count = min_of(lines, ceil_div(run_bytes - at, 64));
+      for (int64_t i = 0; i < count; ++i) __builtin_prefetch(line + 64 * i, 0, 2);
+      lines -= count;
+      at += 64 * count;
+      if (at < run_bytes) continue;
       at = 0;
       run += stride;
       --runs;
