@@ -133,11 +133,14 @@ class PackedOperands {
     }
 #endif
     constexpr int kStep = Packed<T>::kStep;
+    const int64_t row_stride = packed ? kStep : left_stride_;
+    // The only tile of its rows waits for its panel: every step fetches what takes its place.
+    const bool alone = g_.packed_b != nullptr && ahead_.runs > 0 && blocks_.rows <= blocks_.tile_rows;
     with_rows(rows, [&]<int kRows>() {
-      if (packed) {
-        add_product<kRows>(left, kStep, kRows, depth, add, sums);
+      if (alone) {
+        add_product<kRows, true>(left, row_stride, packed ? kRows : 1, depth, add, sums);
       } else {
-        add_product<kRows>(left, left_stride_, 1, depth, add, sums);
+        add_product<kRows, false>(left, row_stride, packed ? kRows : 1, depth, add, sums);
       }
     });
   }
@@ -163,20 +166,21 @@ class PackedOperands {
   static const char* bytes_at(const void* p) { return static_cast<const char*>(p); }
 
   // Row i of the left operand begins at left + i * row_stride; its values lie k_stride apart, in whole steps.
-  template <int kRows>
+  template <int kRows, bool kAlone>
   FASTTX_INLINE void add_product(const P* left, int64_t row_stride, int64_t k_stride, int64_t depth, bool add,
                                  A* sums) {
     const int64_t lines = ceil_div(ahead_.share, max_of(1, ceil_div(depth, kChainK)));
     int64_t k = 0;
     do {
-      ahead_.fetch(lines);
+      if constexpr (!kAlone) ahead_.fetch(lines);
       V sum[kRows][kGemmVecs<T>];
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
         for (int j = 0; j < kGemmVecs<T>; ++j) sum[i][j] = V::zero();
-      multiply_tile<T, kRows, kGemmVecs<T>>(left + k * k_stride, row_stride, panel_ + k * kCols,
-                                            min_of(depth - k, kChainK), sum, k_stride * Packed<T>::kStep);
+      multiply_tile<T, kRows, kGemmVecs<T>, kAlone>(
+          left + k * k_stride, row_stride, panel_ + k * kCols, min_of(depth - k, kChainK), sum,
+          k_stride * Packed<T>::kStep, ahead_.run + k * kCols * static_cast<int64_t>(sizeof(P)));
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8

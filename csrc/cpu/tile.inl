@@ -127,17 +127,26 @@ struct Step<bf16> {
 #endif
 
 // sum[i][j] += a[i][0:k] . b[0:k][j], for kRows rows of A and the first kVecs of a panel's kPanelVecs vectors; k is a whole
-// number of steps. Row i of A starts at a + i * a_stride, and its next step lies `a_step` further on.
-template <class T, int kRows, int kPanelVecs = kTileVecs, int kVecs, class P = typename Packed<T>::type>
+// number of steps. Row i of A starts at a + i * a_stride, and its next step lies `a_step` further on. kFetches: what lies
+// as far behind `next` is fetched into L2 beside every step.
+template <class T, int kRows, int kPanelVecs = kTileVecs, bool kFetches = false, int kVecs,
+          class P = typename Packed<T>::type>
 static FASTTX_INLINE void multiply_tile(const P* a, int64_t a_stride, const P* b, int64_t k,
-                                        Vec<accum_t<T>> (&sum)[kRows][kVecs], int64_t a_step = Packed<T>::kStep) {
+                                        Vec<accum_t<T>> (&sum)[kRows][kVecs], int64_t a_step = Packed<T>::kStep,
+                                        [[maybe_unused]] const char* next = nullptr) {
   using S = Step<P>;
   constexpr int kStep = Packed<T>::kStep;
   constexpr int kWidth = Vec<accum_t<T>>::kWidth;
+  constexpr int kBytes = kVecs * kWidth * kStep * static_cast<int>(sizeof(P));
   for (int64_t kk = 0; kk < k; kk += kStep, a += a_step, b += kPanelVecs * kWidth * kStep) {
     typename S::Reg columns[kVecs];
 #pragma GCC unroll 8
     for (int j = 0; j < kVecs; ++j) columns[j] = S::columns(b + j * kWidth * kStep);
+    if constexpr (kFetches && kBytes >= 64) {
+#pragma GCC unroll 8
+      for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(next + line, 0, 2);
+      next += kBytes;
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const typename S::Reg row = S::broadcast(a + i * a_stride);
