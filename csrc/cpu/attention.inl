@@ -97,14 +97,18 @@ struct QueryTile {
     const A* const decay = this->decay;
     const int64_t count = rows.count;
     const bool drops = g.dropout.active;
-    for (int64_t r = 0; r < count; ++r) {
-      const A* row = scores + r * kKeyTile<P>;
-      V top[2] = {V::set1(-kInfinity<A>), V::set1(-kInfinity<A>)};
-      for (int64_t i = 0; i < n; i += 2 * V::kWidth) {
-        top[0] = max(top[0], V::load(row + i));
-        if (i + V::kWidth < n) top[1] = max(top[1], V::load(row + i + V::kWidth));
+    for (int64_t first = 0; first < count; first += V::kWidth) {
+      V tops[V::kWidth];
+      for (int64_t i = 0; i < V::kWidth; ++i) {
+        const A* row = scores + (first + i) * kKeyTile<P>;
+        V top[2] = {V::set1(-kInfinity<A>), V::set1(-kInfinity<A>)};
+        for (int64_t k = 0; k < (first + i < count ? n : 0); k += 2 * V::kWidth) {
+          top[0] = max(top[0], V::load(row + k));
+          if (k + V::kWidth < n) top[1] = max(top[1], V::load(row + k + V::kWidth));
+        }
+        tops[i] = max(top[0], top[1]);
       }
-      shift[r] = reduce_max(max(top[0], top[1]));
+      reduce_max_rows(tops).store(shift + first);
     }
     const Powers<P> power(scale.exponent);
     raise(count, power);

@@ -17,6 +17,14 @@ static inline void store_lanes(T* p, V value, int lanes) {
   lanes == V::kWidth ? value.store(p) : value.store(p, lanes);
 }
 
+// The largest value of each of as many rows as a vector has lanes.
+template <class V>
+FASTTX_INLINE V reduce_max_rows(const V (&rows)[V::kWidth]) {
+  decltype(reduce_max(rows[0])) lanes[V::kWidth];
+  for (int i = 0; i < V::kWidth; ++i) lanes[i] = reduce_max(rows[i]);
+  return V::load(lanes);
+}
+
 // Asks for the line at p, to be read or written soon; p need not be mapped. It comes from memory while something else is
 // computed: the processor's own prefetcher stops at the end of a page.
 static FASTTX_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0); }

@@ -234,6 +234,26 @@ FASTTX_REDUCE(reduce_add, add)
 FASTTX_REDUCE(reduce_max, max)
 #undef FASTTX_REDUCE
 
+// The largest value of each of 16 rows. All halving trees at once: what is left of two rows shares a register, so that
+// 15 steps do for 16 rows what one row takes four for.
+FASTTX_INLINE Vec<float> reduce_max_rows(const Vec<float> (&rows)[16]) {
+  __m512 x[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = rows[i].v, b = rows[i + 8].v;
+    x[i] = _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    x[i] = _mm512_max_ps(_mm512_shuffle_f32x4(x[i], x[i + 4], 0x88), _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd));
+  for (int i = 0; i < 2; ++i)
+    x[i] = _mm512_max_ps(_mm512_unpacklo_ps(x[i], x[i + 2]), _mm512_unpackhi_ps(x[i], x[i + 2]));
+  x[0] = _mm512_max_ps(_mm512_shuffle_ps(x[0], x[1], 0x44), _mm512_shuffle_ps(x[0], x[1], 0xee));
+  // Lanes are of rows 0, 2, 1, 3, from row 0 on, then from 8, 4 and 12 on.
+  const __m512i row = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+  return {_mm512_permutexvar_ps(row, x[0])};
+}
+
 // 32-bit words in 64-bit lanes whose upper halves are arbitrary: what Philox multiplies.
 struct Words {
   static constexpr int kWidth = 8;
