@@ -25,7 +25,7 @@ _ROOT = Path(__file__).parent.parent
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("stems", nargs="*", help=f"of {', '.join(STEMS)}; or `ops`, all but the last three")
+    parser.add_argument("stems", nargs="*", help=f"of {', '.join(STEMS)}; or `ops`, the first {len(OPS)}")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="only rows of this dtype")
     parser.add_argument("--row", action="append", help="only rows with this in their name; may be repeated")
     parser.add_argument("--seconds", type=float, default=1.0, help="measuring time of each row")

@@ -7,7 +7,7 @@ from .case import Case, Growth, dtype_name
 
 # The ops, what is built of them, and what calls of either cost: each has a file of its name here.
 OPS = ("attention", "feed_forward", "layer_norm", "gelu", "softmax", "cross_entropy", "embedding")
-STEMS = (*OPS, "encoder_layer", "padding", "bert", "gpt2", "overhead")
+STEMS = (*OPS, "encoder_layer", "padding", "bert", "gpt2", "overhead", "drawn")
 
 
 def select(stems: Iterable[str] = STEMS, dtypes: Iterable[str] = (), words: Iterable[str] = ()) -> list[Case | Growth]:
