@@ -229,11 +229,13 @@ def padded_attention(
 ) -> Iterator[Case]:
     """Causal attention of sequences between half as long and as long as the longest; rivals get the mask made."""
     draw = _draw(device, dtype)
-    lengths = torch.linspace(tokens // 2, tokens, batch, device=device).long()
+    longest = [tokens - i * tokens // (2 * batch) for i in range(batch)]
+    lengths = torch.tensor(longest, device=device)
     seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
-    mask = seen & (torch.arange(tokens, device=device) < lengths[:, None, None, None])
+    mask = seen & (torch.arange(tokens, device=device) < lengths.view(-1, 1, 1, 1))
     inputs = {name: draw(batch, heads, tokens, width) for name in ("query", "key", "value")}
-    flops = 4.0 * heads * width * mask.sum().item() * (_ATTENTION_BACKWARD if backward else 1)
+    pairs = sum(n * (n + 1) // 2 + (tokens - n) * n for n in longest)
+    flops = 4.0 * heads * width * pairs * (_ATTENTION_BACKWARD if backward else 1)
 
     def eager(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor, mask: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
