@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import launch
 from ._attention_checks import require_call
-from ._attention_configs import WIDEST_IN_TF32, WIDEST_IN_THREE
+from ._attention_configs import LADEN, PADDED, PLAIN, WIDEST_IN_TF32, WIDEST_IN_THREE
 from ._attention_tile import ADDITIVE, BOOLEAN, NO_MASK
 from .dropout import Dropout
 from .matmul import precision
@@ -76,7 +76,10 @@ class Call:
         if self._precision == "tf32" and max(self.block_d, self.block_dv) > WIDEST_IN_TF32:
             self._precision = "ieee"
         bits = 16 if query.element_size() == 2 else 19 if self._precision == "tf32" else 32
-        self.problem = (max(self.block_d, self.block_dv), bits, dropout.active or kind != NO_MASK.value)
+        has_seen = seen is not None
+        is_laden = dropout.active or kind != NO_MASK.value or alibi_slopes is not None or (has_seen and has_lo)
+        laden = LADEN if is_laden else PADDED if has_seen else PLAIN
+        self.problem = (max(self.block_d, self.block_dv), bits, laden)
 
     def constants_of(self, kernel: str) -> tuple:
         """What ends a kernel's constants, how it multiplies among them.

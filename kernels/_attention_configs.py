@@ -2,9 +2,11 @@
 
 from .configs import TABLES, Config, everywhere
 
-# What a configuration is chosen by: the padded width of rows, the bits of what is multiplied (TF32 has 19), and whether
-# scores are laden with more than their places: a mask, or dropout.
+# What a configuration is chosen by: the padded width of rows, the bits of what is multiplied (TF32 has 19), and what
+# scores are laden with, which takes registers.
 PROBLEM = ("width", "bits", "laden")
+# Nothing but which places see each other; a mask of padding; that in a window, any other mask, ALiBi, or dropout.
+PLAIN, PADDED, LADEN = range(3)
 # Up to which width float32 is multiplied in three products of TF32. Their operands take twice the registers: of wider
 # rows they would spill, and the vector units multiply.
 WIDEST_IN_THREE = {
@@ -20,33 +22,33 @@ WIDEST_IN_THREE = {
 WIDEST_IN_TF32 = 128
 
 
-def _tile(rows: int, keys: int, warps: int, stages: int, *, width: int, bits: int = 16, laden: bool = True) -> Config:
-    """A tile for what is no wider, has no more bits, and is laden only if this is."""
+def _tile(rows: int, keys: int, warps: int, stages: int, *, width: int, bits: int = 16, laden: int = LADEN) -> Config:
+    """A tile for what is no wider, has no more bits, and is laden with no more."""
     up_to = {"width": width, "bits": bits, "laden": laden}
     return Config({"BLOCK_M": rows, "BLOCK_N": keys}, warps, stages, up_to)
 
 
 _FORWARD_EXACT = (
-    _tile(32, 32, 8, 1, width=64, bits=32, laden=False),
+    _tile(32, 32, 8, 1, width=64, bits=32, laden=PADDED),
     _tile(64, 16, 8, 1, width=64, bits=32),
     _tile(32, 16, 8, 1, width=128, bits=19),
     _tile(16, 16, 4, 1, width=256, bits=32),
 )
 _FORWARD_WIDE = (
-    _tile(64, 32, 8, 2, width=256, laden=False),
+    _tile(64, 32, 8, 2, width=256, laden=PADDED),
     _tile(32, 32, 8, 2, width=256),
     *_FORWARD_EXACT,
 )
 _FORWARD_LARGE = (
     _tile(128, 64, 8, 3, width=64),
-    _tile(128, 64, 8, 2, width=128, laden=False),
+    _tile(128, 64, 8, 2, width=128, laden=PADDED),
     _tile(128, 32, 8, 3, width=128),
     *_FORWARD_WIDE,
 )
 _FORWARD_SMALL = (
-    _tile(128, 64, 8, 2, width=64, laden=False),
+    _tile(128, 64, 8, 2, width=64, laden=PADDED),
     _tile(64, 32, 8, 2, width=64),
-    _tile(128, 32, 8, 2, width=128, laden=False),
+    _tile(128, 32, 8, 2, width=128, laden=PADDED),
     _tile(64, 32, 8, 2, width=128),
     *_FORWARD_WIDE,
 )
@@ -54,14 +56,16 @@ _FORWARD_SMALL = (
 _FORWARD_86 = (
     *_FORWARD_SMALL[:3],
     _tile(64, 64, 8, 2, width=128),
-    _tile(64, 32, 8, 2, width=256, laden=False),
+    _tile(64, 32, 8, 2, width=256, laden=PADDED),
     _tile(32, 32, 8, 1, width=256),
-    *_FORWARD_EXACT,
+    *_FORWARD_EXACT[:2],
+    _tile(32, 16, 4, 1, width=128, bits=19),
+    _FORWARD_EXACT[3],
 )
 TABLES["attention_fwd"] = everywhere(
-    _tile(128, 64, 8, 3, width=64, laden=False),
+    _tile(128, 64, 8, 3, width=64, laden=PADDED),
     _tile(128, 64, 8, 2, width=64),
-    _tile(128, 32, 8, 3, width=128, laden=False),
+    _tile(128, 32, 8, 3, width=128, laden=PADDED),
     _tile(64, 32, 8, 2, width=128),
     *_FORWARD_WIDE,
     sm_90=_FORWARD_LARGE,
@@ -77,11 +81,13 @@ _SPLIT = (
     _tile(16, 32, 4, 1, width=64, bits=32),
     _tile(16, 32, 4, 1, width=128, bits=19),
 )
-_SPLIT_EXACT = _tile(16, 16, 8, 1, width=256, bits=32)
+_SPLIT_EXACT = (_tile(16, 16, 4, 1, width=128, bits=32), _tile(16, 16, 8, 1, width=256, bits=32))
 TABLES["attention_split"] = everywhere(
     *_SPLIT,
-    _SPLIT_EXACT,
-    sm_90=(*_SPLIT, _tile(16, 16, 4, 1, width=128, bits=32), _SPLIT_EXACT),
+    *_SPLIT_EXACT[1:],
+    sm_90=(*_SPLIT, *_SPLIT_EXACT),
+    # Where the assembler holds 32 keys of 16 to 128 registers, and spills 8 bytes.
+    sm_100=(*_SPLIT[:2], _tile(16, 16, 4, 1, width=16, bits=32), *_SPLIT[2:], *_SPLIT_EXACT),
 )
 TABLES["attention_join"] = everywhere(Config(num_warps=4))
 _ROWS_EXACT = (
@@ -90,33 +96,37 @@ _ROWS_EXACT = (
     _tile(16, 16, 8, 1, width=256, bits=32),
 )
 _ROWS_WIDE = (
-    _tile(64, 64, 8, 2, width=128, laden=False),
+    _tile(64, 64, 8, 2, width=128, laden=PADDED),
     _tile(64, 32, 8, 2, width=128),
     _tile(32, 32, 8, 1, width=256),
+    _tile(32, 32, 8, 1, width=32, bits=19),  # 16 keys are held to 128 registers, and spill 16 bytes
     *_ROWS_EXACT,
 )
-_ROWS = (_tile(64, 64, 8, 2, width=64, laden=False), _tile(64, 32, 4, 2, width=64), *_ROWS_WIDE)
+_ROWS = (_tile(64, 64, 8, 2, width=64, laden=PADDED), _tile(64, 32, 4, 2, width=64), *_ROWS_WIDE)
+_ROWS_86 = (*_ROWS[:-2], _tile(16, 32, 8, 1, width=128, bits=19), _ROWS[-1])  # twice the rows spill 8 bytes
 _ROWS_LARGE = (*_ROWS[:5], _tile(32, 32, 8, 1, width=64, bits=19), *_ROWS_EXACT)
 TABLES["attention_bwd_dq"] = everywhere(
     *_ROWS,
+    sm_86=_ROWS_86,
+    sm_89=_ROWS_86,
     sm_90=_ROWS_LARGE,
     sm_100=_ROWS_LARGE,
-    sm_120=(_tile(64, 64, 8, 2, width=64, laden=False), _tile(64, 32, 8, 2, width=64), *_ROWS_WIDE),
+    sm_120=(_tile(64, 64, 8, 2, width=64, laden=PLAIN), _tile(64, 32, 8, 2, width=64), *_ROWS_WIDE),
     gfx942=(
-        _tile(64, 64, 8, 1, width=64, laden=False),
+        _tile(64, 64, 8, 1, width=64, laden=PADDED),
         _tile(64, 32, 4, 2, width=64),
-        _tile(64, 32, 8, 2, width=128, laden=False),
+        _tile(64, 32, 8, 2, width=128, laden=PLAIN),  # padded, it spills 48 bytes
         _tile(64, 32, 8, 1, width=128),
         _tile(32, 16, 8, 1, width=256),
         *_ROWS_EXACT,
     ),
 )
 _KEYS_LARGE = (
-    _tile(32, 64, 8, 2, width=64, laden=False),
+    _tile(32, 64, 8, 2, width=64, laden=PADDED),
     _tile(32, 32, 8, 2, width=64),
     _tile(32, 32, 8, 1, width=128),
-    _tile(32, 64, 8, 1, width=128, laden=False),
-    _tile(16, 32, 8, 1, width=256, laden=False),
+    _tile(32, 64, 8, 1, width=128, laden=PADDED),
+    _tile(16, 32, 8, 1, width=256, laden=PADDED),
     _tile(16, 16, 8, 1, width=256),
 )
 _KEYS_EXACT = (
@@ -128,15 +138,18 @@ _KEYS_SMALL = (
     _tile(32, 32, 8, 1, width=32),
     _tile(32, 32, 8, 2, width=64),
     _tile(32, 32, 8, 1, width=128),
-    _tile(16, 32, 8, 1, width=256, laden=False),
+    _tile(16, 32, 8, 1, width=256, laden=PADDED),
     _tile(16, 16, 8, 1, width=256),
     *_KEYS_EXACT,
 )
 TABLES["attention_bwd_dkdv"] = everywhere(
-    _tile(32, 64, 8, 1, width=128, laden=False),
-    *_KEYS_SMALL,
+    _tile(32, 64, 8, 1, width=128, laden=PLAIN),  # padded, it spills
+    *_KEYS_SMALL[:5],
+    _tile(16, 32, 8, 1, width=64, bits=19, laden=PADDED),  # twice the queries spill 8 bytes
+    *_KEYS_EXACT,
     sm_80=(
-        _tile(32, 64, 8, 1, width=128, laden=False),
+        _tile(32, 64, 8, 1, width=64, laden=PADDED),
+        _tile(32, 64, 8, 1, width=128, laden=PLAIN),
         *_KEYS_SMALL[:2],
         _tile(16, 32, 8, 1, width=128),
         *_KEYS_SMALL[3:],
@@ -144,7 +157,7 @@ TABLES["attention_bwd_dkdv"] = everywhere(
     sm_90=(*_KEYS_LARGE, *_KEYS_EXACT),
     sm_100=(*_KEYS_LARGE, *_KEYS_EXACT),
     sm_120=_KEYS_SMALL,
-    gfx942=(_tile(32, 64, 8, 1, width=64, laden=False), _tile(16, 32, 8, 1, width=256), *_KEYS_EXACT[1:]),
+    gfx942=(_tile(32, 64, 8, 1, width=64, laden=PADDED), _tile(16, 32, 8, 1, width=256), *_KEYS_EXACT[1:]),
 )
 _BIAS = (
     _tile(64, 32, 8, 1, width=64),

@@ -20,7 +20,7 @@ from .configs import Config
 
 _SECONDS = 0.02  # that each configuration is timed for
 _LEAST_CALLS = 5
-_VERSION = 1
+_VERSION = 2
 
 
 def wanted() -> bool:

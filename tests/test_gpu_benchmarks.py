@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import limits, report, tests
-from benchmarks.gpu.cases import Case, agrees, all_cases, standard
+from benchmarks.gpu.cases import Case, agrees, all_cases, padded_attention, standard
 
 LIMITS = limits.Limits(1e10, {torch.bfloat16: 1e12, torch.float32: 1e11})
 
@@ -44,6 +44,18 @@ def test_every_case_agrees_with_eager_and_states_its_work():
     assert len(set(names)) == len(names)
     assert {name.split()[0] for name in names} >= {"layer_norm", "feed_forward", "attention", "softmax", "bias_gelu"}
     assert {name.split()[-1] for name in names} == {"fwd", "fwd+bwd"}
+    for kind in ("float32", "causal padded bfloat16"):
+        assert {name.split()[-1] for name in names if name.startswith("attention") and kind in name} == {
+            "fwd", "fwd+bwd"
+        }  # fmt: skip
+    assert [name.split()[-1] for name in names if name.startswith("decoding")] == ["fwd"]
+
+
+def test_what_only_rivals_read_need_not_be_moved():
+    (case,) = padded_attention("cpu", torch.bfloat16, False, 2, 2, 64, 32)
+    floats = 4 * case.inputs["query"].nbytes  # the result's among them
+    assert case.bytes == floats + case.inputs["key_lengths"].nbytes
+    assert case.flops == 4 * 2 * 32 * case.inputs["mask"].sum()
 
 
 def test_a_rival_that_is_missing_or_fails_is_left_out_with_the_reason():

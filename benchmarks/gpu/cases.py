@@ -4,11 +4,11 @@ A variant is a function of the case's tensors. Every variant of a case computes 
 timed; a rival that is not installed, or that cannot take the case, is left out with the reason.
 """
 
-import contextlib
 import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -61,11 +61,15 @@ def _bytes(inputs: dict[str, Tensor], result: Tensor, backward: bool) -> float:
     return float(moved + result.nbytes + (2 * moved + result.nbytes if backward else 0))
 
 
-def _case(op: str, shape: str, dtype: torch.dtype, backward: bool, inputs: dict[str, Tensor], flops: float, **variants):
+def _case(
+    op: str, shape: str, dtype: torch.dtype, backward: bool, inputs: dict[str, Tensor], flops: float,
+    of_rivals: tuple[str, ...] = (), **variants,
+) -> Case:  # fmt: skip
+    """of_rivals: the inputs that are what only rivals ask for; they need not be moved."""
     with torch.no_grad():  # no memory, nor time: a case that the GPU is too small for is to fail when its turn comes
         result = variants["eager"](**{name: x.to("meta") for name, x in inputs.items()})
     rivals = {"torch.compile": _compiled(variants["eager"]), **variants.pop("rivals", {})}
-    moved = _bytes(inputs, result, backward)
+    moved = _bytes({name: x for name, x in inputs.items() if name not in of_rivals}, result, backward)
     return Case(op, shape, dtype, backward, inputs, flops * (3 if backward else 1), moved, rivals=rivals, **variants)
 
 
@@ -173,40 +177,93 @@ def ends(device: str, dtype: torch.dtype, backward: bool, rows: int, width: int,
     )  # fmt: skip
 
 
-def attentions(device: str, dtype: torch.dtype, backward: bool, shapes: tuple[tuple[int, ...], ...]) -> Iterator[Case]:
-    """Attention, causal and not, beside every backend of scaled_dot_product_attention and flash-attn."""
-    draw = _draw(device, dtype)
+def _by_backend(call: Variant) -> dict[str, Variant]:
+    """A call of scaled_dot_product_attention on each of its backends alone; which it takes itself is eager's."""
 
-    def sdpa(causal: bool, *backends: SDPBackend) -> Variant:
-        def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            with sdpa_kernel(list(backends)) if backends else contextlib.nullcontext():
-                return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+    def on(backend: SDPBackend) -> Variant:
+        def run(**inputs: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return call(**inputs)
 
         return run
 
+    backends = {
+        "math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+    }  # fmt: skip
+    return {f"sdpa {name}": on(backend) for name, backend in backends.items()}
+
+
+def _flash_attn(**options) -> Variant | str:
+    def make(module) -> Variant:
+        return lambda **inputs: module.flash_attn_func(
+            *(inputs[name].transpose(1, 2) for name in ("query", "key", "value")), **options
+        ).transpose(1, 2)
+
+    return _installed("flash_attn", make)
+
+
+# Of the work of a forward and backward, which is the forward's three times elsewhere: attention's multiplies five
+# matrices backward after two forward.
+_ATTENTION_BACKWARD = 3.5 / 3
+
+
+def attentions(device: str, dtype: torch.dtype, backward: bool, shapes: tuple[tuple[int, ...], ...]) -> Iterator[Case]:
+    """Attention, causal and not, beside every backend of scaled_dot_product_attention and flash-attn."""
+    draw = _draw(device, dtype)
     for batch, heads, tokens, width in shapes:
         for causal in (False, True):
             inputs = {name: draw(batch, heads, tokens, width) for name in ("query", "key", "value")}
-            flash = _installed(
-                "flash_attn",
-                lambda m, c=causal: (
-                    lambda query, key, value: m.flash_attn_func(
-                        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), causal=c
-                    ).transpose(1, 2)
-                ),
-            )
-            backends = {
-                "sdpa math": SDPBackend.MATH, "sdpa flash": SDPBackend.FLASH_ATTENTION,
-                "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-            }  # fmt: skip
             shape = f"{batch}x{heads}x{tokens}x{width}{' causal' if causal else ''}"
             flops = 4.0 * batch * heads * tokens * tokens * width * (0.5 if causal else 1)
+            eager = partial(F.scaled_dot_product_attention, is_causal=causal)
             yield _case(
-                "attention", shape, dtype, backward, inputs, flops * (3.5 / 3 if backward else 1),
-                fasttx=lambda query, key, value, c=causal: functional.attention(query, key, value, is_causal=c),
-                eager=sdpa(causal),
-                rivals={"flash-attn": flash, **{name: sdpa(causal, b) for name, b in backends.items()}},
+                "attention", shape, dtype, backward, inputs, flops * (_ATTENTION_BACKWARD if backward else 1),
+                fasttx=partial(functional.attention, is_causal=causal), eager=eager,
+                rivals={"flash-attn": _flash_attn(causal=causal), **_by_backend(eager)},
             )  # fmt: skip
+
+
+def padded_attention(
+    device: str, dtype: torch.dtype, backward: bool, batch: int, heads: int, tokens: int, width: int
+) -> Iterator[Case]:
+    """Causal attention of sequences between half as long and as long as the longest; rivals get the mask made."""
+    draw = _draw(device, dtype)
+    longest = [tokens - i * tokens // (2 * batch) for i in range(batch)]
+    lengths = torch.tensor(longest, device=device)
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+    mask = seen & (torch.arange(tokens, device=device) < lengths.view(-1, 1, 1, 1))
+    inputs = {name: draw(batch, heads, tokens, width) for name in ("query", "key", "value")}
+    pairs = sum(n * (n + 1) // 2 + (tokens - n) * n for n in longest)
+    flops = 4.0 * heads * width * pairs * (_ATTENTION_BACKWARD if backward else 1)
+
+    def eager(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+    def fasttx(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor, mask: Tensor) -> Tensor:
+        return functional.attention(query, key, value, key_lengths=key_lengths, is_causal=True)
+
+    yield _case(
+        "attention", f"{batch}x{heads}x{tokens}x{width} causal padded", dtype, backward,
+        {**inputs, "key_lengths": lengths, "mask": mask}, flops, ("mask",), fasttx=fasttx, eager=eager,
+        rivals={"flash-attn": "flash_attn_func takes no mask", **_by_backend(eager)},
+    )  # fmt: skip
+
+
+def decoding(device: str, dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...]) -> Iterator[Case]:
+    """Attention of one query over the keys of a cache, several heads sharing one of keys; there is no backward."""
+    draw = _draw(device, dtype)
+    for batch, heads, kv_heads, keys, width in shapes:
+        inputs = {
+            "query": draw(batch, heads, 1, width), "key": draw(batch, kv_heads, keys, width),
+            "value": draw(batch, kv_heads, keys, width),
+        }  # fmt: skip
+        eager = partial(F.scaled_dot_product_attention, enable_gqa=True)
+        yield _case(
+            "decoding", f"{batch}x{heads}/{kv_heads}x{keys}x{width}", dtype, False, inputs,
+            4.0 * batch * heads * keys * width, fasttx=partial(functional.attention, enable_gqa=True), eager=eager,
+            rivals={"flash-attn": _flash_attn(), **_by_backend(eager)},
+        )  # fmt: skip
 
 
 def all_cases(device: str, quick: bool = False) -> Iterator[Case]:
@@ -219,8 +276,14 @@ def all_cases(device: str, quick: bool = False) -> Iterator[Case]:
         yield from ends(device, torch.bfloat16, backward, *((rows, 64, 96) if quick else (4096, 768, 50257)))
         for few in (rows,) if quick else (512, rows):
             yield from feed_forwards(device, torch.bfloat16, backward, few, (64,) if quick else (768, 1024))
-        shapes = ((1, 2, 64, 32),) if quick else ((8, 12, 512, 64), (2, 16, 4096, 64), (1, 16, 4096, 128))
+        shapes = ((2, 2, 64, 32),) if quick else ((8, 12, 512, 64), (2, 16, 4096, 64), (1, 16, 4096, 128))
         yield from attentions(device, torch.bfloat16, backward, shapes)
+        usual = shapes[0]
+        yield from attentions(device, torch.float32, backward, (usual,))
+        yield from padded_attention(device, torch.bfloat16, backward, *usual)
+        if not backward:
+            caches = ((2, 4, 2, 300, 32),) if quick else ((8, 32, 8, 4096, 128), (64, 12, 12, 1024, 64))
+            yield from decoding(device, torch.bfloat16, caches)
 
 
 def standard(case: Case) -> tuple[Tensor, float]:

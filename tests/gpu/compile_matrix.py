@@ -129,6 +129,12 @@ def read_table() -> dict:
     return json.loads(TABLE.read_text()) if TABLE.exists() else {}
 
 
+def write_table(table: dict) -> None:
+    """A line for each kernel."""
+    text = json.dumps(table, indent=1, sort_keys=True)
+    TABLE.write_text(re.sub(r"\{[^{}]+\}", lambda match: " ".join(match[0].split()), text) + "\n")
+
+
 def check(case: Case, architecture: str) -> list[str]:
     """Compiles and compares."""
     old = read_table().get(case.name, {}).get(architecture, {})
@@ -153,7 +159,7 @@ def main(arguments: list[str]) -> int:
                 found = compile_case(case, architecture)
                 table.setdefault(case.name, {})[architecture] = {name: asdict(r) for name, r in found.items()}
                 wrong += [c for n, r in found.items() for c in complaints(case, architecture, n, r, asdict(r))]
-                TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+                write_table(table)
             else:
                 wrong += check(case, architecture)
         print(case.name, "done", flush=True)
