@@ -45,8 +45,12 @@ def queries() -> list[Trial]:
 
 
 def keys() -> list[Trial]:
-    """A sample's alone."""
-    return [causal(9, 20, 5, several=True, part="dkdv")]
+    """Tiles of 32 queries by 64 keys; where all queries but a few see them, where only the last of a tile does."""
+    sizes = [
+        (110, 70, -10), (40, 64, 0), (170, 9, 400), (20, 60, 0), (170, 70, -40), (110, 70, -40), (40, 9, -24),
+        (40, 8, -25),
+    ]  # fmt: skip
+    return [causal(9, 20, 5, several=True, part="dkdv"), *(causal(*size, part="dkdv") for size in sizes)]
 
 
 # By kernel: the trials, and its name.
@@ -63,6 +67,11 @@ _ONE_MORE = "one more tile, or one more copied ahead: of keys that no row sees"
 _FIRST = "the first whole tile of a row that sees all keys before it is the first of all: 0 by any stride"
 _TWO = "a buffer beyond the second, where the loop of partly seen tiles has two steps at most"
 _THREE = "a buffer beyond the third, where the loop of partly seen tiles has three steps at most"
+_GROUP = "a group of one head, which is a kernel of its own"
+_LAST = "a second tile after the whole ones, where there is one at most"
+_ABSENT = "rows beyond the last, whose factor is 0"
+_WHOLE = "rows of whole tiles, which are all there"
+_ALL_SEE = "what rows after whole tiles see: all keys; only the first row may have the last at its edge"
 # Survivors that change nothing, by kind: how many, and why.
 EQUIVALENT: dict[tuple[str, str], dict[str, tuple[int, str]]] = {
     ("attention", "sm_80"): {
@@ -79,6 +88,14 @@ EQUIVALENT: dict[tuple[str, str], dict[str, tuple[int, str]]] = {
         "off by one": (3, f"{_MULTIPLES}; {_TWO} (2)"),
         "off by one (register)": (4, f"{_PACKED}; {_ONE_MORE} (3)"),
         "wrong stride": (2, _FIRST),
+    },
+    ("attention, gradients of keys", "sm_90"): {
+        "off by one": (3, f"{_GROUP}; {_LAST} (2)"),
+        "off by one (register)": (
+            46,
+            f"{_PACKED}; {_NOT_STORED} (2); {_ABSENT} (16); {_ONE_MORE} (7); {_WHOLE} (2); {_LAST} (4); {_ALL_SEE} (14)",
+        ),
+        "wrong stride": (4, _LAST),
     },
 }
 
