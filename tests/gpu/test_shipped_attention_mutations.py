@@ -93,7 +93,8 @@ EQUIVALENT: dict[tuple[str, str], dict[str, tuple[int, str]]] = {
         "off by one": (3, f"{_GROUP}; {_LAST} (2)"),
         "off by one (register)": (
             46,
-            f"{_PACKED}; {_NOT_STORED} (2); {_ABSENT} (16); {_ONE_MORE} (7); {_WHOLE} (2); {_LAST} (4); {_ALL_SEE} (14)",
+            f"{_PACKED}; {_NOT_STORED} (2); {_ABSENT} (16); {_ONE_MORE} (7); {_WHOLE} (2); {_LAST} (4); "
+            f"{_ALL_SEE} (14)",
         ),
         "wrong stride": (4, _LAST),
     },
