@@ -31,7 +31,8 @@ pytestmark = pytest.mark.usefixtures("needs_extension")
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 SIZES = (1, 5, 6, 7, 63, 64, 65)
-CHUNK_ROWS = 512  # rows that the kernel takes through both layers together
+CHUNK_BYTES = 3 << 20  # of hidden values that the kernel takes through both layers together, but 512 rows at least
+CHUNK_ROWS, CHUNK_HIDDEN = 512, 1536  # in float32
 P = 0.3
 SEED = 20
 DROPOUT = {"dropout_p": P, "training": True}
@@ -145,7 +146,7 @@ def test_dimensions(outer):
 @pytest.mark.parametrize("rows", [CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, 2 * CHUNK_ROWS + 7])
 def test_chunks_of_rows(rows, dropout):
     """Rows that go through the layers one chunk after another; dropout's rows run on."""
-    check(ff_inputs(rows), torch.float32, dropout=dropout)
+    check(ff_inputs(rows, hidden=CHUNK_HIDDEN), torch.float32, dropout=dropout)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -200,7 +201,8 @@ def dropout_probe(rows, hidden):
 
 def test_dropout_is_the_mask_of_its_seed(isa):
     """What is kept is scaled, what is dropped is zero, across chunks of rows."""
-    rows, hidden = CHUNK_ROWS + 30, 70
+    hidden = 70
+    rows = CHUNK_BYTES // (4 * hidden) + 30
     op = seeded(ff(CPU_FF, activation="relu", **DROPOUT))
     found = results(op, dropout_probe(rows, hidden))
     keep = philox.matrix_keep_mask(drawn_seed(), rows, hidden, P)
@@ -283,7 +285,7 @@ def test_gradients_only_where_asked(op, make):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_the_batch(isa, dtype):
-    inputs = {n: x.to(dtype) for n, x in ff_inputs(700, hidden=300).items()}
+    inputs = {n: x.to(dtype) for n, x in ff_inputs(700, hidden=2 * CHUNK_HIDDEN).items()}
     op = ff(CPU_FF)
     whole = results(op, inputs, ["input"])
     for rows in (1, 6, 600):
