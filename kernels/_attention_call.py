@@ -1,12 +1,14 @@
 """A call of attention as its kernels take it: dense rows, strides, sizes, and what no kernel has to find again."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import launch
 from ._attention_checks import require_call
+from ._attention_lists import list_tiles
 from ._attention_configs import LADEN, PADDED, PLAIN, WIDEST_IN_TF32, WIDEST_IN_THREE
 from ._attention_tile import ADDITIVE, BOOLEAN, NO_MASK
 from .dropout import Dropout
@@ -50,20 +52,24 @@ class Call:
         self.sequences = cu_seqlens_q.numel() - 1 if self.packed else query.shape[0]
 
         mask, seen, kind = self._mask(attn_mask)
+        self.mask, self.seen, self.kind, self.key_lengths = mask, seen, kind, launch.dense(key_lengths)
         added = kind == ADDITIVE.value or alibi_slopes is not None
         self.scaled = added or scale <= 0.0
         has_lo, has_hi = window_left >= 0, is_causal or window_right >= 0
         ahead = 0 if window_right < 0 else min(0, window_right) if is_causal else window_right
+        self.bounds = (
+            _near(query_offset - window_left) if has_lo else 0, _near(query_offset + ahead) if has_hi else 0,
+        )  # fmt: skip
+        self.has_bounds = has_lo, has_hi
         dropout = Dropout.of(dropout_p, seed)
         seed, threshold, keep_scale = dropout.numbers
         # The scale of scores, what their exponent is multiplied by, and what is kept by dropout.
         self.units = float(scale), _LOG2E if self.scaled else scale * _LOG2E, keep_scale
         self.shared = (
-            mask, seen, launch.dense(key_lengths), launch.dense(cu_seqlens_q), launch.dense(cu_seqlens_k),
-            launch.dense(alibi_slopes), dropout.seed_ptr, seed, threshold, *self._mask_strides(mask, seen),
+            mask, seen, self.key_lengths, launch.dense(cu_seqlens_q), launch.dense(cu_seqlens_k),
+            launch.dense(alibi_slopes), dropout.seed_ptr, seed, threshold, *_mask_strides(mask), _mask_strides(seen)[0],
             self.heads, self.group, self.queries, self.keys, self.sequences,
-            _near(query_offset - window_left) if has_lo else 0, _near(query_offset + ahead) if has_hi else 0,
-            float(query_offset), *self.units,
+            *self.bounds, float(query_offset), *self.units,
         )  # fmt: skip
         per_key = mask is not None and mask.shape[2] == 1
         self.width, self.value_width = query.shape[-1], value.shape[-1]
@@ -100,6 +106,31 @@ class Call:
         heads = self.kv_heads if of_keys else self.heads
         return self.tiles(block, of_keys=of_keys) * heads * (1 if self.packed else self.sequences)
 
+    def with_lists(self, arguments: Callable[[tuple], tuple], *, of_keys: bool = False) -> tuple | Callable:
+        """A kernel's arguments, given its program's lists of tiles and their strides (sequence, head, tile).
+
+        Lists are made of boolean masks, and of floating ones that heads share; for the kernel that owns keys (of_keys)
+        they are lists of queries. As tiles are those of a configuration, so are such arguments.
+        """
+        is_mask = self.kind == BOOLEAN.value or (self.kind == ADDITIVE.value and self.mask.shape[1] == 1)
+        mask, kind = (self.mask, self.kind) if is_mask else (None if of_keys else self.seen, BOOLEAN.value)
+        if mask is None or self.sequences * self.heads * self.queries * self.keys == 0:
+            return arguments((None, 0, 0, 0))
+        lengths, strides = (None, self.key_lengths), _mask_strides(mask)
+        sizes, bounds, has_bounds = (self.queries, self.keys), self.bounds, self.has_bounds
+        outer = 1 if self.key_lengths is None and mask.shape[0] == 1 else self.sequences, mask.shape[1]
+        names = "BLOCK_M", "BLOCK_N"
+        if of_keys:
+            lengths, sizes, has_bounds, names = lengths[::-1], sizes[::-1], has_bounds[::-1], names[::-1]
+            strides, bounds = (*strides[:2], strides[3], strides[2]), (-bounds[1], -bounds[0])
+
+        def of(blocks: dict[str, int]) -> tuple:
+            block = tuple(blocks[name] for name in names)
+            lists = list_tiles(mask, kind, strides, sizes, bounds, has_bounds, lengths, block, outer)
+            return arguments((lists, *_mask_strides(lists)[:2], lists.stride(2)))
+
+        return of
+
     def _mask(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
         """The mask, broadcast dims being of size 1; which keys any query of a sequence sees; the mask's kind.
 
@@ -114,15 +145,14 @@ class Call:
             return mask, None, ADDITIVE.value
         alike = mask.shape[1] == 1 and mask.shape[2] == 1
         seen = mask[:, 0, 0] if alike else mask.any(dim=1).any(dim=1)
-        seen = seen.expand(-1, self.keys).contiguous()
+        seen = seen.expand(-1, self.keys).contiguous()[:, None, None]
         return (None, seen, NO_MASK.value) if alike else (mask, seen, BOOLEAN.value)
 
-    @staticmethod
-    def _mask_strides(mask: Tensor | None, seen: Tensor | None) -> tuple[int, ...]:
-        strides = (0,) * 4
-        if mask is not None:
-            strides = (stride if size > 1 else 0 for stride, size in zip(mask.stride(), mask.shape, strict=True))
-        return (*strides, 0 if seen is None or seen.shape[0] == 1 else seen.stride(0))
+def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
+    """Those of the mask's dims, 0 of what is broadcast."""
+    if mask is None:
+        return (0,) * 4
+    return tuple(stride if size > 1 else 0 for stride, size in zip(mask.stride(), mask.shape, strict=True))
 
 
 def _near(position: int) -> int:

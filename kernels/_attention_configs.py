@@ -89,6 +89,7 @@ TABLES["attention_split"] = everywhere(
     # Where the assembler holds 32 keys of 16 to 128 registers, and spills 8 bytes.
     sm_100=(*_SPLIT[:2], _tile(16, 16, 4, 1, width=16, bits=32), *_SPLIT[2:], *_SPLIT_EXACT),
 )
+TABLES["attention_lists"] = everywhere(Config(num_warps=8))
 TABLES["attention_join"] = everywhere(Config(num_warps=4))
 _ROWS_EXACT = (
     _tile(32, 16, 8, 1, width=64, bits=32),

@@ -15,6 +15,10 @@ from .math import dropout_keep
 
 # What attn_mask is.
 NO_MASK, BOOLEAN, ADDITIVE = (tl.constexpr(code) for code in range(3))
+# Arguments of no kernel of attention's own for their values.
+UNSPECIALIZED = [
+    "stride_lb", "stride_lh", "stride_lt", "seed", "threshold", "queries", "keys", "sequences", "lo", "hi",
+]  # fmt: skip
 
 
 @triton.jit
@@ -87,46 +91,6 @@ def tiles_seen(first, last, count, lo, hi, HAS_LO: tl.constexpr, HAS_HI: tl.cons
 
 
 @triton.jit
-def any_seen(at, stride, first, end, BLOCK: tl.constexpr):
-    """Whether a boolean mask lets any row see any of BLOCK columns from `first`, before `end`."""
-    columns = first + tl.arange(0, BLOCK)[None, :]
-    mask = tl.load(at + columns.to(tl.int64) * stride, mask=columns < end, other=0)
-    return tl.max((mask != 0).to(tl.int32)) != 0
-
-
-@triton.jit
-def tiles_unmasked(tiles, at, stride, BLOCK: tl.constexpr):
-    """tiles_seen's answer without the tiles at either end that a boolean mask rules out for all of the rows.
-
-    at: pointers to the mask's rows (rows, 1), or to the one that all share; stride: of its columns. No more of the mask
-    is read than what is left out, and one tile at each end.
-    """
-    begin, full, ragged, end = tiles
-    seen = False
-    while (begin < end) & (seen == 0):
-        seen = any_seen(at, stride, begin, end, BLOCK)
-        begin = tl.where(seen, begin, begin + BLOCK)
-    seen = False
-    while (begin < end) & (seen == 0):
-        last = (end - 1) // BLOCK * BLOCK
-        seen = any_seen(at, stride, last, end, BLOCK)
-        end = tl.where(seen, end, last)
-    full = tl.minimum(tl.maximum(full, begin), end)
-    return begin, full, tl.maximum(tl.minimum(ragged, end), full), end
-
-
-@triton.jit
-def tiles_left(tiles, mask_at, stride_mk, seen_ptr, MASK: tl.constexpr, BLOCK: tl.constexpr):
-    """tiles_unmasked by the mask of the program's queries, or by the keys that any query of its sequence sees."""
-    if MASK == BOOLEAN:
-        return tiles_unmasked(tiles, mask_at, stride_mk, BLOCK)
-    elif seen_ptr is not None:
-        return tiles_unmasked(tiles, seen_ptr, 1, BLOCK)
-    else:
-        return tiles
-
-
-@triton.jit
 def load_rows(ptr, stride, rows, valid, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """(rows, BLOCK) of a matrix of WIDTH columns; zeros beyond them, and where a row is not valid (None: all are)."""
     columns = tl.arange(0, BLOCK)
@@ -154,9 +118,17 @@ def store_rows(ptr, stride, rows, valid, x, WIDTH: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def valid_keys(keys, key_count, seen_ptr, MASKED: tl.constexpr):
-    """Which keys of a tile are loaded: not those beyond the last, or that no query of the sequence sees. None: all."""
-    if seen_ptr is not None:
+def valid_keys(keys, key_count, seen_ptr, partly, MASKED: tl.constexpr):
+    """Which keys of a tile are loaded: not those beyond the last, or that no query of the sequence sees. None: all.
+
+    MASKED: whether any may not be; partly: whether that is so of a listed tile, or None.
+    """
+    if partly is not None:
+        valid = keys < key_count
+        if seen_ptr is not None:
+            valid = tl.load(seen_ptr + keys, mask=valid & (partly != 0), other=0) != 0
+        return valid | (partly == 0)
+    elif seen_ptr is not None:
         return tl.load(seen_ptr + keys, mask=keys < key_count, other=0) != 0
     elif MASKED:
         return keys < key_count
@@ -177,7 +149,7 @@ def mask_rows(mask_ptr, stride_q, rows, queries, PER_KEY: tl.constexpr):
 
 @triton.jit
 def scores_of(
-    products, rows, keys, valid, bounds, bias, scale,
+    products, rows, keys, valid, bounds, bias, scale, partly,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, SCALED: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +158,8 @@ def scores_of(
     rows, keys: indices that broadcast to products, the one down and the other across, or the other way around; and
     valid, what valid_keys gave, as keys. bounds: (rows, keys, lo, hi), the numbers of rows and keys, and which keys
     places allow, row + lo to row + hi. bias: (pointers to the mask's rows, the stride of its keys, ALiBi's slope, the
-    place of row 0). MASKED: the tile is not one that all of the rows see, as far as places go.
+    place of row 0). MASKED: the tile is not one that all of the rows see, as far as places go. partly: of a listed tile,
+    whether a boolean mask or places rule out any of it; otherwise None.
     """
     row_count, key_count, lo, hi = bounds
     mask_at, stride_mk, slope, origin = bias
@@ -195,7 +168,9 @@ def scores_of(
         scores = scores * scale
     if MASK != NO_MASK:
         at = mask_at + keys.to(tl.int64) * stride_mk
-        if valid is None:
+        if partly is not None and MASK == BOOLEAN:
+            mask = tl.load(at, mask=valid & (partly != 0), other=1)
+        elif valid is None:
             mask = tl.load(at)
         else:
             mask = tl.load(at, mask=valid, other=0)
@@ -264,21 +239,49 @@ def add_product(sums, a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def tiles_met(tiles, list_ptr):
+    """tiles_seen's answer, or the numbers of a list's tiles: each says itself whether it is seen whole."""
+    if list_ptr is not None:
+        return 0, 0, 0, tl.load(list_ptr)
+    else:
+        return tiles
+
+
+@triton.constexpr_function
+def has_phase(phase, first_may_be_ragged, is_listed):
+    """Whether there may be tiles before those that are seen whole (phase 0), or of those (1); there may be after (2)."""
+    return phase == 2 or (not is_listed and (phase == 1 or first_may_be_ragged))
+
+
+@triton.jit
+def tile_at(list_ptr, at):
+    """The first column of a tile: of the listed one of that number, and whether it is seen but partly; or `at` itself."""
+    if list_ptr is not None:
+        entry = tl.load(list_ptr + 1 + at)
+        return entry >> 1, entry & 1
+    else:
+        return at, None
+
+
+@triton.jit
 def attend(
-    acc, largest, total, q, k_ptr, v_ptr, stride_kt, stride_vt, first, last, rows, bounds, seen_ptr, bias, dropout,
-    scale, exponent,
+    acc, largest, total, q, k_ptr, v_ptr, stride_kt, stride_vt, list_ptr, first, last, rows, bounds, seen_ptr, bias,
+    dropout, scale, exponent,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Takes the keys from first to last, by tiles, into acc (M, BLOCK_DV), the largest score and the total (M,).
 
-    rows (M,); bounds and bias as for scores_of. dropout: (seed, threshold, sequence, head), dropout_keep's.
+    With lists, `first` and `last` number the tiles of the program's. rows (M,); bounds and bias as for scores_of.
+    dropout: (seed, threshold, sequence, head), dropout_keep's.
     """
     offsets = tl.arange(0, BLOCK_N)
-    for key in range(first, last, BLOCK_N):
+    STEP: tl.constexpr = BLOCK_N if list_ptr is None else 1
+    for at in range(first, last, STEP):
+        key, partly = tile_at(list_ptr, at)
         keys = key + offsets
-        valid = valid_keys(keys, bounds[1], seen_ptr, MASKED)
+        valid = valid_keys(keys, bounds[1], seen_ptr, partly, MASKED)
         across = None if valid is None else valid[None, :]
         if q.dtype == tl.float32 and BLOCK_D > 128:
             # Depends on the loop, or all that a thread multiplies of it would be kept in registers: too many.
@@ -286,8 +289,8 @@ def attend(
         k = load_rows(k_ptr + tl.cast(key, tl.int64) * stride_kt, stride_kt, offsets, valid, D, BLOCK_D)
         products = dot_rows(q, k, PRECISION)
         scores = scores_of(
-            products, rows[:, None], keys[None, :], across, bounds, bias, scale, HAS_LO, HAS_HI, MASK, ALIBI, SCALED,
-            MASKED,
+            products, rows[:, None], keys[None, :], across, bounds, bias, scale, partly, HAS_LO, HAS_HI, MASK, ALIBI,
+            SCALED, MASKED,
         )  # fmt: skip
         larger = tl.maximum(largest, tl.max(scores, 1))
         base = finite(larger)

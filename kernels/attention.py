@@ -16,26 +16,32 @@ from ._attention_call import Call, strides_of
 from ._attention_checks import refuse_weights
 from ._attention_configs import PROBLEM
 from ._attention_tile import (
+    UNSPECIALIZED,
     attend,
     inverse,
     load_rows,
     mask_rows,
     row_index,
     store_rows,
+    has_phase,
     store_statistics,
     tile_of,
-    tiles_left,
+    tiles_met,
     tiles_seen,
     tokens_of,
 )
 from .launch import Kernel
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "queries", "keys", "sequences", "lo", "hi"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_lb", "stride_lh", "stride_lt", "seed", "threshold", "queries", "keys", "sequences", "lo", "hi",
+    ]
+)  # fmt: skip
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, stats_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_ob, stride_oh, stride_ot,
+    stride_ob, stride_oh, stride_ot, list_ptr, stride_lb: tl.int32, stride_lh: tl.int32, stride_lt: tl.int32,
     mask_ptr, seen_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, slopes_ptr, seed_ptr, seed: tl.int64, threshold: tl.int64,
     stride_mb, stride_mh, stride_mq, stride_mk, stride_sb, heads, group, queries: tl.int32, keys: tl.int32,
     sequences: tl.int32, lo: tl.int32, hi: tl.int32, origin, scale, exponent, keep_scale,
@@ -57,6 +63,8 @@ def _attention_fwd_kernel(
     k_ptr += wide * stride_kb + kv_head * stride_kh + k_first * stride_kt
     v_ptr += wide * stride_vb + kv_head * stride_vh + k_first * stride_vt
     out_ptr += wide * stride_ob + wide_head * stride_oh + (q_first + first_row) * stride_ot
+    if list_ptr is not None:
+        list_ptr += wide * stride_lb + wide_head * stride_lh + (first_row // BLOCK_M) * stride_lt
     offsets = tl.arange(0, BLOCK_M)
     rows = first_row + offsets
     if seen_ptr is not None:
@@ -76,11 +84,11 @@ def _attention_fwd_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     last_row = tl.minimum(first_row + BLOCK_M, row_count) - 1
     tiles = tiles_seen(first_row, last_row, key_count, lo, hi, HAS_LO, HAS_HI, BLOCK_N)
-    begin, full, ragged, end = tiles_left(tiles, mask_at, stride_mk, seen_ptr, MASK, BLOCK_N)
+    begin, full, ragged, end = tiles_met(tiles, list_ptr)
     for phase in tl.static_range(3):
-        if phase != 0 or HAS_LO:
+        if has_phase(phase, HAS_LO, list_ptr is not None):
             acc, largest, total = attend(
-                acc, largest, total, q, k_ptr, v_ptr, stride_kt, stride_vt,
+                acc, largest, total, q, k_ptr, v_ptr, stride_kt, stride_vt, list_ptr,
                 begin if phase == 0 else full if phase == 1 else ragged,
                 full if phase == 0 else ragged if phase == 1 else end,
                 rows, (row_count, key_count, lo, hi), seen_ptr, (mask_at, stride_mk, slope, origin),
@@ -135,9 +143,10 @@ def attention_fwd(
         attention_decode.attend_split(call, output, lse, stats, with_lse)
         return results
     tensors = (call.query, call.key, call.value)
+    strides = [s for x in (*tensors, output) for s in strides_of(x)]
     _forward(
         lambda blocks: (call.programs(blocks["BLOCK_M"]),),
-        (*tensors, output, lse, stats, *(s for x in (*tensors, output) for s in strides_of(x)), *call.shared),
+        call.with_lists(lambda lists: (*tensors, output, lse, stats, *strides, *lists, *call.shared)),
         (with_lse, *call.constants_of("attention_fwd")),
         call.problem,
     )

@@ -86,7 +86,7 @@ def _attention_bias_bwd_kernel(
                 for key in range(tl.maximum(begin, tile_key), tl.minimum(end, end_key), BLOCK_N):
                     ds, _, _ = score_gradient(
                         q, g, base, factor, delta, k_at, v_at, stride_kt, stride_vt, key, rows,
-                        (queries, key_count, lo, hi), seen_here, (mask_at, stride_mk, slope, origin),
+                        (queries, key_count, lo, hi), seen_here, None, (mask_at, stride_mk, slope, origin),
                         (seed, threshold, tl.cast(sequence, tl.int32), tl.cast(head, tl.int32)), scale, exponent,
                         keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, HAS_LO, HAS_HI, MASK, ALIBI, SCALED, DROPOUT,
                         PRECISION, True,

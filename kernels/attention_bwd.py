@@ -17,20 +17,21 @@ from ._attention_call import Call, strides_of, unit_rows
 from ._attention_checks import refuse_weights, require_results
 from ._attention_configs import PROBLEM
 from ._attention_tile import (
-    BOOLEAN,
+    UNSPECIALIZED,
     NO_MASK,
     add_product,
     dot_rows,
     exponentials,
+    has_phase,
     load_rows,
     mask_rows,
     row_index,
     scores_of,
     store_rows,
     tile_of,
-    tiles_left,
+    tile_at,
+    tiles_met,
     tiles_seen,
-    tiles_unmasked,
     tokens_of,
     valid_keys,
 )
@@ -49,8 +50,8 @@ def row_delta(g, o, dlse_ptr, at, valid):
 
 @triton.jit
 def score_gradient(
-    q, g, base, factor, delta, k_ptr, v_ptr, stride_kt, stride_vt, key, rows, bounds, seen_ptr, bias, dropout, scale,
-    exponent, keep_scale,
+    q, g, base, factor, delta, k_ptr, v_ptr, stride_kt, stride_vt, key, rows, bounds, seen_ptr, partly, bias, dropout,
+    scale, exponent, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, SCALED: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
@@ -61,7 +62,7 @@ def score_gradient(
     """
     offsets = tl.arange(0, BLOCK_N)
     keys = key + offsets
-    valid = valid_keys(keys, bounds[1], seen_ptr, MASKED)
+    valid = valid_keys(keys, bounds[1], seen_ptr, partly, MASKED)
     across = None if valid is None else valid[None, :]
     if q.dtype == tl.float32 and BLOCK_D > 128:
         # Depends on the loop, or all that a thread multiplies of them would be kept in registers, which do not suffice.
@@ -71,8 +72,9 @@ def score_gradient(
     v = load_rows(v_ptr + tl.cast(key, tl.int64) * stride_vt, stride_vt, offsets, valid, DV, BLOCK_DV)
     products = dot_rows(q, k, PRECISION)
     scores = scores_of(
-        products, rows[:, None], keys[None, :], across, bounds, bias, scale, HAS_LO, HAS_HI, MASK, ALIBI, SCALED, MASKED
-    )
+        products, rows[:, None], keys[None, :], across, bounds, bias, scale, partly, HAS_LO, HAS_HI, MASK, ALIBI, SCALED,
+        MASKED,
+    )  # fmt: skip
     p = exponentials(scores, base[:, None], exponent) * factor[:, None]
     dp = dot_rows(g, v, PRECISION)
     if DROPOUT:
@@ -82,11 +84,12 @@ def score_gradient(
     return p * (dp - delta[:, None]), p, k
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "queries", "keys", "sequences", "lo", "hi"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, g_ptr, stats_ptr, dlse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt,
+    list_ptr, stride_lb: tl.int32, stride_lh: tl.int32, stride_lt: tl.int32,
     mask_ptr, seen_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, slopes_ptr, seed_ptr, seed: tl.int64, threshold: tl.int64,
     stride_mb, stride_mh, stride_mq, stride_mk, stride_sb, heads, group, queries: tl.int32, keys: tl.int32,
     sequences: tl.int32, lo: tl.int32, hi: tl.int32, origin, scale, exponent, keep_scale,
@@ -109,6 +112,8 @@ def _attention_bwd_dq_kernel(
     dq_ptr += wide * stride_dqb + wide_head * stride_dqh + token * stride_dqt
     k_ptr += wide * stride_kb + kv_head * stride_kh + k_first * stride_kt
     v_ptr += wide * stride_vb + kv_head * stride_vh + k_first * stride_vt
+    if list_ptr is not None:
+        list_ptr += wide * stride_lb + wide_head * stride_lh + (first_row // BLOCK_M) * stride_lt
     offsets = tl.arange(0, BLOCK_M)
     rows = first_row + offsets
     present = rows < row_count
@@ -139,15 +144,17 @@ def _attention_bwd_dq_kernel(
     mean_key = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     last_row = tl.minimum(first_row + BLOCK_M, row_count) - 1
     tiles = tiles_seen(first_row, last_row, key_count, lo, hi, HAS_LO, HAS_HI, BLOCK_N)
-    begin, full, ragged, end = tiles_left(tiles, mask_at, stride_mk, seen_ptr, MASK, BLOCK_N)
+    begin, full, ragged, end = tiles_met(tiles, list_ptr)
+    STEP: tl.constexpr = BLOCK_N if list_ptr is None else 1
     for phase in tl.static_range(3):
-        if phase != 0 or HAS_LO:
+        if has_phase(phase, HAS_LO, list_ptr is not None):
             first = begin if phase == 0 else full if phase == 1 else ragged
             last = full if phase == 0 else ragged if phase == 1 else end
-            for key in range(first, last, BLOCK_N):
+            for at_tile in range(first, last, STEP):
+                key, partly = tile_at(list_ptr, at_tile)
                 ds, p, k = score_gradient(
                     q, g, base, factor, delta, k_ptr, v_ptr, stride_kt, stride_vt, key, rows,
-                    (row_count, key_count, lo, hi), seen_ptr, (mask_at, stride_mk, slope, origin),
+                    (row_count, key_count, lo, hi), seen_ptr, partly, (mask_at, stride_mk, slope, origin),
                     (seed, threshold, sequence, head), scale, exponent, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
                     HAS_LO, HAS_HI, MASK, ALIBI, SCALED, DROPOUT, PRECISION, phase != 1,
                 )  # fmt: skip
@@ -165,7 +172,7 @@ def _attention_bwd_dq_kernel(
 
 @triton.jit
 def key_gradients(
-    dk, dv, k, v, q_ptr, g_ptr, stride_qt, stride_gt, stats_ptr, delta_ptr, at, first, last, first_key, valid, bounds,
+    dk, dv, k, v, q_ptr, g_ptr, stride_qt, stride_gt, stats_ptr, delta_ptr, at, list_ptr, first, last, first_key, valid, bounds,
     bias, dropout, scale, exponent, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, PER_KEY: tl.constexpr,
@@ -179,7 +186,9 @@ def key_gradients(
     mask_ptr, stride_mq, stride_mk, slope, origin = bias
     offsets = tl.arange(0, BLOCK_M)
     keys = first_key + tl.arange(0, BLOCK_N)
-    for row in range(first, last, BLOCK_M):
+    STEP: tl.constexpr = BLOCK_M if list_ptr is None else 1
+    for at_tile in range(first, last, STEP):
+        row, partly = tile_at(list_ptr, at_tile)
         rows = row + offsets
         present = rows < bounds[0]
         loaded = present if MASKED else None
@@ -197,7 +206,7 @@ def key_gradients(
             mask_at = mask_rows(mask_ptr, stride_mq, rows[None, :], bounds[0], PER_KEY)
         scores = scores_of(
             dot_rows(k, q, PRECISION), rows[None, :], keys[:, None], valid[:, None], bounds,
-            (mask_at, stride_mk, slope, origin), scale, HAS_LO, HAS_HI, MASK, ALIBI, SCALED, MASKED,
+            (mask_at, stride_mk, slope, origin), scale, partly, HAS_LO, HAS_HI, MASK, ALIBI, SCALED, MASKED,
         )  # fmt: skip
         p = exponentials(scores, base[None, :], exponent) * factor[None, :]
         dp = dot_rows(v, g, PRECISION)
@@ -215,11 +224,12 @@ def key_gradients(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "queries", "keys", "sequences", "lo", "hi"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
+    list_ptr, stride_lb: tl.int32, stride_lh: tl.int32, stride_lt: tl.int32,
     mask_ptr, seen_ptr, lengths_ptr, cu_q_ptr, cu_k_ptr, slopes_ptr, seed_ptr, seed: tl.int64, threshold: tl.int64,
     stride_mb, stride_mh, stride_mq, stride_mk, stride_sb, heads, group, queries: tl.int32, keys: tl.int32,
     sequences: tl.int32, lo: tl.int32, hi: tl.int32, origin, scale, exponent, keep_scale,
@@ -244,6 +254,8 @@ def _attention_bwd_dkdv_kernel(
     dv_ptr += wide * stride_dvb + wide_head * stride_dvh + token * stride_dvt
     q_ptr += wide * stride_qb + q_first * stride_qt
     g_ptr += wide * stride_gb + q_first * stride_gt
+    if list_ptr is not None:
+        list_ptr += wide * stride_lb + (first_key // BLOCK_N) * stride_lt
     offsets = tl.arange(0, BLOCK_N)
     keys_here = first_key + offsets
     if seen_ptr is not None:
@@ -252,7 +264,7 @@ def _attention_bwd_dkdv_kernel(
         seed = tl.load(seed_ptr)
     if mask_ptr is not None:
         mask_ptr += wide * stride_mb
-    valid = valid_keys(keys_here, key_count, seen_ptr, True)
+    valid = valid_keys(keys_here, key_count, seen_ptr, None, True)
     k = load_rows(k_ptr, stride_kt, offsets, valid, D, BLOCK_D)
     v = load_rows(v_ptr, stride_vt, offsets, valid, DV, BLOCK_DV)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -272,21 +284,20 @@ def _attention_bwd_dkdv_kernel(
         mask_head = 0
         if mask_ptr is not None:
             mask_head = mask_ptr + head_at * stride_mh
-        tiles = by_place
-        if MASK == BOOLEAN:
-            mask_at = mask_head + tl.minimum(keys_here, keys - 1)[:, None].to(tl.int64) * stride_mk
-            tiles = tiles_unmasked(tiles, mask_at, stride_mq, BLOCK_M)
-        begin, full, ragged, end = tiles
+        list_head = None
+        if list_ptr is not None:
+            list_head = list_ptr + head_at * stride_lh
+        begin, full, ragged, end = tiles_met(by_place, list_head)
         slope = 0.0
         if ALIBI:
             slope = tl.load(slopes_ptr + head)
         for phase in tl.static_range(3):
-            if phase != 0 or HAS_HI:
+            if has_phase(phase, HAS_HI, list_ptr is not None):
                 first = begin if phase == 0 else full if phase == 1 else ragged
                 last = full if phase == 0 else ragged if phase == 1 else end
                 dk, dv = key_gradients(
                     dk, dv, k, v, q_ptr + head_at * stride_qh, g_ptr + head_at * stride_gh, stride_qt, stride_gt,
-                    stats_ptr, delta_ptr, at, first, last, first_key, valid, (row_count, key_count, lo, hi),
+                    stats_ptr, delta_ptr, at, list_head, first, last, first_key, valid, (row_count, key_count, lo, hi),
                     (mask_head, stride_mq, stride_mk, slope, origin), (seed, threshold, sequence, head), scale,
                     exponent, keep_scale, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, HAS_LO, HAS_HI, MASK, PER_KEY,
                     ALIBI, SCALED, DROPOUT, PRECISION, phase != 1,
@@ -332,17 +343,22 @@ def attention_bwd(
     inputs, (grad, output) = (call.query, call.key, call.value), (unit_rows(x) for x in (grad, output))
     delta = torch.empty(stats.shape[:-1], dtype=stats.dtype, device=stats.device)
     stats = launch.dense(stats)
+    dlse = launch.dense(grad_lse)
+    strides = [s for x in (*inputs, output, grad, dq) for s in strides_of(x)]
     _dq(
         lambda blocks: (call.programs(blocks["BLOCK_M"]),),
-        (*inputs, output, grad, stats, launch.dense(grad_lse), delta, dq,
-         *(s for x in (*inputs, output, grad, dq) for s in strides_of(x)), *call.shared),
+        call.with_lists(
+            lambda lists: (*inputs, output, grad, stats, dlse, delta, dq, *strides, *lists, *call.shared)
+        ),
         call.constants_of("attention_bwd_dq"),
         call.problem,
     )  # fmt: skip
+    key_strides = [s for x in (*inputs, grad, dk, dv) for s in strides_of(x)]
     _dkdv(
         lambda blocks: (call.programs(blocks["BLOCK_N"], of_keys=True),),
-        (*inputs, grad, stats, delta, dk, dv, *(s for x in (*inputs, grad, dk, dv) for s in strides_of(x)),
-         *call.shared),
+        call.with_lists(
+            lambda lists: (*inputs, grad, stats, delta, dk, dv, *key_strides, *lists, *call.shared), of_keys=True
+        ),
         call.constants_of("attention_bwd_dkdv"),
         call.problem,
     )  # fmt: skip

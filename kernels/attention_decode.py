@@ -13,6 +13,7 @@ from torch import Tensor
 from ._attention_call import Call, strides_of
 from ._attention_configs import PROBLEM
 from ._attention_tile import (
+    BOOLEAN,
     attend,
     finite,
     inverse,
@@ -20,7 +21,6 @@ from ._attention_tile import (
     mask_rows,
     store_rows,
     store_statistics,
-    tiles_left,
     tiles_seen,
     tokens_of,
 )
@@ -30,6 +30,46 @@ from .launch import Kernel
 MOST_ROWS = 16
 SPLIT = 256
 _SPLITS_AT_A_TIME = 16
+
+
+@triton.jit
+def any_seen(at, stride, first, end, BLOCK: tl.constexpr):
+    """Whether a boolean mask lets any row see any of BLOCK columns from `first`, before `end`."""
+    columns = first + tl.arange(0, BLOCK)[None, :]
+    mask = tl.load(at + columns.to(tl.int64) * stride, mask=columns < end, other=0)
+    return tl.max((mask != 0).to(tl.int32)) != 0
+
+
+@triton.jit
+def tiles_unmasked(tiles, at, stride, BLOCK: tl.constexpr):
+    """tiles_seen's answer without the tiles at either end that a boolean mask rules out for all of the rows.
+
+    at: pointers to the mask's rows (rows, 1), or to the one that all share; stride: of its columns. No more of the mask
+    is read than what is left out, and one tile at each end.
+    """
+    begin, full, ragged, end = tiles
+    seen = False
+    while (begin < end) & (seen == 0):
+        seen = any_seen(at, stride, begin, end, BLOCK)
+        begin = tl.where(seen, begin, begin + BLOCK)
+    seen = False
+    while (begin < end) & (seen == 0):
+        last = (end - 1) // BLOCK * BLOCK
+        seen = any_seen(at, stride, last, end, BLOCK)
+        end = tl.where(seen, end, last)
+    full = tl.minimum(tl.maximum(full, begin), end)
+    return begin, full, tl.maximum(tl.minimum(ragged, end), full), end
+
+
+@triton.jit
+def tiles_left(tiles, mask_at, stride_mk, seen_ptr, MASK: tl.constexpr, BLOCK: tl.constexpr):
+    """tiles_unmasked by the mask of the program's queries, or by the keys that any query of its sequence sees."""
+    if MASK == BOOLEAN:
+        return tiles_unmasked(tiles, mask_at, stride_mk, BLOCK)
+    elif seen_ptr is not None:
+        return tiles_unmasked(tiles, seen_ptr, 1, BLOCK)
+    else:
+        return tiles
 
 
 @triton.jit(do_not_specialize=["seed", "threshold", "queries", "keys", "sequences", "lo", "hi"])
@@ -83,7 +123,7 @@ def _attention_split_kernel(
     for phase in tl.static_range(3):
         if phase != 0 or HAS_LO:
             acc, largest, total = attend(
-                acc, largest, total, q, k_ptr, v_ptr, stride_kt, stride_vt,
+                acc, largest, total, q, k_ptr, v_ptr, stride_kt, stride_vt, None,
                 begin if phase == 0 else full if phase == 1 else ragged,
                 full if phase == 0 else ragged if phase == 1 else end,
                 query, (queries, key_count, lo, hi), seen_ptr, (mask_at, stride_mk, slope, origin),

@@ -55,22 +55,26 @@ class Kernel:
     def __call__(
         self,
         grid: Callable[[dict[str, int]], tuple[int, ...]],
-        args: tuple[Tensor | int | float | None, ...],
+        args: tuple[Tensor | int | float | None, ...] | Callable[[dict[str, int]], tuple],
         constants: tuple = (),
         problem: tuple[int, ...] = (),
     ) -> None:
         """Launches on the current stream of the first tensor's device.
 
         grid: of the configuration's blocks, the number of programs along up to three axes; nothing is launched where
-        one is 0. args, constants: in the order of the function's parameters. problem: the values by which a
-        configuration is chosen, in the order of their names.
+        one is 0. args, constants: in the order of the function's parameters; args may be a function of the
+        configuration's blocks. problem: the values by which a configuration is chosen, in the order of their names.
         """
+        args_of = None
+        if callable(args):
+            config = self.config(problem)
+            args_of, args = args, args(config.blocks)
         active = driver.active
         device = active.get_current_device()
         place = args[0].get_device()
         if place != device and place >= 0 and args[0].is_cuda:
             with torch.cuda.device(place):
-                return self(grid, args, constants, problem)
+                return self(grid, args_of or args, constants, problem)
         key, addresses = [device, constants, problem], 0
         for i in self._free:
             arg = args[i]
@@ -86,7 +90,9 @@ class Kernel:
         key = tuple(key)
         prepared = self._prepared.get(key)
         if prepared is None:
-            prepared = self._prepared[key] = self._prepare(grid, args, constants, problem)
+            prepared = self._prepared[key] = self._prepare(grid, args, args_of, constants, problem)
+        if args_of is not None and prepared.config is not config:  # it has just been tuned
+            args = args_of(prepared.config.blocks)
         self._launch(prepared, grid, args, active.get_current_stream(device))
 
     def config(self, problem: tuple[int, ...]) -> Config:
@@ -129,13 +135,16 @@ class Kernel:
                 *args, *prepared.constants,
             )  # fmt: skip
 
-    def _prepare(self, grid: Callable, args: tuple, constants: tuple, problem: tuple[int, ...]) -> _Prepared:
+    def _prepare(
+        self, grid: Callable, args: tuple, args_of: Callable | None, constants: tuple, problem: tuple[int, ...]
+    ) -> _Prepared:
         _load_tuned()
         if self._forced is None and tune.wanted() and not torch.cuda.is_current_stream_capturing():
-            self._tune(grid, args, constants, dict(zip(self.problem, problem, strict=True)))
+            given = args_of or (lambda blocks: args)
+            self._tune(grid, given, constants, dict(zip(self.problem, problem, strict=True)))
         return self._compile(self.config(problem), args, constants)
 
-    def _tune(self, grid: Callable, args: tuple, constants: tuple, problem: dict[str, int]) -> None:
+    def _tune(self, grid: Callable, args_of: Callable, constants: tuple, problem: dict[str, int]) -> None:
         """Finds the fastest configuration for the problem, unless it is known; launching is free of side effects."""
         arch = current_arch()
         candidates = configs.candidates(self.name, arch, problem)
@@ -147,8 +156,9 @@ class Kernel:
 
         def run(config: Config) -> None:
             if config not in prepared:
-                prepared[config] = self._compile(config, args, constants)
-            self._launch(prepared[config], grid, args, stream)
+                args = args_of(config.blocks)
+                prepared[config] = self._compile(config, args, constants), args
+            self._launch(prepared[config][0], grid, prepared[config][1], stream)
 
         best, _ = tune.fastest(candidates, run, active.get_device_interface().synchronize)
         tune.save(self.name, arch, problem, best)

@@ -456,6 +456,12 @@ SKIPPED = {
     "padding at both ends": ({"attn_mask": ((_PLACE >= 192) & (_PLACE < 320))[None, None, None]}, 0.25),
     "a causal mask": ({"attn_mask": (_PLACE <= _PLACE[:, None])[None, None]}, 0.65),
     "a mask of blocks": ({"attn_mask": (_PLACE // 128 == _PLACE[:, None] // 128)[None, None]}, 0.25),
+    "a mask with holes": ({"attn_mask": (_PLACE // 64 % 4 == _PLACE[:, None] // 128 % 2 * 2)[None, None]}, 0.25),
+    "a float mask with holes": (
+        {"attn_mask": torch.zeros(512, 512).masked_fill(_PLACE // 64 % 4 != _PLACE[:, None] // 128 % 2 * 2, -math.inf)},
+        0.25,
+    ),
+    "padding with holes": ({"attn_mask": (_PLACE // 64 % 4 == 1)[None, None, None]}, 0.25),
     "nothing": ({"attn_mask": (_PLACE < 0)[None, None, None]}, 0.0),
 }
 
@@ -476,9 +482,10 @@ def test_tiles_that_no_row_sees_are_skipped(case, target):
     options, share = SKIPPED[case]
     inputs = draw_inputs(1, 1, 1, 512, 512, 64, 64)
     # A mask of every query that allows everything has the same tiles.
-    everything = torch.ones(1, 1, 512, 512, dtype=torch.bool)
-    is_laden = "attn_mask" in options and options["attn_mask"].shape[2] > 1
-    whole = products(target, inputs, **({"attn_mask": everything} if is_laden else {}))
+    mask = options.get("attn_mask")
+    is_laden = mask is not None and mask.shape[-2] > 1
+    everything = mask.new_ones(512, 512) if is_laden else None
+    whole = products(target, inputs, attn_mask=everything)
     found = products(target, inputs, **options)
     assert all(found[name] <= share * flops for name, flops in whole.items()), (found, whole)
 
