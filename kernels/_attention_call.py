@@ -8,8 +8,8 @@ from torch import Tensor
 
 from . import launch
 from ._attention_checks import require_call
-from ._attention_lists import list_tiles
 from ._attention_configs import LADEN, PADDED, PLAIN, WIDEST_IN_TF32, WIDEST_IN_THREE
+from ._attention_lists import list_tiles
 from ._attention_tile import ADDITIVE, BOOLEAN, NO_MASK
 from .dropout import Dropout
 from .matmul import precision

@@ -55,7 +55,7 @@ _FORWARD_SMALL = (
 # Where the assembler spills a few bytes of the laden ones, to hold them to 128 registers.
 _FORWARD_86 = (
     *_FORWARD_SMALL[:3],
-    _tile(64, 64, 8, 2, width=128),
+    _tile(64, 64, 8, 1, width=128),
     _tile(64, 32, 8, 2, width=256, laden=PADDED),
     _tile(32, 32, 8, 1, width=256),
     *_FORWARD_EXACT[:2],
@@ -69,7 +69,7 @@ TABLES["attention_fwd"] = everywhere(
     _tile(64, 32, 8, 2, width=128),
     *_FORWARD_WIDE,
     sm_90=_FORWARD_LARGE,
-    sm_100=_FORWARD_LARGE,
+    sm_100=(*_FORWARD_LARGE[:2], _tile(64, 32, 8, 2, width=128), *_FORWARD_WIDE),  # twice the queries spill
     sm_86=_FORWARD_86,
     sm_89=_FORWARD_86,
     sm_120=_FORWARD_SMALL,
@@ -122,9 +122,11 @@ TABLES["attention_bwd_dq"] = everywhere(
         *_ROWS_EXACT,
     ),
 )
+# Half the keys are held to 128 registers, and spill 8 bytes.
+_KEYS_64 = _tile(16, 64, 8, 1, width=64)
 _KEYS_LARGE = (
     _tile(32, 64, 8, 2, width=64, laden=PADDED),
-    _tile(32, 32, 8, 2, width=64),
+    _KEYS_64,
     _tile(32, 32, 8, 1, width=128),
     _tile(32, 64, 8, 1, width=128, laden=PADDED),
     _tile(16, 32, 8, 1, width=256, laden=PADDED),
@@ -137,7 +139,8 @@ _KEYS_EXACT = (
 )
 _KEYS_SMALL = (
     _tile(32, 32, 8, 1, width=32),
-    _tile(32, 32, 8, 2, width=64),
+    _tile(32, 32, 8, 2, width=64, laden=PADDED),
+    _KEYS_64,
     _tile(32, 32, 8, 1, width=128),
     _tile(16, 32, 8, 1, width=256, laden=PADDED),
     _tile(16, 16, 8, 1, width=256),
@@ -146,14 +149,15 @@ _KEYS_SMALL = (
 TABLES["attention_bwd_dkdv"] = everywhere(
     _tile(32, 64, 8, 1, width=128, laden=PLAIN),  # padded, it spills
     *_KEYS_SMALL[:5],
+    _tile(32, 16, 8, 1, width=256),  # 16 queries by 16 keys spill 24 bytes
     _tile(16, 32, 8, 1, width=64, bits=19, laden=PADDED),  # twice the queries spill 8 bytes
     *_KEYS_EXACT,
     sm_80=(
         _tile(32, 64, 8, 1, width=64, laden=PADDED),
         _tile(32, 64, 8, 1, width=128, laden=PLAIN),
-        *_KEYS_SMALL[:2],
+        *_KEYS_SMALL[:3],
         _tile(16, 32, 8, 1, width=128),
-        *_KEYS_SMALL[3:],
+        *_KEYS_SMALL[4:],
     ),
     sm_90=(*_KEYS_LARGE, *_KEYS_EXACT),
     sm_100=(*_KEYS_LARGE, *_KEYS_EXACT),

@@ -73,9 +73,9 @@ def list_tiles(
 
     An entry is twice the tile's first column, and 1 more where the mask, or the places of its rows and columns, rule
     out some of it; a floating mask has to be added in all of them. mask: of the kind BOOLEAN or ADDITIVE, of strides
-    (sequence, head, row, column), the row's 0 where it is the same for all. sizes: rows and columns. bounds: row i sees
-    the columns from i + lo to i + hi, where has_bounds says so. lengths (sequences,), or None: how many rows and columns
-    there are. blocks: rows and columns of a tile. outer: sequences and heads that lists are made for.
+    (sequence, head, row, column), the row's 0 where it is the same for all. sizes: rows and columns. bounds: row i
+    sees the columns from i + lo to i + hi, where has_bounds says so. lengths (sequences,), or None: how many rows and
+    columns there are. blocks: rows and columns of a tile. outer: sequences and heads that lists are made for.
     """
     (rows, columns), (block_m, block_n) = sizes, blocks
     tiles, most = -(-rows // block_m), -(-columns // block_n)

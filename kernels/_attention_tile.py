@@ -148,6 +148,36 @@ def mask_rows(mask_ptr, stride_q, rows, queries, PER_KEY: tl.constexpr):
 
 
 @triton.jit
+def load_mask(at, valid):
+    """A tile of the mask; of keys that are not valid nothing is read."""
+    if valid is None:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=valid, other=0)
+
+
+@triton.jit
+def without_ruled_out(
+    scores, rows, keys, valid, bounds, mask_at,
+    HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Scores with -inf where places, `valid` or a boolean mask rule out. mask_at: pointers to the mask's values."""
+    row_count, key_count, lo, hi = bounds
+    if MASK == BOOLEAN:
+        scores = tl.where(load_mask(mask_at, valid) != 0, scores, float("-inf"))
+    if MASKED:
+        allowed = (rows < row_count) & (keys < key_count)
+        if HAS_LO:
+            allowed = allowed & (keys - rows >= lo)
+        if HAS_HI:
+            allowed = allowed & (keys - rows <= hi)
+        scores = tl.where(allowed, scores, float("-inf"))
+    if valid is not None:
+        scores = tl.where(valid, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
 def scores_of(
     products, rows, keys, valid, bounds, bias, scale, partly,
     HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, SCALED: tl.constexpr,
@@ -158,37 +188,24 @@ def scores_of(
     rows, keys: indices that broadcast to products, the one down and the other across, or the other way around; and
     valid, what valid_keys gave, as keys. bounds: (rows, keys, lo, hi), the numbers of rows and keys, and which keys
     places allow, row + lo to row + hi. bias: (pointers to the mask's rows, the stride of its keys, ALiBi's slope, the
-    place of row 0). MASKED: the tile is not one that all of the rows see, as far as places go. partly: of a listed tile,
-    whether a boolean mask or places rule out any of it; otherwise None.
+    place of row 0). MASKED: the tile is not one that all of the rows see, as far as places go. partly: of a listed
+    tile, whether a boolean mask or places rule out any of it; otherwise None.
     """
-    row_count, key_count, lo, hi = bounds
     mask_at, stride_mk, slope, origin = bias
+    at = 0
+    if MASK != NO_MASK:
+        at = mask_at + keys.to(tl.int64) * stride_mk
     scores = products
     if SCALED:
         scores = scores * scale
-    if MASK != NO_MASK:
-        at = mask_at + keys.to(tl.int64) * stride_mk
-        if partly is not None and MASK == BOOLEAN:
-            mask = tl.load(at, mask=valid & (partly != 0), other=1)
-        elif valid is None:
-            mask = tl.load(at)
-        else:
-            mask = tl.load(at, mask=valid, other=0)
     if MASK == ADDITIVE:
-        scores = scores + mask.to(tl.float32)
+        scores = scores + load_mask(at, valid).to(tl.float32)
     if ALIBI:
         scores = scores - slope * tl.abs((keys - rows).to(tl.float32) - origin)
-    if MASKED:
-        allowed = (rows < row_count) & (keys < key_count)
-        if HAS_LO:
-            allowed = allowed & (keys - rows >= lo)
-        if HAS_HI:
-            allowed = allowed & (keys - rows <= hi)
-        scores = tl.where(allowed, scores, float("-inf"))
-    if valid is not None:
-        scores = tl.where(valid, scores, float("-inf"))
-    if MASK == BOOLEAN:
-        scores = tl.where(mask != 0, scores, float("-inf"))
+    if partly is None:
+        scores = without_ruled_out(scores, rows, keys, valid, bounds, at, HAS_LO, HAS_HI, MASK, MASKED)
+    elif partly != 0:
+        scores = without_ruled_out(scores, rows, keys, valid, bounds, at, HAS_LO, HAS_HI, MASK, MASKED)
     return scores
 
 
@@ -249,13 +266,13 @@ def tiles_met(tiles, list_ptr):
 
 @triton.constexpr_function
 def has_phase(phase, first_may_be_ragged, is_listed):
-    """Whether there may be tiles before those that are seen whole (phase 0), or of those (1); there may be after (2)."""
+    """Of the tiles before those that are seen whole, of those, and of the rest (2): whether there may be any."""
     return phase == 2 or (not is_listed and (phase == 1 or first_may_be_ragged))
 
 
 @triton.jit
 def tile_at(list_ptr, at):
-    """The first column of a tile: of the listed one of that number, and whether it is seen but partly; or `at` itself."""
+    """A listed tile's first column, by its number, and whether it is seen but partly; without a list `at` itself."""
     if list_ptr is not None:
         entry = tl.load(list_ptr + 1 + at)
         return entry >> 1, entry & 1

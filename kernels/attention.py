@@ -33,11 +33,7 @@ from ._attention_tile import (
 from .launch import Kernel
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_lb", "stride_lh", "stride_lt", "seed", "threshold", "queries", "keys", "sequences", "lo", "hi",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, stats_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,

@@ -72,8 +72,8 @@ def score_gradient(
     v = load_rows(v_ptr + tl.cast(key, tl.int64) * stride_vt, stride_vt, offsets, valid, DV, BLOCK_DV)
     products = dot_rows(q, k, PRECISION)
     scores = scores_of(
-        products, rows[:, None], keys[None, :], across, bounds, bias, scale, partly, HAS_LO, HAS_HI, MASK, ALIBI, SCALED,
-        MASKED,
+        products, rows[:, None], keys[None, :], across, bounds, bias, scale, partly, HAS_LO, HAS_HI, MASK, ALIBI,
+        SCALED, MASKED,
     )  # fmt: skip
     p = exponentials(scores, base[:, None], exponent) * factor[:, None]
     dp = dot_rows(g, v, PRECISION)
@@ -172,8 +172,8 @@ def _attention_bwd_dq_kernel(
 
 @triton.jit
 def key_gradients(
-    dk, dv, k, v, q_ptr, g_ptr, stride_qt, stride_gt, stats_ptr, delta_ptr, at, list_ptr, first, last, first_key, valid, bounds,
-    bias, dropout, scale, exponent, keep_scale,
+    dk, dv, k, v, q_ptr, g_ptr, stride_qt, stride_gt, stats_ptr, delta_ptr, at, list_ptr, first, last, first_key,
+    valid, bounds, bias, dropout, scale, exponent, keep_scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, PER_KEY: tl.constexpr,
     ALIBI: tl.constexpr, SCALED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
