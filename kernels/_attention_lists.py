@@ -30,13 +30,14 @@ def _attention_lists_kernel(
     row_count = tokens_of(sequence, rows, None, row_lengths_ptr)[1]
     column_count = tokens_of(sequence, columns, None, lengths_ptr)[1]
     last = tl.minimum(first + BLOCK_M, row_count) - 1
-    begin, full, ragged, end = tiles_seen(first, last, column_count, lo, hi, HAS_LO, HAS_HI, BLOCK_N)
+    begin, _, _, end = tiles_seen(first, last, column_count, lo, hi, HAS_LO, HAS_HI, BLOCK_N)
     end = tl.where(first < row_count, end, begin)
     lists_ptr += program.to(tl.int64) * entries
     mask_ptr += sequence.to(tl.int64) * stride_mb + head.to(tl.int64) * stride_mh
+    row = tl.minimum(first + tl.arange(0, BLOCK_M), row_count - 1)[:, None]
     at = mask_ptr
     if not PER_COLUMN:
-        at += tl.minimum(first + tl.arange(0, BLOCK_M), row_count - 1)[:, None].to(tl.int64) * stride_mr
+        at += row.to(tl.int64) * stride_mr
     count = 0
     for start in range(begin, end, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[None, :]
@@ -46,15 +47,20 @@ def _attention_lists_kernel(
             seen = there & (values != float("-inf"))
         else:
             seen = values != 0
+        if HAS_LO:
+            seen = seen & (column - row >= lo)
+        if HAS_HI:
+            seen = seen & (column - row <= hi)
         of_column = tl.max(seen.to(tl.int32), 0)
         some = tl.max(tl.reshape(of_column, (COLUMNS // BLOCK_N, BLOCK_N)), 1)
         of_column = tl.min(seen.to(tl.int32), 0)
         every = tl.min(tl.reshape(of_column, (COLUMNS // BLOCK_N, BLOCK_N)), 1)
         tile = start + tl.arange(0, COLUMNS // BLOCK_N) * BLOCK_N
-        whole = (every != 0) & (tile >= full) & (tile < ragged)
-        if MASK == ADDITIVE:
-            whole = tile < 0
-        entry = 2 * tile + tl.where(whole, 0, 1)
+        if row_lengths_ptr is not None:  # rows beyond the last are not there, but have results
+            every = tl.where(first + BLOCK_M <= row_count, every, 0)
+        entry = 2 * tile + 1
+        if MASK != ADDITIVE:
+            entry -= every
         tl.store(lists_ptr + count + tl.cumsum(some, 0), entry, mask=some != 0)
         count += tl.sum(some, 0)
     tl.store(lists_ptr, count)

@@ -85,6 +85,9 @@ def test_global_races() -> None:
     assert "writes the same bytes as program" in fails("global race", "st.global.b32 [%rd12], %t;", grid=(2,))
     reads_others = "ld.global.b32 %r1, [%rd1];\nbar.sync 0;\nst.global.b32 [%rd12], %r1;"
     fails("global race", reads_others, grid=(2,))
+    same = "and.b32 %r1, %t, 1;\nmul.wide.u32 %rd3, %r1, 4;\nadd.s64 %rd4, %rd1, %rd3;\nst.global.b32 [%rd4], "
+    run(same + "%r1;")
+    assert "threads write different values" in fails("global race", same + "%t;")
     run("red.global.add.u32 [%rd12], 1;", grid=(4,))
     assert (run("atom.global.add.u32 %r1, [%rd12], 3;", grid=(4,)) == 12).all()
 

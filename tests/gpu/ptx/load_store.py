@@ -67,6 +67,11 @@ class GlobalSpace(_Space):
             track = machine.global_shadow.atomic if ordered else machine.global_shadow.write
             track(addresses, size, machine.program[index])
         machine.global_memory.store(addresses, words)
+        if machine.global_shadow and not ordered:
+            differs = (machine.global_memory.load(addresses, size, words.dtype.itemsize) != words).any(1)
+            if differs.any():
+                place = machine.global_memory.describe(int(addresses[np.argmax(differs)]))
+                raise CheckFailed("global race", f"threads write different values to the same bytes, at {place}")
 
 
 class SharedSpace(_Space):
