@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -173,7 +174,8 @@ def _trials() -> list[Trial]:
     alone = every & (row % 32 == torch.arange(32)[:, None, None, None])
     inside = torch.stack([column == row - 20, column == row + 30]) & alone
     outside = torch.stack([column == row - 21, column == row + 31]) & alone
-    holes = (torch.rand(32, 2, 2, 19, generator=torch.Generator().manual_seed(0)) > 0.5).repeat_interleave(32, 2).repeat_interleave(16, 3)[..., :63, :290]
+    holes = torch.rand(32, 2, 2, 19, generator=torch.Generator().manual_seed(0)) > 0.5
+    holes = holes.repeat_interleave(32, 2).repeat_interleave(16, 3)[..., :63, :290]
     whole, some = torch.full((32,), 290), torch.tensor([290, 48, 0, 272, *range(1, 29)])
     trials = []
     for mask, bounds, lengths in (
@@ -181,10 +183,8 @@ def _trials() -> list[Trial]:
         (every, (-_FAR, _FAR), some), (every, (-20, 30), some),
     ):  # fmt: skip
         wanted = expected(mask, bounds, (None, lengths), (32, 16), (32, 2))
-
-        def call(mask=mask.clone(), bounds=bounds, lengths=lengths) -> Tensor:
-            return listed(mask, bounds, (True, True), (None, lengths), (32, 16), (32, 2))
-
+        # In memory of its own, which nothing lies behind.
+        call = partial(listed, mask.clone(), bounds, (True, True), (None, lengths), (32, 16), (32, 2))
         trials.append(Trial(call, lambda lists, wanted=wanted: read(lists) == wanted))
     return trials
 
