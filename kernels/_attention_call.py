@@ -84,7 +84,7 @@ class Call:
         bits = 16 if query.element_size() == 2 else 19 if self._precision == "tf32" else 32
         has_seen = seen is not None
         is_laden = dropout.active or kind != NO_MASK.value or alibi_slopes is not None or (has_seen and has_lo)
-        laden = LADEN if is_laden else PADDED if has_seen else PLAIN
+        laden = LADEN if is_laden else PADDED if has_seen or has_lo else PLAIN
         self.problem = (max(self.block_d, self.block_dv), bits, laden)
 
     def constants_of(self, kernel: str) -> tuple:

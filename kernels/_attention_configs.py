@@ -5,7 +5,8 @@ from .configs import TABLES, Config, everywhere
 # What a configuration is chosen by: the padded width of rows, the bits of what is multiplied (TF32 has 19), and what
 # scores are laden with, which takes registers.
 PROBLEM = ("width", "bits", "laden")
-# Nothing but which places see each other; a mask of padding; that in a window, any other mask, ALiBi, or dropout.
+# Nothing that follows; a mask of padding, or a window; both, any other mask, ALiBi, or dropout. Not lengths of keys or
+# packed sequences: a row's result must not depend on what else is in the batch.
 PLAIN, PADDED, LADEN = range(3)
 # Up to which width float32 is multiplied in three products of TF32. Their operands take twice the registers: of wider
 # rows they would spill, and the vector units multiply.
@@ -57,13 +58,13 @@ _FORWARD_86 = (
     *_FORWARD_SMALL[:3],
     _tile(64, 64, 8, 1, width=128),
     _tile(64, 32, 8, 2, width=256, laden=PADDED),
-    _tile(32, 32, 8, 1, width=256),
+    _tile(32, 32, 4, 1, width=256),
     *_FORWARD_EXACT[:2],
     _tile(32, 16, 4, 1, width=128, bits=19),
     _FORWARD_EXACT[3],
 )
 TABLES["attention_fwd"] = everywhere(
-    _tile(128, 64, 8, 3, width=64, laden=PADDED),
+    _tile(128, 64, 8, 3, width=64, laden=PLAIN),
     _tile(128, 64, 8, 2, width=64),
     _tile(128, 32, 8, 3, width=128, laden=PADDED),
     _tile(64, 32, 8, 2, width=128),
@@ -112,7 +113,13 @@ TABLES["attention_bwd_dq"] = everywhere(
     sm_89=_ROWS_86,
     sm_90=_ROWS_LARGE,
     sm_100=_ROWS_LARGE,
-    sm_120=(_tile(64, 64, 8, 2, width=64, laden=PLAIN), _tile(64, 32, 8, 2, width=64), *_ROWS_WIDE),
+    sm_120=(
+        _tile(64, 64, 8, 2, width=64, laden=PLAIN),
+        _tile(64, 32, 8, 2, width=64),
+        *_ROWS_WIDE[:3],
+        _tile(16, 32, 8, 1, width=64, bits=32),  # twice the rows, or half the keys of 16, spill 8 bytes and more
+        *_ROWS_EXACT[1:],
+    ),
     gfx942=(
         _tile(64, 64, 8, 1, width=64, laden=PADDED),
         _tile(64, 32, 4, 2, width=64),

@@ -7,16 +7,16 @@ from fasttx.kernels.attention import attention_fwd
 from fasttx.kernels.attention_bias_bwd import attention_bias_bwd
 from fasttx.kernels.attention_bwd import attention_bwd
 
-from gpu.compile_matrix import ARCHITECTURES, Case
+from gpu.compile_matrix import Case
 
 _TOKENS = 512
 
 
 def _options(queries: int, **given) -> tuple:
     """The op's arguments after query, key and value: causal, unless a mask of each query comes in."""
-    mask = given.get("attn_mask")
+    mask, starts = given.get("attn_mask"), given.get("cu_seqlens")
     return (
-        mask, given.get("key_lengths"), None, None, given.get("alibi_slopes"),
+        mask, given.get("key_lengths"), starts, starts, given.get("alibi_slopes"),
         mask is None or mask.shape[2] == 1, _TOKENS - queries, given.get("window_left", -1), -1,
         given.get("dropout_p", 0.0), given.get("seed"), 0.1,
     )  # fmt: skip
@@ -26,26 +26,33 @@ def _mask(queries: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(2, 4, queries, _TOKENS, dtype=dtype)
 
 
+_WINDOW = {"window_left": 5}
+_LENGTHS = {"key_lengths": torch.ones(2, dtype=torch.int64)}
+_PADDING = {"attn_mask": torch.ones(2, 1, 1, _TOKENS, dtype=torch.bool), **_LENGTHS}
+_PACKED = {"cu_seqlens": torch.arange(0, 2 * _TOKENS + 1, _TOKENS)}
+_ALIBI = {"alibi_slopes": torch.empty(4)}
 # By name, what a call of so many queries is laden with.
 _LADEN = {
     "": lambda queries: {},
     ", dropout": lambda queries: {"dropout_p": 0.1, "seed": torch.tensor(1)},
     ", mask": lambda queries: {"attn_mask": _mask(queries, torch.bool)},
-    ", bias": lambda queries: {
-        "attn_mask": _mask(queries, torch.float32), "alibi_slopes": torch.empty(4), "window_left": 5
-    },
-    ", padding": lambda queries: {
-        "attn_mask": torch.ones(2, 1, 1, _TOKENS, dtype=torch.bool), "key_lengths": torch.ones(2, dtype=torch.int64)
-    },
-}  # fmt: skip
+    ", bias": lambda queries: {"attn_mask": _mask(queries, torch.float32), **_ALIBI, **_WINDOW},
+    ", padding": lambda queries: _PADDING,
+    ", padding, window": lambda queries: {**_PADDING, **_WINDOW},
+    ", lengths, window": lambda queries: {**_LENGTHS, **_WINDOW},
+    ", packed": lambda queries: _PACKED,
+    ", packed, window": lambda queries: {**_PACKED, **_WINDOW},
+    ", packed, ALiBi": lambda queries: {**_PACKED, **_ALIBI, **_WINDOW},
+}
 
 
-def _inputs(width: int, queries: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    return [torch.empty(2, heads, n, width, dtype=dtype) for heads, n in ((4, queries), (2, _TOKENS), (2, _TOKENS))]
+def _inputs(width: int, queries: int, dtype: torch.dtype, is_packed: bool = False) -> list[torch.Tensor]:
+    made = [torch.empty(2, heads, n, width, dtype=dtype) for heads, n in ((4, queries), (2, _TOKENS), (2, _TOKENS))]
+    return [x.transpose(1, 2).flatten(0, 1) for x in made] if is_packed else made
 
 
 def _train(width: int, dtype: torch.dtype, laden: str) -> None:
-    query, key, value = _inputs(width, _TOKENS, dtype)
+    query, key, value = _inputs(width, _TOKENS, dtype, "packed" in laden)
     options = _options(_TOKENS, **_LADEN[laden](_TOKENS))
     output, _, stats, _ = attention_fwd(query, key, value, *options)
     arguments = (output, None, query, key, value, output, stats, *options)
@@ -73,27 +80,19 @@ def _run(call: Callable, width: int, precision: str, laden: str) -> None:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def _architectures(kind: str, width: int, precision: str, laden: str) -> tuple[str, ...]:
-    """All, but for some float32 that was compiled for one of each group of chips."""
-    if kind or precision != "float32" or (width in (64, 256) and laden):
-        return tuple(ARCHITECTURES)
-    return ("sm_80", "sm_90", "sm_120") if width == 128 else ("sm_80", "sm_90")
-
-
 def _case(kind: str, call: Callable, width: int, precision: str, laden: str) -> Case:
     return Case(
         f"attention{kind} {precision} {width}{laden}",
         lambda: _run(call, width, precision, laden),
         () if precision == "float32" else _MATRIX,
-        _architectures(kind, width, precision, laden),
     )
 
 
-# Narrow heads have the tiles of 64 in most tables.
+# Narrow heads have the tiles of 64 in most tables. Widths that are no power of two mask a row's last columns.
 CASES = [
-    *(_case("", _train, w, "bfloat16", laden) for w in (64, 128) for laden in _LADEN),
-    *(_case("", _train, 256, "bfloat16", laden) for laden in _LADEN if laden != ", padding"),
-    *(_case("", _train, w, "bfloat16", ", bias") for w in (16, 32)),
+    *(_case("", _train, w, "bfloat16", laden) for w in (64, 128, 256) for laden in _LADEN),
+    *(_case("", _train, w, "bfloat16", ", bias") for w in (16, 24, 32, 48, 96, 160)),
+    *(_case("", _train, w, "float16", laden) for w in (64, 128) for laden in ("", ", bias")),
     *(_case("", _train, w, "float32", ", bias") for w in (16, 32, 64, 128, 256)),
     *(_case("", _train, w, "tf32", ", bias") for w in (16, 32, 64, 128)),
     *(_case("", _train, 64, precision, "") for precision in ("float32", "tf32")),
