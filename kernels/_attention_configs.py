@@ -56,7 +56,7 @@ _FORWARD_SMALL = (
 # Where the assembler spills a few bytes of the laden ones, to hold them to 128 registers.
 _FORWARD_86 = (
     *_FORWARD_SMALL[:3],
-    _tile(64, 64, 8, 1, width=128),
+    _tile(64, 64, 8, 2, width=128),
     _tile(64, 32, 8, 2, width=256, laden=PADDED),
     _tile(32, 32, 4, 1, width=256),
     *_FORWARD_EXACT[:2],
@@ -70,7 +70,7 @@ TABLES["attention_fwd"] = everywhere(
     _tile(64, 32, 8, 2, width=128),
     *_FORWARD_WIDE,
     sm_90=_FORWARD_LARGE,
-    sm_100=(*_FORWARD_LARGE[:2], _tile(64, 32, 8, 2, width=128), *_FORWARD_WIDE),  # twice the queries spill
+    sm_100=_FORWARD_LARGE,
     sm_86=_FORWARD_86,
     sm_89=_FORWARD_86,
     sm_120=_FORWARD_SMALL,
@@ -90,7 +90,7 @@ TABLES["attention_split"] = everywhere(
     # Where the assembler holds 32 keys of 16 to 128 registers, and spills 8 bytes.
     sm_100=(*_SPLIT[:2], _tile(16, 16, 4, 1, width=16, bits=32), *_SPLIT[2:], *_SPLIT_EXACT),
 )
-TABLES["attention_lists"] = everywhere(Config(num_warps=8))
+TABLES["attention_lists"] = everywhere(Config(num_warps=16))
 TABLES["attention_join"] = everywhere(Config(num_warps=4))
 _ROWS_EXACT = (
     _tile(32, 16, 8, 1, width=64, bits=32),
@@ -129,7 +129,7 @@ TABLES["attention_bwd_dq"] = everywhere(
         *_ROWS_EXACT,
     ),
 )
-# Half the keys are held to 128 registers, and spill 8 bytes.
+# Of a laden tile of 32 queries by 32 keys the assembler spills 16 bytes, to hold it to 128 registers.
 _KEYS_64 = _tile(16, 64, 8, 1, width=64)
 _KEYS_LARGE = (
     _tile(32, 64, 8, 2, width=64, laden=PADDED),
@@ -155,8 +155,7 @@ _KEYS_SMALL = (
 )
 TABLES["attention_bwd_dkdv"] = everywhere(
     _tile(32, 64, 8, 1, width=128, laden=PLAIN),  # padded, it spills
-    *_KEYS_SMALL[:5],
-    _tile(32, 16, 8, 1, width=256),  # 16 queries by 16 keys spill 24 bytes
+    *_KEYS_SMALL[:6],
     _tile(16, 32, 8, 1, width=64, bits=19, laden=PADDED),  # twice the queries spill 8 bytes
     *_KEYS_EXACT,
     sm_80=(

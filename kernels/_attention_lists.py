@@ -12,8 +12,8 @@ from torch import Tensor
 from ._attention_tile import ADDITIVE, tiles_seen, tokens_of
 from .launch import Kernel
 
-# Columns of the mask that are looked at together.
-_COLUMNS = 256
+# Values of the mask that a program looks at together: 16 of each thread, whose addresses take twice the registers.
+_VALUES = 1 << 13
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "entries", "lo", "hi"])
@@ -55,7 +55,7 @@ def _attention_lists_kernel(
         some = tl.max(tl.reshape(of_column, (COLUMNS // BLOCK_N, BLOCK_N)), 1)
         of_column = tl.min(seen.to(tl.int32), 0)
         every = tl.min(tl.reshape(of_column, (COLUMNS // BLOCK_N, BLOCK_N)), 1)
-        tile = start + tl.arange(0, COLUMNS // BLOCK_N) * BLOCK_N
+        tile = start // BLOCK_N + tl.arange(0, COLUMNS // BLOCK_N)
         if row_lengths_ptr is not None:  # rows beyond the last are not there, but have results
             every = tl.where(first + BLOCK_M <= row_count, every, 0)
         entry = 2 * tile + 1
@@ -77,7 +77,7 @@ def list_tiles(
     """Of each tile of rows, how many tiles of columns the mask leaves, and those, in order: int32
     (*outer, tiles of rows, 1 + tiles of columns).
 
-    An entry is twice the tile's first column, and 1 more where the mask, or the places of its rows and columns, rule
+    An entry is twice the tile's number, and 1 more where the mask, or the places of its rows and columns, rule
     out some of it; a floating mask has to be added in all of them. mask: of the kind BOOLEAN or ADDITIVE, of strides
     (sequence, head, row, column), the row's 0 where it is the same for all. sizes: rows and columns. bounds: row i
     sees the columns from i + lo to i + hi, where has_bounds says so. lengths (sequences,), or None: how many rows and
@@ -89,6 +89,6 @@ def list_tiles(
     _lists(
         lambda _: (outer[0] * outer[1] * tiles,),
         (lists, mask, *lengths, *strides, outer[1], rows, columns, 1 + most, *bounds),
-        (kind, *has_bounds, strides[2] == 0, max(_COLUMNS, block_n), block_m, block_n),
+        (kind, *has_bounds, strides[2] == 0, max(_VALUES // block_m, block_n), block_m, block_n),
     )
     return lists

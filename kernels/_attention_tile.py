@@ -148,33 +148,12 @@ def mask_rows(mask_ptr, stride_q, rows, queries, PER_KEY: tl.constexpr):
 
 
 @triton.jit
-def load_mask(at, valid):
+def load_mask(at, valid, other):
     """A tile of the mask; of keys that are not valid nothing is read."""
     if valid is None:
         return tl.load(at)
     else:
-        return tl.load(at, mask=valid, other=0)
-
-
-@triton.jit
-def without_ruled_out(
-    scores, rows, keys, valid, bounds, mask_at,
-    HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, MASK: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Scores with -inf where places, `valid` or a boolean mask rule out. mask_at: pointers to the mask's values."""
-    row_count, key_count, lo, hi = bounds
-    if MASK == BOOLEAN:
-        scores = tl.where(load_mask(mask_at, valid) != 0, scores, float("-inf"))
-    if MASKED:
-        allowed = (rows < row_count) & (keys < key_count)
-        if HAS_LO:
-            allowed = allowed & (keys - rows >= lo)
-        if HAS_HI:
-            allowed = allowed & (keys - rows <= hi)
-        scores = tl.where(allowed, scores, float("-inf"))
-    if valid is not None:
-        scores = tl.where(valid, scores, float("-inf"))
-    return scores
+        return tl.load(at, mask=valid, other=other)
 
 
 @triton.jit
@@ -189,23 +168,35 @@ def scores_of(
     valid, what valid_keys gave, as keys. bounds: (rows, keys, lo, hi), the numbers of rows and keys, and which keys
     places allow, row + lo to row + hi. bias: (pointers to the mask's rows, the stride of its keys, ALiBi's slope, the
     place of row 0). MASKED: the tile is not one that all of the rows see, as far as places go. partly: of a listed
-    tile, whether a boolean mask or places rule out any of it; otherwise None.
+    tile, whether a boolean mask or places rule out any of it; otherwise None. A tile that is seen whole reads nothing
+    of the mask. It is no branch: values that meet in one lie with other threads than products do.
     """
+    row_count, key_count, lo, hi = bounds
     mask_at, stride_mk, slope, origin = bias
-    at = 0
-    if MASK != NO_MASK:
-        at = mask_at + keys.to(tl.int64) * stride_mk
     scores = products
     if SCALED:
         scores = scores * scale
+    if MASK != NO_MASK:
+        at = mask_at + keys.to(tl.int64) * stride_mk
+        if partly is not None and MASK == BOOLEAN:
+            mask = load_mask(at, valid & (partly != 0), 1)
+        else:
+            mask = load_mask(at, valid, 0)
     if MASK == ADDITIVE:
-        scores = scores + load_mask(at, valid).to(tl.float32)
+        scores = scores + mask.to(tl.float32)
     if ALIBI:
         scores = scores - slope * tl.abs((keys - rows).to(tl.float32) - origin)
-    if partly is None:
-        scores = without_ruled_out(scores, rows, keys, valid, bounds, at, HAS_LO, HAS_HI, MASK, MASKED)
-    elif partly != 0:
-        scores = without_ruled_out(scores, rows, keys, valid, bounds, at, HAS_LO, HAS_HI, MASK, MASKED)
+    if MASKED:
+        allowed = (rows < row_count) & (keys < key_count)
+        if HAS_LO:
+            allowed = allowed & (keys - rows >= lo)
+        if HAS_HI:
+            allowed = allowed & (keys - rows <= hi)
+        scores = tl.where(allowed, scores, float("-inf"))
+    if valid is not None:
+        scores = tl.where(valid, scores, float("-inf"))
+    if MASK == BOOLEAN:
+        scores = tl.where(mask != 0, scores, float("-inf"))
     return scores
 
 
@@ -271,11 +262,11 @@ def has_phase(phase, first_may_be_ragged, is_listed):
 
 
 @triton.jit
-def tile_at(list_ptr, at):
-    """A listed tile's first column, by its number, and whether it is seen but partly; without a list `at` itself."""
+def tile_at(list_ptr, at, BLOCK: tl.constexpr):
+    """The first column of the list's entry `at`, and whether its tile is seen but partly; without a list `at` itself."""
     if list_ptr is not None:
         entry = tl.load(list_ptr + 1 + at)
-        return entry >> 1, entry & 1
+        return (entry >> 1) * BLOCK, entry & 1
     else:
         return at, None
 
@@ -296,7 +287,7 @@ def attend(
     offsets = tl.arange(0, BLOCK_N)
     STEP: tl.constexpr = BLOCK_N if list_ptr is None else 1
     for at in range(first, last, STEP):
-        key, partly = tile_at(list_ptr, at)
+        key, partly = tile_at(list_ptr, at, BLOCK_N)
         keys = key + offsets
         valid = valid_keys(keys, bounds[1], seen_ptr, partly, MASKED)
         across = None if valid is None else valid[None, :]

@@ -151,7 +151,7 @@ def _attention_bwd_dq_kernel(
             first = begin if phase == 0 else full if phase == 1 else ragged
             last = full if phase == 0 else ragged if phase == 1 else end
             for at_tile in range(first, last, STEP):
-                key, partly = tile_at(list_ptr, at_tile)
+                key, partly = tile_at(list_ptr, at_tile, BLOCK_N)
                 ds, p, k = score_gradient(
                     q, g, base, factor, delta, k_ptr, v_ptr, stride_kt, stride_vt, key, rows,
                     (row_count, key_count, lo, hi), seen_ptr, partly, (mask_at, stride_mk, slope, origin),
@@ -188,7 +188,7 @@ def key_gradients(
     keys = first_key + tl.arange(0, BLOCK_N)
     STEP: tl.constexpr = BLOCK_M if list_ptr is None else 1
     for at_tile in range(first, last, STEP):
-        row, partly = tile_at(list_ptr, at_tile)
+        row, partly = tile_at(list_ptr, at_tile, BLOCK_M)
         rows = row + offsets
         present = rows < bounds[0]
         loaded = present if MASKED else None

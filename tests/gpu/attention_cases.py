@@ -36,6 +36,7 @@ _LADEN = {
     "": lambda queries: {},
     ", dropout": lambda queries: {"dropout_p": 0.1, "seed": torch.tensor(1)},
     ", mask": lambda queries: {"attn_mask": _mask(queries, torch.bool)},
+    ", added mask": lambda queries: {"attn_mask": _mask(queries, torch.float32)[:, :1]},
     ", bias": lambda queries: {"attn_mask": _mask(queries, torch.float32), **_ALIBI, **_WINDOW},
     ", padding": lambda queries: _PADDING,
     ", padding, window": lambda queries: {**_PADDING, **_WINDOW},
