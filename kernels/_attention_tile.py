@@ -263,7 +263,7 @@ def has_phase(phase, first_may_be_ragged, is_listed):
 
 @triton.jit
 def tile_at(list_ptr, at, BLOCK: tl.constexpr):
-    """The first column of the list's entry `at`, and whether its tile is seen but partly; without a list `at` itself."""
+    """The first column of the tile of a list's entry, and whether it is seen but partly; without a list `at` itself."""
     if list_ptr is not None:
         entry = tl.load(list_ptr + 1 + at)
         return (entry >> 1) * BLOCK, entry & 1

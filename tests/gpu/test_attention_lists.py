@@ -189,8 +189,8 @@ def _trials() -> list[Trial]:
     return trials
 
 
-# What changes nothing: a barrier between a warp's reading of bytes and its own writing of them (in both reductions); that
-# one thread alone writes how many tiles there are; one more step, of columns beyond the last (3).
+# What changes nothing: a barrier between a warp's reading of bytes and its own writing of them (in both reductions);
+# that one thread alone writes how many tiles there are; one more step, of columns beyond the last (3).
 EQUIVALENT = Counter({"dropped barrier": 2, "unguarded store": 1, "off by one (register)": 3})
 
 
