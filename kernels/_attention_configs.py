@@ -53,9 +53,9 @@ _FORWARD_SMALL = (
     _tile(64, 32, 8, 2, width=128),
     *_FORWARD_WIDE,
 )
-# Where the assembler spills a few bytes of the laden ones, to hold them to 128 registers.
+# Where the assembler spills a few bytes of the laden ones, to hold them to 128 registers, and of packed sequences.
 _FORWARD_86 = (
-    *_FORWARD_SMALL[:3],
+    *_FORWARD_SMALL[:2],
     _tile(64, 64, 8, 2, width=128),
     _tile(64, 32, 8, 2, width=256, laden=PADDED),
     _tile(32, 32, 4, 1, width=256),
@@ -73,7 +73,7 @@ TABLES["attention_fwd"] = everywhere(
     sm_100=_FORWARD_LARGE,
     sm_86=_FORWARD_86,
     sm_89=_FORWARD_86,
-    sm_120=_FORWARD_SMALL,
+    sm_120=(*_FORWARD_SMALL[:2], _tile(64, 64, 8, 2, width=128, laden=PADDED), *_FORWARD_SMALL[3:]),
     gfx942=_FORWARD_SMALL,
 )
 _SPLIT = (
@@ -160,7 +160,7 @@ TABLES["attention_bwd_dkdv"] = everywhere(
     *_KEYS_EXACT,
     sm_80=(
         _tile(32, 64, 8, 1, width=64, laden=PADDED),
-        _tile(32, 64, 8, 1, width=128, laden=PLAIN),
+        _tile(16, 64, 8, 1, width=128, laden=PLAIN),  # twice the queries spill 8 bytes in packed sequences
         *_KEYS_SMALL[:3],
         _tile(16, 32, 8, 1, width=128),
         *_KEYS_SMALL[4:],
