@@ -129,15 +129,16 @@ TABLES["attention_bwd_dq"] = everywhere(
         *_ROWS_EXACT,
     ),
 )
-# Of a laden tile of 32 queries by 32 keys the assembler spills 16 bytes, to hold it to 128 registers.
+# Of a laden tile of 32 queries by 32 keys the assembler spills 16 bytes, to hold it to 128 registers; in rows of 256, of
+# one of 16 by 16, and 16 to 48 of one of 16 by 32 that is padded.
 _KEYS_64 = _tile(16, 64, 8, 1, width=64)
+_KEYS_256 = _tile(32, 16, 8, 1, width=256)
 _KEYS_LARGE = (
     _tile(32, 64, 8, 2, width=64, laden=PADDED),
     _KEYS_64,
     _tile(32, 32, 8, 1, width=128),
     _tile(32, 64, 8, 1, width=128, laden=PADDED),
-    _tile(16, 32, 8, 1, width=256, laden=PADDED),
-    _tile(16, 16, 8, 1, width=256),
+    _KEYS_256,
 )
 _KEYS_EXACT = (
     _tile(32, 32, 8, 1, width=64, bits=19),
@@ -149,13 +150,12 @@ _KEYS_SMALL = (
     _tile(32, 32, 8, 2, width=64, laden=PADDED),
     _KEYS_64,
     _tile(32, 32, 8, 1, width=128),
-    _tile(16, 32, 8, 1, width=256, laden=PADDED),
-    _tile(16, 16, 8, 1, width=256),
+    _KEYS_256,
     *_KEYS_EXACT,
 )
 TABLES["attention_bwd_dkdv"] = everywhere(
     _tile(32, 64, 8, 1, width=128, laden=PLAIN),  # padded, it spills
-    *_KEYS_SMALL[:6],
+    *_KEYS_SMALL[:5],
     _tile(16, 32, 8, 1, width=64, bits=19, laden=PADDED),  # twice the queries spill 8 bytes
     *_KEYS_EXACT,
     sm_80=(

@@ -98,6 +98,7 @@ CASES = [
     *(_case("", _train, w, "tf32", ", bias") for w in (16, 32, 64, 128)),
     *(_case("", _train, 64, precision, "") for precision in ("float32", "tf32")),
     *(_case(" of one query", _decode, w, "bfloat16", "") for w in (64, 80, 128, 256)),
+    *(_case(" of one query", _decode, w, "bfloat16", x) for w in (64, 128) for x in (", mask", ", bias", ", padding")),
     *(_case(" of one query", _decode, w, "float16", "") for w in (64, 128, 256)),
     *(_case(" of one query", _decode, w, "float32", "") for w in (16, 32, 64, 128, 256)),
     *(_case(" of one query", _decode, w, "tf32", "") for w in (16, 32, 64, 128)),
