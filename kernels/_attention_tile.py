@@ -15,7 +15,7 @@ from .math import dropout_keep
 
 # What attn_mask is.
 NO_MASK, BOOLEAN, ADDITIVE = (tl.constexpr(code) for code in range(3))
-# Arguments of no kernel of attention's own for their values.
+# Arguments for whose values no kernel is compiled anew.
 UNSPECIALIZED = [
     "stride_lb", "stride_lh", "stride_lt", "seed", "threshold", "queries", "keys", "sequences", "lo", "hi",
 ]  # fmt: skip
