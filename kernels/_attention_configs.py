@@ -73,7 +73,13 @@ TABLES["attention_fwd"] = everywhere(
     sm_100=_FORWARD_LARGE,
     sm_86=_FORWARD_86,
     sm_89=_FORWARD_86,
-    sm_120=(*_FORWARD_SMALL[:2], _tile(64, 64, 8, 2, width=128, laden=PADDED), *_FORWARD_SMALL[3:]),
+    sm_120=(
+        *_FORWARD_SMALL[:2],
+        _tile(64, 64, 8, 2, width=128, laden=PADDED),
+        *_FORWARD_SMALL[3:5],
+        _tile(32, 32, 8, 1, width=256),  # a second stage spills 8 bytes
+        *_FORWARD_EXACT,
+    ),
     gfx942=_FORWARD_SMALL,
 )
 _SPLIT = (
