@@ -141,6 +141,7 @@ _KEYS_64 = _tile(16, 64, 8, 1, width=64)
 _KEYS_256 = _tile(32, 16, 8, 1, width=256)
 _KEYS_LARGE = (
     _tile(32, 64, 8, 2, width=64, laden=PADDED),
+    _tile(32, 32, 8, 1, width=32),
     _KEYS_64,
     _tile(32, 32, 8, 1, width=128),
     _tile(32, 64, 8, 1, width=128, laden=PADDED),

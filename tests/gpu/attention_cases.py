@@ -93,6 +93,7 @@ def _case(kind: str, call: Callable, width: int, precision: str, laden: str) -> 
 CASES = [
     *(_case("", _train, w, "bfloat16", laden) for w in (64, 128, 256) for laden in _LADEN),
     *(_case("", _train, w, "bfloat16", ", bias") for w in (16, 32, 96, 160)),
+    *(_case("", _train, w, "bfloat16", ", mask") for w in (16, 32)),
     *(_case("", _train, w, "float16", laden) for w in (64, 128) for laden in ("", ", bias")),
     *(_case("", _train, w, "float32", ", bias") for w in (16, 32, 64, 128, 256)),
     *(_case("", _train, w, "tf32", ", bias") for w in (16, 32, 64, 128)),
