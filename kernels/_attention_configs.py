@@ -93,6 +93,7 @@ TABLES["attention_split"] = everywhere(
     *_SPLIT,
     *_SPLIT_EXACT[1:],
     sm_90=(*_SPLIT, *_SPLIT_EXACT),
+    gfx942=(_tile(16, 64, 4, 2, width=128), *_SPLIT[1:], *_SPLIT_EXACT[1:]),  # 3 stages of a mask do not fit
     # Where the assembler holds 32 keys of 16 to 128 registers, and spills 8 bytes.
     sm_100=(*_SPLIT[:2], _tile(16, 16, 4, 1, width=16, bits=32), *_SPLIT[2:], *_SPLIT_EXACT),
 )
