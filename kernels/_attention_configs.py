@@ -136,8 +136,8 @@ TABLES["attention_bwd_dq"] = everywhere(
         *_ROWS_EXACT,
     ),
 )
-# Of a laden tile of 32 queries by 32 keys the assembler spills 16 bytes, to hold it to 128 registers; in rows of 256, of
-# one of 16 by 16, and 16 to 48 of one of 16 by 32 that is padded.
+# Of a laden tile of 32 queries by 32 keys the assembler spills 16 bytes, to hold it to 128 registers; in rows of 256,
+# of one of 16 by 16, and 16 to 48 of one of 16 by 32 that is padded.
 _KEYS_64 = _tile(16, 64, 8, 1, width=64)
 _KEYS_256 = _tile(32, 16, 8, 1, width=256)
 _KEYS_LARGE = (

@@ -18,12 +18,12 @@ from ._attention_configs import PROBLEM
 from ._attention_tile import (
     UNSPECIALIZED,
     attend,
+    has_phase,
     inverse,
     load_rows,
     mask_rows,
     row_index,
     store_rows,
-    has_phase,
     store_statistics,
     tile_of,
     tiles_met,

@@ -17,8 +17,8 @@ from ._attention_call import Call, strides_of, unit_rows
 from ._attention_checks import refuse_weights, require_results
 from ._attention_configs import PROBLEM
 from ._attention_tile import (
-    UNSPECIALIZED,
     NO_MASK,
+    UNSPECIALIZED,
     add_product,
     dot_rows,
     exponentials,
@@ -28,8 +28,8 @@ from ._attention_tile import (
     row_index,
     scores_of,
     store_rows,
-    tile_of,
     tile_at,
+    tile_of,
     tiles_met,
     tiles_seen,
     tokens_of,
