@@ -6,7 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from attention_calls import draw_inputs, run_op, run_reference
+from attention_calls import draw_inputs, run_eager, run_op, run_reference
+from budget import assert_op_within_budget
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -16,11 +17,10 @@ from fasttx.kernels._attention_lists import list_tiles  # noqa: E402
 from fasttx.kernels._attention_tile import ADDITIVE, BOOLEAN  # noqa: E402
 
 from gpu import mutations  # noqa: E402
-from gpu.driver import emulated  # noqa: E402
-from gpu.launchers import counted, full, on_triton  # noqa: E402
+from gpu.launchers import TARGETS, counted, full, on_triton  # noqa: E402
 from gpu.mutations import EDGES, SYNCHRONISATION, Trial  # noqa: E402
 
-TARGETS = ("sm_80", "sm_90")
+by_target = pytest.mark.parametrize("target", [TARGETS[-1], *(pytest.param(x, marks=full) for x in TARGETS[:-1])])
 _FAR = 10**6
 
 
@@ -87,13 +87,13 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("target", [pytest.param("sm_80", marks=full), "sm_90"])
+@by_target
 @pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("blocks", ((32, 16), pytest.param((16, 32), marks=full), pytest.param((64, 64), marks=full)))
 def test_lists_are_those_of_the_mask(places, blocks, target):
     bounds, has, lengths = PLACES[places]
     wide = tuple(bound if there else end for bound, there, end in zip(bounds, has, (-_FAR, _FAR), strict=True))
-    with emulated(target):
+    with on_triton(target):
         for name, mask in masks(90, 300).items():
             varies = mask.shape[0] > 1 or any(x is not None for x in lengths)
             outer = 2 if varies else 1, mask.shape[1]
@@ -105,7 +105,7 @@ def test_a_mask_without_memory_of_its_own():
     """Broadcast over rows, as padding is, or over columns."""
     keep = torch.rand(2, 1, 1, 300) > 0.9
     rows = torch.rand(2, 1, 90, 1) > 0.5
-    with emulated("sm_80"):
+    with on_triton(TARGETS[0]):
         for mask in (keep.expand(2, 1, 90, 300), rows.expand(2, 1, 90, 300)):
             strides = mask.stride()
             found = list_tiles(
@@ -129,20 +129,24 @@ def test_tiles_that_are_seen_whole_take_nothing_of_the_mask(target):
     assert loaded[1] - loaded[0] >= mask.numel()
 
 
-@pytest.mark.parametrize("target", [pytest.param("sm_80", marks=full), "sm_90"])
+@by_target
 def test_keys_beyond_a_length_have_no_gradient_of_tiles_seen_whole(target):
-    inputs = [x.bfloat16().requires_grad_() for x in draw_inputs(2, 1, 1, 90, 90, 16, 16).values()]
-    lengths, everything = torch.tensor([90, 40]), torch.ones(1, 1, 90, 90, dtype=torch.bool)
+    inputs = draw_inputs(2, 1, 1, 90, 90, 16, 16)
+    options = {"attn_mask": torch.ones(1, 1, 90, 90, dtype=torch.bool), "key_lengths": torch.tensor([90, 40])}
     with on_triton(target):
-        found = [
-            torch.autograd.grad(run_op(*inputs, attn_mask=mask, key_lengths=lengths)[0].sum(), inputs)
-            for mask in (everything, None)
-        ]
-    for masked, plain in zip(*found, strict=True):
-        torch.testing.assert_close(masked, plain, atol=2**-6, rtol=2**-6)
-    assert not any(x[1, :, 40:].any() for x in found[0][1:])
+        assert_op_within_budget(
+            lambda **x: run_op(**x, **options),
+            eager=lambda **x: run_eager(**x, **options),
+            reference=lambda **x: run_reference(**x, **options),
+            inputs=inputs,
+            dtype=torch.bfloat16,
+        )
+        leaves = [x.bfloat16().requires_grad_() for x in inputs.values()]
+        gradients = torch.autograd.grad(run_op(*leaves, **options)[0].sum(), leaves)
+    assert not any(x[1, :, 40:].any() for x in gradients[1:])
 
 
+@counted
 def test_lists_have_the_tiles_that_tuning_chose(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTTX_TUNING", str(tmp_path / "tuning.json"))
     monkeypatch.setenv("FASTTX_TUNE", "1")
@@ -157,13 +161,17 @@ def test_lists_have_the_tiles_that_tuning_chose(monkeypatch, tmp_path):
         return candidates[-1], {}
 
     monkeypatch.setattr(tune, "fastest", last)
-    inputs = draw_inputs(1, 1, 1, 150, 170, 16, 16)
     keep = torch.rand(1, 1, 150, 170) > 0.5
-    truth = run_reference(**inputs, attn_mask=keep)[0]
     with on_triton("sm_80"):
-        found = run_op(*(x.bfloat16() for x in inputs.values()), attn_mask=keep)[0]
+        assert_op_within_budget(
+            lambda **x: run_op(**x, attn_mask=keep),
+            eager=lambda **x: run_eager(**x, attn_mask=keep),
+            reference=lambda **x: run_reference(**x, attn_mask=keep),
+            inputs=draw_inputs(1, 1, 1, 150, 170, 16, 16),
+            dtype=torch.bfloat16,
+            gradients=False,
+        )
     assert len(set(tried)) > 1
-    torch.testing.assert_close(found.double(), truth, atol=2**-6, rtol=0)
 
 
 def _trials() -> list[Trial]:
@@ -194,6 +202,7 @@ def _trials() -> list[Trial]:
 EQUIVALENT = Counter({"dropped barrier": 2, "unguarded store": 1, "off by one (register)": 3})
 
 
+@counted
 @full
 @pytest.mark.parametrize("target", TARGETS)
 def test_mutations_of_lists_are_caught(target):
