@@ -17,6 +17,8 @@ extern "C" {
 int fasttx_cuda_gelu_fwd(const GeluFwd* args, int dtype, int tanh, Queue queue);
 // args->dbias, if it is not null, has partial_lines(rows) lines.
 int fasttx_cuda_gelu_bwd(const GeluBwd* args, int dtype, int tanh, Queue queue);
+int fasttx_cuda_softmax_fwd(const SoftmaxFwd* args, int dtype, Queue queue);
+int fasttx_cuda_softmax_bwd(const SoftmaxBwd* args, int dtype, Queue queue);
 int fasttx_cuda_sum_partials(const SumPartials* args, int matrices, int dtype, Queue queue);
 
 }  // extern "C"
