@@ -84,6 +84,14 @@ struct AttentionProblem {
 };
 constexpr int32_t kFar = 1 << 30;
 
+// seen (sequences, keys): whether the boolean mask keeps a key for any of its heads and queries, of which there are as many
+// as differ.
+struct KeysSeen {
+  Mask mask;
+  uint8_t* seen;
+  int32_t heads, queries, keys;
+};
+
 // out = softmax(scale query key^T + what is added) value.
 struct AttentionFwd {
   AttentionProblem problem;

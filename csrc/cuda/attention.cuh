@@ -27,25 +27,49 @@ struct Tile {
     return tile + row * kRowBytes + ((chunk ^ permute(row)) << 4);
   }
 
-  // Begins to copy kRows rows, those from `count` on and columns from `width` on being zeros; and those that `seen`, where
-  // there is such a thing, rules out.
-  template <int kRows, class T>
-  static __device__ __forceinline__ void copy(uint32_t tile, const T* from, int64_t stride, int count, int width,
-                                              const uint8_t* seen = nullptr) {
-    static_assert(kRows * kChunks % kAttentionThreads == 0);
-#pragma unroll
-    for (int i = 0; i < kRows * kChunks / kAttentionThreads; ++i) {
-      const int place = threadIdx.x + i * kAttentionThreads, row = place / kChunks, chunk = place % kChunks;
-      bool wanted = row < count && chunk * 8 < width;
-      if (seen != nullptr && wanted) wanted = seen[row] != 0;
-      copy_async(at(tile, row, chunk), from + row * stride + chunk * 8, wanted);
+  // A thread's part in copies of tiles from global memory: one chunk of a row in kRowsAtOnce, which is a multiple of 8, so
+  // that all of its chunks are permuted alike. Where that leaves threads over, they copy nothing.
+  template <class T>
+  struct Copier {
+    static constexpr int kRowsAtOnce = kAttentionThreads / kChunks / 8 * 8;
+    const T* from;
+    int64_t stride;  // of a row
+    int row;
+    uint32_t to;
+    bool within;  // the width, and the threads that there is work for
+
+    __device__ __forceinline__ Copier(const T* first_row, int64_t stride, int width)
+        : stride(stride), row(threadIdx.x / kChunks) {
+      const int chunk = threadIdx.x % kChunks;
+      from = first_row + row * stride + chunk * 8;
+      to = at(0, row, chunk);
+      within = chunk * 8 < width && row < kRowsAtOnce;
     }
-  }
+    __device__ __forceinline__ void skip(int rows) { from += rows * stride; }
+
+    // Begins to copy kRows rows; those from `count` on are zeros, columns beyond the width are, and rows that `seen`, where
+    // there is such a thing, rules out.
+    template <int kRows>
+    __device__ __forceinline__ void copy(uint32_t tile, int count, const uint8_t* seen = nullptr) const {
+      static_assert(kRows % kRowsAtOnce == 0);
+      if (kAttentionThreads % kChunks != 0 && row >= kRowsAtOnce) return;
+      const T* at = from;
+#pragma unroll
+      for (int i = 0; i < kRows; i += kRowsAtOnce) {
+        bool wanted = within && row + i < count;
+        if (seen != nullptr && wanted) wanted = seen[row + i] != 0;
+        copy_async(tile + to + i * kRowBytes, at, wanted);
+        at += kRowsAtOnce * stride;
+      }
+    }
+  };
 
   // Where one lane finds what ldmatrix asks it for: its row, and which of the two chunks of 16 columns.
   struct Lane {
     uint32_t row, chunk;
     __device__ __forceinline__ Lane(int row, int half) : row(row * kRowBytes), chunk(half ^ permute(row)) {}
+    // Keeps the compiler from knowing the addresses from before.
+    __device__ __forceinline__ void forget() { asm volatile("" : "+r"(chunk)); }
     // Of 16 rows from `first` (a multiple of 8), columns 16 step to 16 step + 15.
     __device__ __forceinline__ uint32_t at(uint32_t tile, int first, int step) const {
       return tile + row + first * kRowBytes + ((2 * step ^ chunk) << 4);

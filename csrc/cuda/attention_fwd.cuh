@@ -9,6 +9,7 @@
 #pragma once
 
 #include "attention.cuh"
+#include "attention_tiles.h"
 
 namespace fasttx::cuda {
 
@@ -18,7 +19,6 @@ struct AttentionForward {
   static constexpr int kQueries = 16 * kRowTiles * kAttentionWarps;
   static constexpr bool kKeepsQueries = kWidth <= 64;  // in registers
   static constexpr uint32_t kQueryBytes = kQueries * 2 * kWidth, kKeyBytes = kKeys * 2 * kWidth;
-  static constexpr uint32_t kShared = kQueryBytes + 4 * kKeyBytes;
 
   const AttentionFwd& args;
   const AttentionProblem& problem;
@@ -55,29 +55,31 @@ struct AttentionForward {
     seen = kLaden && problem.seen != nullptr ? problem.seen + sequence * problem.seen_stride : nullptr;
     for (auto& tile : largest) tile[0] = tile[1] = -INFINITY;
 
-    const T* key = rows_at<T>(problem.key, sequence, head / problem.group, keys.first);
-    const T* value = rows_at<T>(problem.value, sequence, head / problem.group, keys.first);
     const int last_row = min(first_row + kQueries, row_count) - 1;
     const int begin = max(first_row + problem.lo, 0) / kKeys * kKeys, end = min(key_count, last_row + problem.hi + 1);
     // Every row sees all of the tiles from `full` to `ragged`.
     const int full = last_row + problem.lo, ragged = min(key_count, first_row + problem.hi + 1);
 
+    using Copier = typename Rows_::template Copier<T>;
+    Copier key(rows_at<T>(problem.key, sequence, head / problem.group, keys.first + begin), problem.key.token,
+               problem.width);
+    Copier value(rows_at<T>(problem.value, sequence, head / problem.group, keys.first + begin), problem.value.token,
+                 problem.value_width);
     const auto copy = [&](int at, int stage) {
       const uint8_t* of_keys = seen == nullptr ? nullptr : seen + at;
-      const int count = key_count - at;
-      Rows_::template copy<kKeys>(keys_of(stage), key + at * problem.key.token, problem.key.token, count, problem.width,
-                                  of_keys);
-      Rows_::template copy<kKeys>(keys_of(stage) + kKeyBytes, value + at * problem.value.token, problem.value.token, count,
-                                  problem.value_width, of_keys);
+      key.template copy<kKeys>(keys_of(stage), key_count - at, of_keys);
+      value.template copy<kKeys>(keys_of(stage) + kKeyBytes, key_count - at, of_keys);
       commit_copies();
+      key.skip(kKeys);
+      value.skip(kKeys);
     };
-    Rows_::template copy<kQueries>(queries, rows_at<T>(problem.query, sequence, head, rows.first + first_row),
-                                   problem.query.token, row_count - first_row, problem.width);
+    Copier(rows_at<T>(problem.query, sequence, head, rows.first + first_row), problem.query.token, problem.width)
+        .template copy<kQueries>(queries, row_count - first_row);
     copy(begin, 0);
 
-    const auto of_query = Rows_::left();
-    const auto of_key = Rows_::transposed();
-    const auto of_value = Rows_::right();
+    auto of_query = Rows_::left();
+    auto of_key = Rows_::transposed();
+    auto of_value = Rows_::right();
     uint32_t kept_queries[kKeepsQueries ? kRowTiles : 1][kKeepsQueries ? kWidth / 16 : 1][4];
     if constexpr (kKeepsQueries) {
       wait_copies<0>();
@@ -110,6 +112,12 @@ struct AttentionForward {
       }
       if (at + kKeys < end) copy(at + kKeys, stage ^ 1);
       if (!any) continue;
+      if constexpr (!kKeepsQueries) {
+        // Addresses are worked out anew for each tile: kept, they would be too many registers.
+        of_query.forget();
+        of_key.forget();
+        of_value.forget();
+      }
       float scores[kRowTiles][kKeys / 8][4];
       multiply_rows<T, kWidth, kRowTiles, kKeys>(scores, load_query, keys_of(stage), of_key);
       if constexpr (kLaden) add_to(scores, keep, at);
@@ -280,18 +288,10 @@ struct AttentionForward {
 
 }  // namespace fasttx::cuda
 
-// The kernels of a dtype: by the width that holds a head's, plain or laden with what is added to scores, masks or drops.
-#define FASTTX_ATTENTION_FWD(T, level, width, tiles, keys, laden)                                        \
-  extern "C" __global__ void __launch_bounds__(fasttx::cuda::kAttentionThreads, 2)                       \
-      attention_fwd_##level##_##width##_##T(const __grid_constant__ fasttx::cuda::AttentionFwd args) {   \
-    fasttx::cuda::AttentionForward<fasttx::cuda::T, width, tiles, keys, laden>(args).run();              \
+// The kernels of a dtype.
+#define FASTTX_ATTENTION_FWD(T, level, width, tiles, keys)                                                    \
+  extern "C" __global__ void __launch_bounds__(fasttx::cuda::kAttentionThreads, 2)                            \
+      attention_fwd_##level##_##width##_##T(const __grid_constant__ fasttx::cuda::AttentionFwd args) {        \
+    constexpr bool kLaden = fasttx::cuda::Level::level == fasttx::cuda::Level::laden;                         \
+    fasttx::cuda::AttentionForward<fasttx::cuda::T, width, tiles, keys, kLaden>(args).run();                  \
   }
-#define FASTTX_ATTENTION_FWDS(T)                    \
-  FASTTX_ATTENTION_FWD(T, plain, 32, 2, 64, false)  \
-  FASTTX_ATTENTION_FWD(T, plain, 64, 2, 64, false)  \
-  FASTTX_ATTENTION_FWD(T, plain, 96, 2, 32, false)  \
-  FASTTX_ATTENTION_FWD(T, plain, 128, 2, 32, false) \
-  FASTTX_ATTENTION_FWD(T, laden, 32, 1, 64, true)   \
-  FASTTX_ATTENTION_FWD(T, laden, 64, 1, 64, true)   \
-  FASTTX_ATTENTION_FWD(T, laden, 96, 1, 64, true)   \
-  FASTTX_ATTENTION_FWD(T, laden, 128, 1, 64, true)
