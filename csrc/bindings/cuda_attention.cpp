@@ -61,6 +61,60 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
   return {output, lse, stats, nothing_beside(query)};
 }
 
+// In the memory order of the tensor that it is the gradient of, which has vector rows.
+Tensor allocate_gradient(const Tensor& like) {
+  if (like.is_contiguous()) return allocate_beside(like);
+  const Tensor order = torch::stable::empty_like(like);
+  Sizes strides(like.dim());
+  for (int64_t dim = 0; dim < like.dim(); ++dim) strides[dim] = order.stride(dim);
+  if (last_size(like) > 1 && strides.back() != 1) return allocate_tokens_first(like, last_size(like));
+  return allocate_beside(like, sizes_of(like), strides, like.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(
+    const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& output, const Tensor& stats, const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, const OptionalTensor& alibi_slopes,
+    bool is_causal, int64_t query_offset, int64_t window_left, int64_t window_right, double dropout_p,
+    const OptionalTensor& seed, double scale, const OptionalTensor& grad_weights) {
+  STD_TORCH_CHECK(!grad_weights.has_value(), "the CUDA kernels do not give the weights that attention applies");
+  const CudaPlace place(query);
+  const CudaAttention call(query, key, value,
+                           {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, query_offset,
+                            window_left, window_right, dropout_p, seed, scale},
+                           place.queue());
+  Sizes output_sizes = sizes_of(query), pairs = call.row_sizes();
+  output_sizes.back() = last_size(value);
+  pairs.push_back(2);
+  check_beside(output, query, "output", output_sizes);
+  check_beside(grad, query, "grad", output_sizes);
+  const auto check_rows = [&](const Tensor& tensor, const Sizes& sizes, const char* name) {
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_cuda() == query.is_cuda() &&
+                        sizes_of(tensor) == sizes,
+                    name, " does not fit the forward");
+  };
+  check_rows(stats, pairs, "stats");
+  if (grad_lse.has_value()) check_rows(*grad_lse, call.row_sizes(), "grad_lse");
+  Tensor dquery = allocate_gradient(call.query), dkey = allocate_gradient(call.key), dvalue = allocate_gradient(call.value);
+  if (dquery.numel() + dkey.numel() + dvalue.numel() == 0) return {dquery, dkey, dvalue};
+  pairs.back() = 4;
+  Tensor rows = allocate_beside(query, pairs, ScalarType::Float);
+  const Tensor o = with_vector_rows(output), g = with_vector_rows(grad), s = dense_beside(stats);
+  const OptionalTensor dl = dense_beside(grad_lse);
+  const cuda::AttentionBwd args{call.problem,
+                                rows_of(o),
+                                rows_of(g),
+                                static_cast<const float*>(data(dl)),
+                                static_cast<const float*>(data(s)),
+                                static_cast<float4*>(out_or_null(rows)),
+                                rows_of(dquery),
+                                rows_of(dkey),
+                                rows_of(dvalue),
+                                call.laden};
+  check_launch(fasttx_cuda_attention_bwd(&args, call.dtype, place.queue()), "attention_bwd");
+  return {dquery, dkey, dvalue};
+}
+
 }  // namespace
 
 Tensor with_vector_rows(const Tensor& tensor) {
@@ -184,6 +238,6 @@ Sizes CudaAttention::row_sizes() const {
   return {problem.sequences, problem.heads, problem.queries};
 }
 
-FASTTX_CUDA_LIBRARY(attention, FASTTX_IMPL(m, attention_fwd);)
+FASTTX_CUDA_LIBRARY(attention, FASTTX_IMPL(m, attention_fwd); FASTTX_IMPL(m, attention_bwd);)
 
 }  // namespace fasttx::bindings

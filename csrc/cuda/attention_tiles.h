@@ -25,4 +25,26 @@ constexpr int kMostWidth = 128, kWidthCount = 4;
   X(T, laden, 96, 1, 64)                 \
   X(T, laden, 128, 1, 64)
 
+// X(T, level, width, keys of a tile).
+#define FASTTX_ATTENTION_BWD_QUERIES_TILES(X, T) \
+  X(T, plain, 32, 64)                            \
+  X(T, plain, 64, 64)                            \
+  X(T, plain, 96, 32)                            \
+  X(T, plain, 128, 32)                           \
+  X(T, laden, 32, 64)                            \
+  X(T, laden, 64, 64)                            \
+  X(T, laden, 96, 32)                            \
+  X(T, laden, 128, 32)
+
+// X(T, level, width, queries of a tile).
+#define FASTTX_ATTENTION_BWD_KEYS_TILES(X, T) \
+  X(T, plain, 32, 64)                         \
+  X(T, plain, 64, 64)                         \
+  X(T, plain, 96, 32)                         \
+  X(T, plain, 128, 32)                        \
+  X(T, laden, 32, 64)                         \
+  X(T, laden, 64, 32)                         \
+  X(T, laden, 96, 32)                         \
+  X(T, laden, 128, 16)
+
 }  // namespace fasttx::cuda
