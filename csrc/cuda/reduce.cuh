@@ -19,16 +19,6 @@ struct Max {
   }
 };
 
-// Over at(0) .. at(n - 1) of one thread, n a power of two: a tree, which rounds least and waits least.
-template <class Op, int n, class At>
-__device__ __forceinline__ float over_values(const At& at, int first = 0) {
-  if constexpr (n == 1) {
-    return at(first);
-  } else {
-    return Op::join(over_values<Op, n / 2>(at, first), over_values<Op, n / 2>(at, first + n / 2));
-  }
-}
-
 // Over `lanes` neighbours, a power of two up to 32; all lanes of the warp take part.
 template <class Op, int lanes = 32>
 __device__ __forceinline__ float over_warp(float x) {

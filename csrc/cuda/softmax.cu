@@ -1,9 +1,9 @@
 // Masked softmax over rows, forward and backward. Rows of up to 16384 values stay in registers between the passes; of
 // wider ones the first pass finds the largest value and the sum together, and the second one reads them again.
 #include "arguments.h"
+#include "fetch.cuh"
 #include "math.cuh"
-#include "reduce.cuh"
-#include "values.cuh"
+#include "trees.cuh"
 
 namespace fasttx::cuda {
 namespace {
@@ -14,6 +14,8 @@ constexpr int kLoopThreads = 512;
 // `lanes` threads take a row: part of a warp or a block. Narrow rows share a block.
 template <int lanes>
 constexpr int kThreads = lanes < 128 ? 128 : lanes;
+template <int lanes>
+constexpr int kWarps = lanes < 32 ? 1 : lanes / 32;
 
 struct Row {
   int64_t at;       // of its first value
@@ -105,28 +107,21 @@ __device__ __forceinline__ float base_of(float largest) { return largest == kMas
 // What exponentials are multiplied by: nothing where nothing is kept.
 __device__ __forceinline__ float scale_of(float total) { return total == 0.f ? 0.f : __frcp_rn(total); }
 
-template <class Op, int lanes>
-__device__ __forceinline__ float over_row(float x, float* shared) {
-  if constexpr (lanes <= 32) {
-    return over_warp<Op, lanes>(x);
-  } else {
-    return over_block<Op, lanes>(x, shared);
-  }
-}
-
 // Each thread holds `held` values of a row.
 template <class T, int lanes, int held, int n>
 __device__ __forceinline__ void forward(const SoftmaxFwd& args) {
   constexpr int kAccesses = held / n, kStep = lanes * n, kRows = kThreads<lanes> / lanes;
-  __shared__ float shared[2][lanes < 32 ? 1 : lanes / 32];
+  using Sum = Total<T>;
+  __shared__ float largest[kWarps<lanes>];
+  __shared__ typename Sum::Value totals[kWarps<lanes>];
   const uint32_t index = blockIdx.x * kRows + threadIdx.x / lanes, column = threadIdx.x % lanes * n;
   const Row row = find_row(args, index);
   float values[kAccesses][n];
   load_scores<T, kStep>(values, args, row, column);
   const auto value = [&](int i) -> float& { return values[i / n][i % n]; };
-  const float base = base_of(over_row<Max, lanes>(over_values<Max, held>(value), shared[0]));
-  const auto powers = [&](int i) { return value(i) = exponential(value(i), base); };
-  const float scale = scale_of(over_row<Sum, lanes>(over_values<Sum, held>(powers), shared[1]));
+  const float base = base_of(over_team<Max, lanes>(over_values<Max, held>(value), largest));
+  const auto powers = [&](int i) { return Sum::of(value(i) = exponential(value(i), base)); };
+  const float scale = scale_of(Sum::rounded(over_team<Sum, lanes>(over_values<Sum, held>(powers), totals)));
   if (index >= args.rows) return;
 #pragma unroll
   for (int k = 0; k < kAccesses; ++k) {
@@ -141,20 +136,24 @@ __device__ __forceinline__ void forward(const SoftmaxFwd& args) {
 template <class T, int accesses, int n>
 __device__ __forceinline__ void forward_wide(const SoftmaxFwd& args) {
   constexpr int kStep = kLoopThreads * n, kPiece = kStep * accesses;
-  __shared__ float shared[2][kLoopThreads / 32];
+  using Sum = Total<T>;
+  __shared__ float all_largest[kWarps<kLoopThreads>];
+  __shared__ typename Sum::Value totals[kWarps<kLoopThreads>];
   const Row row = find_row(args, blockIdx.x);
-  float values[accesses][n], largest = kMaskedOut, total = 0.f;
+  float values[accesses][n], largest = kMaskedOut;
+  auto total = Sum::of(0.f);
   for (uint32_t column = threadIdx.x * n; column - threadIdx.x * n < row.end; column += kPiece) {
     load_scores<T, kStep>(values, args, row, column);
     const auto value = [&](int i) { return values[i / n][i % n]; };
     const float higher = Max::join(largest, over_values<Max, accesses * n>(value));
     const float base = base_of(higher);
-    const auto powers = [&](int i) { return exponential(value(i), base); };
-    total = fmaf(total, exponential(largest, base), over_values<Sum, accesses * n>(powers));
+    const auto powers = [&](int i) { return Sum::of(exponential(value(i), base)); };
+    total = Sum::join(Sum::scaled(total, exponential(largest, base)), over_values<Sum, accesses * n>(powers));
     largest = higher;
   }
-  const float base = base_of(over_block<Max, kLoopThreads>(largest, shared[0]));
-  const float scale = scale_of(over_block<Sum, kLoopThreads>(total * exponential(largest, base), shared[1]));
+  const float base = base_of(over_team<Max, kLoopThreads>(largest, all_largest));
+  total = over_team<Sum, kLoopThreads>(Sum::scaled(total, exponential(largest, base)), totals);
+  const float scale = scale_of(Sum::rounded(total));
   for (uint32_t column = threadIdx.x * n; column < args.width; column += kPiece) {
     load_scores<T, kStep>(values, args, row, column);
 #pragma unroll
@@ -186,24 +185,22 @@ __device__ __forceinline__ void load_both(float (&y)[accesses][n], float (&dy)[a
 }
 
 // The sum of y dy over what load_both has loaded.
-template <int accesses, int n>
-__device__ __forceinline__ float sum_products(const float (&y)[accesses][n], const float (&dy)[accesses][n]) {
-  const auto two = [&](int i) {
-    const int k = 2 * i / n, at = 2 * i % n, next_k = (2 * i + 1) / n, next = (2 * i + 1) % n;
-    return fmaf(y[k][at], dy[k][at], y[next_k][next] * dy[next_k][next]);
-  };
-  return over_values<Sum, accesses * n / 2>(two);
+template <class Sum, int accesses, int n>
+__device__ __forceinline__ auto sum_products(const float (&y)[accesses][n], const float (&dy)[accesses][n]) {
+  const auto product = [&](int i) { return Sum::of_product(y[i / n][i % n], dy[i / n][i % n]); };
+  return over_values<Sum, accesses * n>(product);
 }
 
 // dx of what load_both has loaded, in place of dy.
 template <int step, class T, int accesses, int n>
-__device__ __forceinline__ void store_gradient(const float (&y)[accesses][n], float (&dy)[accesses][n], float mean,
-                                               const SoftmaxBwd& args, int64_t at, uint32_t column) {
+__device__ __forceinline__ void store_gradient(const float (&y)[accesses][n], float (&dy)[accesses][n],
+                                               typename Total<T>::Value mean, const SoftmaxBwd& args, int64_t at,
+                                               uint32_t column) {
 #pragma unroll
   for (int k = 0; k < accesses; ++k) {
     if (column + k * step >= args.width) return;
 #pragma unroll
-    for (int i = 0; i < n; ++i) dy[k][i] = y[k][i] * (dy[k][i] - mean);
+    for (int i = 0; i < n; ++i) dy[k][i] = y[k][i] * Total<T>::subtract(dy[k][i], mean);
     store(static_cast<T*>(args.dx) + at + column + k * step, dy[k]);
   }
 }
@@ -211,26 +208,29 @@ __device__ __forceinline__ void store_gradient(const float (&y)[accesses][n], fl
 template <class T, int lanes, int held, int n>
 __device__ __forceinline__ void backward(const SoftmaxBwd& args) {
   constexpr int kAccesses = held / n, kStep = lanes * n, kRows = kThreads<lanes> / lanes;
-  __shared__ float shared[lanes < 32 ? 1 : lanes / 32];
+  using Sum = Total<T>;
+  __shared__ typename Sum::Value sums[kWarps<lanes>];
   const uint32_t row = blockIdx.x * kRows + threadIdx.x / lanes, column = threadIdx.x % lanes * n;
   const int64_t at = int64_t(row) * args.width;
   float y[kAccesses][n], dy[kAccesses][n];
   load_both<kStep, T>(y, dy, args, at, column, row < args.rows ? args.width : 0);
-  const float mean = over_row<Sum, lanes>(sum_products(y, dy), shared);
+  const auto mean = over_team<Sum, lanes>(sum_products<Sum>(y, dy), sums);
   if (row < args.rows) store_gradient<kStep, T>(y, dy, mean, args, at, column);
 }
 
 template <class T, int accesses, int n>
 __device__ __forceinline__ void backward_wide(const SoftmaxBwd& args) {
   constexpr int kStep = kLoopThreads * n, kPiece = kStep * accesses;
-  __shared__ float shared[kLoopThreads / 32];
+  using Sum = Total<T>;
+  __shared__ typename Sum::Value sums[kWarps<kLoopThreads>];
   const int64_t at = int64_t(blockIdx.x) * args.width;
-  float y[accesses][n], dy[accesses][n], mean = 0.f;
+  float y[accesses][n], dy[accesses][n];
+  auto sum = Sum::of(0.f);
   for (uint32_t column = threadIdx.x * n; column - threadIdx.x * n < args.width; column += kPiece) {
     load_both<kStep, T>(y, dy, args, at, column, args.width);
-    mean += sum_products(y, dy);
+    sum = Sum::join(sum, sum_products<Sum>(y, dy));
   }
-  mean = over_block<Sum, kLoopThreads>(mean, shared);
+  const auto mean = over_team<Sum, kLoopThreads>(sum, sums);
   for (uint32_t column = threadIdx.x * n; column < args.width; column += kPiece) {
     load_both<kStep, T>(y, dy, args, at, column, args.width);
     store_gradient<kStep, T>(y, dy, mean, args, at, column);

@@ -53,14 +53,28 @@ def test_every_width(width, dtype):
     check(BINARY, dtype, (2, rows_of(width), width))
 
 
+by_class = pytest.mark.parametrize(
+    "width", [64, 61, 256, 201, 1024, 1021, 4096, 4095, 16384, 16383, 16392, 16385]
+)
+
+
 @full
+@by_class
 @by_dtype
-@pytest.mark.parametrize("width", [64, 61, 256, 201, 1024, 1021, 4096, 4095, 16384, 16383, 16392, 16385])
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_every_mask_in_every_width(width, dtype, kind, is_causal):
+def test_every_mask_in_every_width(width, dtype, kind):
     shape = (2, 1, rows_of(width), width)
-    check(BINARY, dtype, shape, MASKS[kind](shape), is_causal)
+    check(BINARY, dtype, shape, MASKS[kind](shape))
+
+
+@full
+@by_class
+@by_dtype
+@pytest.mark.parametrize("kind", ["none", "additive"])
+def test_causal_in_every_width(width, dtype, kind):
+    # PyTorch's largest error says something where there are some rows, and not of a column or two alone.
+    shape = (1 if width > 4096 else 2, 1, 12, width)
+    check(BINARY, dtype, shape, MASKS[kind](shape), is_causal=True)
 
 
 @by_dtype
