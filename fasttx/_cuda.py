@@ -11,6 +11,20 @@ from fasttx import _gpu
 _Refusal = Callable[[tuple[Tensor | None, ...]], str | None]
 OPS: dict[str, _Refusal] = dict.fromkeys(("gelu", "bias_gelu", "softmax"), lambda tensors: None)
 
+WIDEST_HEAD = 128
+
+
+def _takes_attention(tensors: tuple[Tensor | None, ...]) -> str | None:
+    if tensors[0].dtype == torch.float32:
+        return "attention's CUDA C++ kernels are for bfloat16 and float16"
+    widths = [tensor.shape[-1] for tensor in tensors if tensor is not None]
+    if max(widths) > WIDEST_HEAD or any(width % 8 for width in widths):
+        return f"heads are {' and '.join(map(str, sorted(set(widths))))} wide: not a multiple of 8 up to {WIDEST_HEAD}"
+    return None
+
+
+OPS |= dict.fromkeys(("attention", "attention_varlen"), _takes_attention)
+
 
 def refusal(op: str, tensors: tuple[Tensor | None, ...], architectures: str) -> str | None:
     """Why they cannot run `op` on these tensors (the first decides dtype and device), or None.

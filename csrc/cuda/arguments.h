@@ -120,6 +120,14 @@ struct AttentionBwd {
   bool laden;
 };
 
+// The gradient of an additive mask, of the mask's dtype: (batch, heads, queries, keys), dense, each of them as many as the
+// problem's or 1, along which gradients are summed.
+struct AttentionBiasBwd {
+  AttentionBwd bwd;
+  void* dmask;
+  int32_t sequences, heads, queries, keys;
+};
+
 // seen (sequences, keys): whether the boolean mask keeps a key for any of its heads and queries, of which there are as many
 // as differ.
 struct KeysSeen {

@@ -11,6 +11,12 @@
 
 namespace fasttx::cuda {
 
+// A number as a type, for a function that needs it when it is compiled.
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
 constexpr int kAttentionThreads = 128, kAttentionWarps = kAttentionThreads / 32;
 
 extern __shared__ __align__(1024) unsigned char attention_shared[];

@@ -136,7 +136,9 @@ struct AttentionKeysGradient {
         add_product<T, kWidth, 1, kQueries>(dkey, gradients, query_tile, as_right);
       }
     }
+    // Of a block that has met no tile, the first one's copies may still be on their way.
     wait_copies<0>();
+    __syncthreads();
     const Place end_place = place_of_keys(problem, block_number(), kKeys);
     const int there =
         tokens_of(end_place.sequence, problem.keys, problem.cu_keys, problem.key_lengths).count - end_place.first;

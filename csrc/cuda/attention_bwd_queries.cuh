@@ -111,7 +111,9 @@ struct AttentionQueriesGradient {
       }
       add_product<T, kWidth, 1, kKeys>(sums, gradients, keys_of(stage), as_right);
     }
+    // Of a block that has met no tile, the first one's copies may still be on their way.
     wait_copies<0>();
+    __syncthreads();
     const Place end_place = place_now();
     write_rows<T, kWidth, 1>(
         sums, queries, warp * 16, [&](int, int, float x) { return x * problem.scale; },

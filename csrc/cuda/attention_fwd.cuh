@@ -123,6 +123,9 @@ struct AttentionForward {
       if (kLaden && problem.dropout.active) drop(scores, at);
       add_product<T, kWidth, kRowTiles, kKeys>(sums, scores, keys_of(stage) + kKeyBytes, of_value);
     }
+    // Of a block that has met no tile, the first one's copies may still be on their way.
+    wait_copies<0>();
+    __syncthreads();
     finish();
   }
 

@@ -56,21 +56,23 @@ struct Scores {
       }
   }
 
-  // Returns whether a boolean mask, and what is known of keys, keep anything of this lane's.
+  // Returns whether masks, and what is known of keys, keep anything of this lane's.
   __device__ __forceinline__ bool read_mask(Bits& keep, int at) const {
     const bool boolean = problem.mask.kind == MaskKind::boolean;
+    // One that heads share may be meant as a mask. A bias of each head is not, and would be read twice for nothing.
+    const bool minus_infinity = !boolean && problem.mask.kind != MaskKind::none && problem.mask.stride_h == 0;
 #pragma unroll
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h) keep[m][h] = ~0u;
-    if (!boolean && seen == nullptr) return true;
+    if (!boolean && !minus_infinity && seen == nullptr) return true;
     bool any = false;
 #pragma unroll
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = row_of(m, h);
-        const auto* mask = static_cast<const uint8_t*>(problem.mask.data) + mask_at(row);
+        const int64_t of_mask = mask_at(row);
         const bool of_row = !kTransposed || seen == nullptr || (row < row_count && seen[row] != 0);
         keep[m][h] = 0;
         if (!of_row) continue;
@@ -81,7 +83,9 @@ struct Scores {
             const int column = column_of(at) + 8 * j + e;
             if (column >= column_count) continue;
             bool is_kept = kTransposed || seen == nullptr || seen[column] != 0;
-            if (boolean) is_kept = is_kept && mask[column * column_stride()] != 0;
+            const int64_t place = of_mask + column * column_stride();
+            if (boolean) is_kept = is_kept && static_cast<const uint8_t*>(problem.mask.data)[place] != 0;
+            if (minus_infinity) is_kept = is_kept && mask_value<T>(problem.mask, place) != -INFINITY;
             keep[m][h] |= uint32_t(is_kept) << (2 * j + e);
           }
         any |= keep[m][h] != 0;

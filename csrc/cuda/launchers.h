@@ -26,6 +26,8 @@ int fasttx_cuda_sum_partials(const SumPartials* args, int matrices, int dtype, Q
 int fasttx_cuda_attention_fwd(const AttentionFwd* args, int dtype, int laden, Queue queue);
 // laden is the forward's; rows has one for each of its rows.
 int fasttx_cuda_attention_bwd(const AttentionBwd* args, int dtype, Queue queue);
+// args->bwd as for fasttx_cuda_attention_bwd, but for the gradients; its mask is additive.
+int fasttx_cuda_attention_bias_bwd(const AttentionBiasBwd* args, int dtype, Queue queue);
 int fasttx_cuda_keys_seen(const KeysSeen* args, int sequences, Queue queue);
 
 }  // extern "C"
