@@ -20,7 +20,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from fasttx import _callers
+from fasttx import _callers, _cuda
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -77,7 +77,8 @@ def _load_extension():
 
 
 extension, extension_missing = _load_extension()
-
+# What the CUDA kernels in it are compiled for, as in "sm_80 sm_90 compute_80"; empty where there are none.
+cuda_architectures: str = "" if extension is None else extension.cuda_architectures()
 
 _TENSORS = (Tensor, Parameter, FakeTensor, FunctionalTensor)
 
@@ -123,23 +124,30 @@ def _refusal_by_cpu(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
+def _refusal_by_rules(device: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Where rules of PyTorch's own apply to a call, which the reference follows."""
+    if torch.is_autocast_enabled(device):
+        return "autocast is on: PyTorch's casting rules apply, which the reference follows"
+    for tensor in tensors:
+        if tensor is not None and not is_plain_tensor(tensor):
+            return f"a tensor is a {type(tensor).__name__}, which may know torch's operators only"
+    return None
+
+
 def _refusal_by_triton(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     from fasttx.kernels import availability
 
-    reason = availability.refusal(op, tensors)
-    if reason is None and torch.is_autocast_enabled("cuda"):
-        return "autocast is on: PyTorch's casting rules apply, which the reference follows"
+    reason = availability.refusal(op, tensors) or _refusal_by_rules("cuda", tensors)
     if reason is None:
-        for tensor in tensors:
-            if tensor is not None and not is_plain_tensor(tensor):
-                return f"a tensor is a {type(tensor).__name__}, which may know torch's operators only"
         # Its import registers the kernels, and takes triton a second: not before they are wanted.
         from fasttx.kernels import register  # noqa: F401
     return reason
 
 
 def _refusal_by_cuda(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
-    return "this version of fasttx contains no CUDA kernels"
+    if extension is None:
+        return extension_missing
+    return _cuda.refusal(op, tensors, cuda_architectures) or _refusal_by_rules("cuda", tensors)
 
 
 _REFUSALS: dict[str, Callable[[str, tuple[Tensor | None, ...]], str | None]] = {
@@ -148,9 +156,9 @@ _REFUSALS: dict[str, Callable[[str, tuple[Tensor | None, ...]], str | None]] = {
     "cpu": _refusal_by_cpu,
     "reference": lambda op, tensors: None,
 }
-# By the device of a call's first tensor: what `auto` tries, in this order. An op that Triton has no kernel for says so.
+# By the device of a call's first tensor: what `auto` tries, in this order.
 _ORDER_CPU = ("cpu", "reference")
-_ORDER_GPU = ("cuda", "triton", "reference")
+_ORDER_GPU = ("triton", "cuda", "reference")
 
 
 def _flag(variable: str) -> bool:
@@ -239,7 +247,7 @@ class Decision:
 
     @property
     def kernel(self) -> str:
-        """The operator of the `fasttx` library that ran; empty where none did."""
+        """The operator that ran, of the library `fasttx`, or `fasttx_cuda` on that backend; empty where none did."""
         return "" if self.backend in ("reference", "original", "parts") else KERNELS.get(self.op, "")
 
     @property

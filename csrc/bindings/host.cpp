@@ -55,6 +55,7 @@ PYBIND11_MODULE(_C, m) {
   define_quick(m);
   define_plain_calls(m);
   define_snapshot(m);
+  define_cuda(m);
 }
 
 }  // namespace fasttx::bindings

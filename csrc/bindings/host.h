@@ -20,6 +20,8 @@ void define_quick(pybind11::module_& m);
 void define_plain_calls(pybind11::module_& m);
 // Adds the class Snapshot.
 void define_snapshot(pybind11::module_& m);
+// Adds what there is to know of the CUDA kernels.
+void define_cuda(pybind11::module_& m);
 
 // A C function as Python's table of methods has it.
 template <class F>

@@ -18,13 +18,24 @@ struct Dropout {
   bool active;
 };
 
+enum class MaskKind : int32_t { none, boolean, additive, additive_float };
+
+// A mask of (batch, heads, queries, keys) by its strides, 0 where it repeats. Boolean: a byte each, what is not 0 is kept.
+// Additive: added to the scores, in the dtype of the kernel's name or in float32.
+struct Mask {
+  const void* data;
+  int64_t stride_b, stride_h, stride_q, stride_k;
+  MaskKind kind;
+  bool vector;  // what goes with 16 bytes of scores lies together, aligned to its size, or to 16 if that is less
+};
+
 // y = gelu(x + bias) of (rows, width).
 struct GeluFwd {
   const void* x;
   const void* bias;  // (width,) or null
   void* y;
-  int64_t size;  // rows * width
-  uint32_t width;
+  int64_t size;    // rows * width
+  uint32_t width;  // where there is a bias
   bool vector;
 };
 
@@ -36,7 +47,7 @@ struct GeluBwd {
   void* dx;
   float* dbias;
   int64_t size;
-  uint32_t width;
+  uint32_t width;  // where there is a bias
   bool vector;
 };
 
@@ -77,6 +88,41 @@ struct SumPartials {
   const float* x;
   void* out[2];
   uint32_t rows, width;
+};
+
+// Rows of a tensor (sequence, head, token, width), by their strides in values; of packed sequences the tokens follow
+// each other, and the stride of a sequence is 0. Rows are dense, and begin at multiples of 16 bytes.
+struct Rows {
+  const void* data;
+  int64_t sequence, head, token;
+};
+
+// What attention is of. Row i of a sequence sees keys i + lo to i + hi, of those that there are.
+struct AttentionProblem {
+  Rows query, key, value;
+  const int64_t* key_lengths;               // (sequences,) or null: all have `keys`
+  const int64_t *cu_queries, *cu_keys;      // (sequences + 1,) where packed sequences begin, or null
+  const uint8_t* seen;                      // by sequence and key, whether any of its queries sees it; null: places alone say
+  int64_t seen_stride;                      // of a sequence
+  const float* slopes;                      // (heads,) of ALiBi, or null
+  Mask mask;
+  Dropout dropout;
+  int32_t sequences, heads, group;          // group: heads that share a key's
+  int32_t queries, keys;                    // of a sequence at most; packed: of all
+  int32_t width, value_width;               // multiples of 8
+  int32_t lo, hi;                           // no further from 0 than kFar, which stands for no bound
+  float origin;                             // ALiBi's distance of row i and key j: |j - i - origin|
+  float scale;
+};
+constexpr int32_t kFar = 1 << 30;
+
+// out = softmax(scale query key^T + what is added) value.
+struct AttentionFwd {
+  AttentionProblem problem;
+  Rows out;
+  // (sequences, heads, queries), packed (heads, queries), or null. stats: two for each row, the largest score, in the
+  // kernel's own units, and 1 / the sum of exponentials relative to it; 0 and 0 where there is nothing to attend to.
+  float *lse, *stats;
 };
 
 }  // namespace fasttx::cuda

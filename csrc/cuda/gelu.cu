@@ -9,13 +9,13 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kAccesses = 2;  // of a thread, in flight at once
 
-// x + bias at `at`.
-template <class T, int n>
-__device__ __forceinline__ void load_biased(float (&x)[n], const T* from, const T* bias, int64_t at, uint32_t column) {
-  load(x, from + at);
-  if (bias == nullptr) return;
+// Group `group` of x, and the bias where there is one.
+template <class T, int n, class Args>
+__device__ __forceinline__ void load_group(float (&x)[n], const Args& args, uint32_t group) {
+  load(x, static_cast<const T*>(args.x) + int64_t(group) * n);
+  if (args.bias == nullptr) return;
   float b[n];
-  load(b, bias + column);
+  load(b, static_cast<const T*>(args.bias) + group % (args.width / n) * n);
 #pragma unroll
   for (int i = 0; i < n; ++i) x[i] += b[i];
 }
@@ -23,13 +23,12 @@ __device__ __forceinline__ void load_biased(float (&x)[n], const T* from, const 
 // Each thread takes kAccesses groups of n neighbours, kThreads groups apart. Groups number less than 2^32.
 template <class T, class Distribution, int n>
 __device__ __forceinline__ void forward(const GeluFwd& args) {
-  const auto x = static_cast<const T*>(args.x), bias = static_cast<const T*>(args.bias);
   const uint32_t groups = uint32_t(args.size / n), first = blockIdx.x * (kThreads * kAccesses) + threadIdx.x;
   float values[kAccesses][n];
 #pragma unroll
   for (int k = 0; k < kAccesses; ++k) {
     const uint32_t group = first + k * kThreads;
-    if (group < groups) load_biased(values[k], x, bias, int64_t(group) * n, group % (args.width / n) * n);
+    if (group < groups) load_group<T>(values[k], args, group);
   }
 #pragma unroll
   for (int k = 0; k < kAccesses; ++k) {
@@ -41,28 +40,29 @@ __device__ __forceinline__ void forward(const GeluFwd& args) {
   }
 }
 
-// dx of one group; `sums` takes it up.
+// dx of one group, from x + bias, and from dy to begin with.
 template <class T, class Distribution, int n>
-__device__ __forceinline__ void backward_group(const GeluBwd& args, int64_t at, uint32_t column, float (&sums)[n]) {
-  float x[n], dy[n];
-  load_biased(x, static_cast<const T*>(args.x), static_cast<const T*>(args.bias), at, column);
-  load(dy, static_cast<const T*>(args.dy) + at);
+__device__ __forceinline__ void finish_group(float (&dx)[n], const float (&x)[n], const GeluBwd& args, int64_t at) {
 #pragma unroll
-  for (int i = 0; i < n; ++i) {
-    dy[i] *= gelu_grad<Distribution>(x[i]);
-    sums[i] += dy[i];
-  }
-  store(static_cast<T*>(args.dx) + at, dy);
+  for (int i = 0; i < n; ++i) dx[i] *= gelu_grad<Distribution>(x[i]);
+  store(static_cast<T*>(args.dx) + at, dx);
 }
 
 template <class T, class Distribution, int n>
 __device__ __forceinline__ void backward(const GeluBwd& args) {
   const uint32_t groups = uint32_t(args.size / n), first = blockIdx.x * (kThreads * kAccesses) + threadIdx.x;
+  float x[kAccesses][n], dx[kAccesses][n];
 #pragma unroll
   for (int k = 0; k < kAccesses; ++k) {
     const uint32_t group = first + k * kThreads;
-    float unused[n] = {};
-    if (group < groups) backward_group<T, Distribution>(args, int64_t(group) * n, group % (args.width / n) * n, unused);
+    if (group >= groups) continue;
+    load_group<T>(x[k], args, group);
+    load(dx[k], static_cast<const T*>(args.dy) + int64_t(group) * n);
+  }
+#pragma unroll
+  for (int k = 0; k < kAccesses; ++k) {
+    const uint32_t group = first + k * kThreads;
+    if (group < groups) finish_group<T, Distribution>(dx[k], x[k], args, int64_t(group) * n);
   }
 }
 
@@ -78,9 +78,20 @@ __device__ __forceinline__ void backward_with_sums(const GeluBwd& args) {
   const int64_t end = begin + share < rows ? begin + share : rows;
   float sums[n] = {};
   if (column < args.width) {
+    float bias[n] = {};
+    if (args.bias != nullptr) load(bias, static_cast<const T*>(args.bias) + column);
 #pragma unroll 2
-    for (int64_t row = begin + line; row < end; row += kRows)
-      backward_group<T, Distribution>(args, row * args.width + column, column, sums);
+    for (int64_t row = begin + line; row < end; row += kRows) {
+      const int64_t at = row * args.width + column;
+      float x[n], dx[n];
+      load(x, static_cast<const T*>(args.x) + at);
+      load(dx, static_cast<const T*>(args.dy) + at);
+#pragma unroll
+      for (int i = 0; i < n; ++i) x[i] += bias[i];
+      finish_group<T, Distribution>(dx, x, args, at);
+#pragma unroll
+      for (int i = 0; i < n; ++i) sums[i] += dx[i];
+    }
   }
 #pragma unroll
   for (int i = 0; i < n; ++i) shared[line][i * 32 + lane] = sums[i];

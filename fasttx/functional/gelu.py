@@ -29,9 +29,10 @@ def gelu(input: Tensor, approximate: str = "none", *, backend: str | None = None
     if autocast.acts_on(input):
         call = partial(gelu, approximate=approximate, backend=backend)
         return autocast.following(call, (input,), wide_on_gpu=False)
-    if choose("gelu", (input,), backend) == "reference":
+    taken = choose("gelu", (input,), backend)
+    if taken == "reference":
         return reference.gelu(input, approximate)
-    return ops.gelu(input, approximate)
+    return ops.gelu(input, approximate, taken)
 
 
 def bias_gelu(
@@ -56,6 +57,7 @@ def bias_gelu(
     if autocast.acts_on(input):
         call = partial(bias_gelu, approximate=approximate, backend=backend)
         return autocast.following(call, (input, bias), wide_on_gpu=False)
-    if choose("bias_gelu", (input, bias), backend) == "reference":
+    taken = choose("bias_gelu", (input, bias), backend)
+    if taken == "reference":
         return reference.bias_gelu(input, bias, approximate)
-    return ops.bias_gelu(input, bias, approximate)
+    return ops.bias_gelu(input, bias, approximate, taken)

@@ -1,5 +1,10 @@
-"""The `fasttx` operator library: schemas live beside each op, kernels register themselves when fasttx._C is loaded."""
+"""The `fasttx` operator library: schemas live beside each op, kernels register themselves when fasttx._C is loaded.
 
+Ops that have CUDA C++ kernels are defined a second time, in the library `fasttx_cuda`: a call of `fasttx` on CUDA
+tensors runs on Triton, one of `fasttx_cuda` on those, and so does its gradient, wherever and whenever that is taken.
+"""
+
+import threading
 from collections.abc import Callable
 
 import torch
@@ -16,7 +21,7 @@ ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
 
 # Asked on every call, where the way to a name through two modules counts too.
 _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
-_LIBRARY = torch.library.Library("fasttx", "DEF")
+_LIBRARIES = {name: torch.library.Library(name, "DEF") for name in ("fasttx", "fasttx_cuda")}
 
 
 class Operator:
@@ -27,16 +32,27 @@ class Operator:
     autograd.Function of the same formula. Under torch.func it is `transformed`, a Function which that can look into.
     """
 
-    def __init__(self, name: str):
-        packet = getattr(torch.ops.fasttx, name)
-        self.name = name
+    def __init__(self, name: str, library: str, cuda: "Operator | None" = None):
+        packet = getattr(getattr(torch.ops, library), name)
+        self.name, self.library = name, library
+        self.cuda = cuda  # the same op of the CUDA C++ kernels, if there are any
         self.registered = packet.default
         self.raw = packet.raw._op  # what the overload calls: one Python frame less
         self.apply = self.transformed = None
         self.vmap_rule = one_by_one(self.raw)
 
+    def on(self, backend: str) -> "Operator":
+        """The op whose kernels are the backend's."""
+        return self.cuda if backend == "cuda" else self
+
+    def each(self) -> tuple["Operator", ...]:
+        """The op in every library that it is defined in."""
+        return (self,) if self.cuda is None else (self, self.cuda)
+
     def __call__(self, *args):
         """The op inside of a gradient formula, where a further derivative is the exception."""
+        if _formula.on_cuda and self.cuda is not None:
+            return self.cuda(*args)
         if is_grad_enabled() or is_compiling():
             if not is_compiling() and _are_functorch_transforms_active():
                 return self.transformed(*args)
@@ -44,29 +60,60 @@ class Operator:
         return self.raw(*args)
 
 
-def define(schema: str, fake: Callable) -> Operator:
-    """Defines `fasttx::<schema>` and its overload `raw`, with their shape function."""
+class _Formula(threading.local):
+    """Whether the gradient formula that this thread evaluates is one of an op of the CUDA C++ kernels."""
+
+    on_cuda = False
+
+
+_formula = _Formula()
+
+
+def _on_cuda(backward: Callable) -> Callable:
+    """The formula with the ops in it being those of the CUDA C++ kernels."""
+
+    def formula(ctx, *grads):
+        before, _formula.on_cuda = _formula.on_cuda, True
+        try:
+            return backward(ctx, *grads)
+        finally:
+            _formula.on_cuda = before
+
+    return formula
+
+
+def define(schema: str, fake: Callable, *, on_cuda: bool = False) -> Operator:
+    """Defines `fasttx::<schema>` and its overload `raw`, with their shape function.
+
+    on_cuda: whether there are CUDA C++ kernels for it, and so `fasttx_cuda::<schema>` too.
+    """
+    return _define(schema, fake, "fasttx", _define(schema, fake, "fasttx_cuda") if on_cuda else None)
+
+
+def _define(schema: str, fake: Callable, library: str, cuda: Operator | None = None) -> Operator:
     name, signature = schema.split("(", 1)
+    lib = _LIBRARIES[library]
     for overload in (name, f"{name}.raw"):
-        _LIBRARY.define(f"{overload}({signature}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"fasttx::{overload}", fake, lib=_LIBRARY)
-    _LIBRARY.impl(f"{name}.raw", torch.library.fallthrough_kernel, "Autograd")
-    op = Operator(name)
+        lib.define(f"{overload}({signature}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{library}::{overload}", fake, lib=lib)
+    lib.impl(f"{name}.raw", torch.library.fallthrough_kernel, "Autograd")
+    op = Operator(name, library, cuda)
     for overload in (name, f"{name}.raw"):
-        torch.library.register_vmap(f"fasttx::{overload}", lambda *args: op.vmap_rule(*args), lib=_LIBRARY)
+        torch.library.register_vmap(f"{library}::{overload}", lambda *args: op.vmap_rule(*args), lib=lib)
     return op
 
 
 def implement(name: str, kernel: Callable, key: str) -> None:
-    """Makes a Python function the op's kernel for a dispatch key, in both of its overloads."""
+    """Makes a Python function the kernel of the op of `fasttx` for a dispatch key, in both of its overloads."""
     for overload in (name, f"{name}.raw"):
-        _LIBRARY.impl(overload, kernel, key)
+        _LIBRARIES["fasttx"].impl(overload, kernel, key)
 
 
 def map_rows(op: Operator, *rows: str, alone: tuple[str, ...] = ()) -> None:
     """Under torch.func.vmap, the samples of an op that works row by row become more rows: see `as_rows`."""
     names = [argument.name for argument in op.registered._schema.arguments]
-    op.vmap_rule = as_rows(op.raw, names, rows, alone)
+    for each in op.each():
+        each.vmap_rule = as_rows(each.raw, names, rows, alone)
 
 
 def differentiate(
@@ -77,9 +124,11 @@ def differentiate(
     keeps: whether a call with these inputs keeps what the backward reads. One that was traced for inference does not:
     it runs where gradients are on, and is refused only if one is asked for.
     """
+    if op.cuda is not None:
+        differentiate(op.cuda, _on_cuda(backward), setup_context, keeps)
     if keeps is not None:
         backward, setup_context = _where_kept(op.name, backward, setup_context, keeps)
-    torch.library.register_autograd(op.registered, backward, setup_context=setup_context, lib=_LIBRARY)
+    torch.library.register_autograd(op.registered, backward, setup_context=setup_context, lib=_LIBRARIES[op.library])
 
     raw = op.raw
 

@@ -30,11 +30,12 @@ def _gelu_bwd(grad, input, bias, activation, needs_bias):
     return _dense_like(input), input.new_empty((input.shape[-1] if needs_bias else 0,))
 
 
-gelu_fwd = define("gelu_fwd(Tensor input, Tensor? bias, int activation) -> Tensor", _gelu_fwd)
+gelu_fwd = define("gelu_fwd(Tensor input, Tensor? bias, int activation) -> Tensor", _gelu_fwd, on_cuda=True)
 gelu_bwd = define(
     "gelu_bwd(Tensor grad, Tensor input, Tensor? bias, int activation, bool needs_bias)"
     " -> (Tensor dinput, Tensor dbias)",
     _gelu_bwd,
+    on_cuda=True,
 )
 
 
@@ -57,11 +58,11 @@ map_rows(gelu_fwd, "input")
 map_rows(gelu_bwd, "grad", "input", alone=("needs_bias",))
 
 
-def gelu(input: Tensor, approximate: str) -> Tensor:
+def gelu(input: Tensor, approximate: str, backend: str = "") -> Tensor:
     """GELU, exact or by its tanh approximation."""
-    return run(gelu_fwd, wants_grad(input), input, None, CODES[approximate])
+    return run(gelu_fwd.on(backend), wants_grad(input), input, None, CODES[approximate])
 
 
-def bias_gelu(input: Tensor, bias: Tensor, approximate: str) -> Tensor:
+def bias_gelu(input: Tensor, bias: Tensor, approximate: str, backend: str = "") -> Tensor:
     """gelu(input + bias), the bias on the last dim."""
-    return run(gelu_fwd, wants_grad(input, bias), input, bias, CODES[approximate])
+    return run(gelu_fwd.on(backend), wants_grad(input, bias), input, bias, CODES[approximate])

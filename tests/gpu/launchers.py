@@ -8,6 +8,11 @@ those of a call on CUDA tensors.
 
 With FASTTX_TEST_DEVICE=cuda the same tests run on the GPU: tensors are made there (conftest.py), and the operators' own
 kernels run.
+
+Tests of ops that have CUDA C++ kernels too take these as one more target, BINARY:
+
+    with on_kernels(target) as machine:
+        ops.layer_norm.layer_norm(x, width, weight, bias, eps, backend_of(target))
 """
 
 import contextlib
@@ -25,6 +30,7 @@ from fasttx.kernels import configs, register  # noqa: E402
 from fasttx.kernels.launch import KERNELS, current_arch  # noqa: E402
 
 from fasttx import packing  # noqa: E402
+from gpu import binary  # noqa: E402
 from gpu.driver import Emulation, emulated  # noqa: E402
 
 ON_GPU = os.environ.get("FASTTX_TEST_DEVICE") == "cuda"
@@ -32,6 +38,11 @@ TARGETS = ("cuda",) if ON_GPU else ("sm_80", "sm_90")
 full = pytest.mark.emulated_full
 counted = pytest.mark.skipif(ON_GPU, reason="the emulator counts what a kernel does, a GPU does not")
 by_target = pytest.mark.parametrize("target", TARGETS)
+BINARY = "binary"
+by_kernels = pytest.mark.parametrize(
+    "target",
+    [*TARGETS, pytest.param(BINARY, marks=pytest.mark.skipif(binary.missing is not None, reason=str(binary.missing)))],
+)
 by_dtype = pytest.mark.parametrize(
     "dtype",
     [torch.bfloat16, pytest.param(torch.float32, marks=full), pytest.param(torch.float16, marks=full)],
@@ -57,6 +68,21 @@ def on_triton(target: str, **options) -> Iterator[Emulation | None]:
             yield machine
         finally:
             library._destroy()
+
+
+def backend_of(target: str) -> str:
+    """The name of the backend whose kernels a target's are."""
+    return "cuda" if target == BINARY else "triton"
+
+
+@contextlib.contextmanager
+def on_kernels(target: str, **options) -> Iterator[Emulation | None]:
+    """Within this context operators run on Triton's launchers, or for BINARY on those of the binary."""
+    if ON_GPU:
+        yield None
+        return
+    with binary.intercepted(**options) if target == BINARY else on_triton(target, **options) as machine:
+        yield machine
 
 
 def shipped(kernel: str, **problem: int) -> list:

@@ -1,4 +1,4 @@
-"""GELU and bias + GELU in Triton on the emulator, against float64 by the error budget."""
+"""GELU and bias + GELU, Triton's kernels and the CUDA C++ ones, on the emulator against float64 by the error budget."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from properties import draw
 
 from fasttx import reference
 from fasttx.ops import gelu as ops
-from gpu.launchers import by_dtype, by_target, full, on_triton, shipped, using
+from gpu.launchers import backend_of, by_dtype, by_kernels, full, on_kernels, shipped, using
 
 by_variant = pytest.mark.parametrize("approximate", ["none", "tanh"])
 
@@ -19,7 +19,10 @@ def check(target, dtype, shape, approximate, with_bias):
         inputs["bias"] = draw(shape[-1])
 
     def op(input, bias=None):
-        return ops.gelu(input, approximate) if bias is None else ops.bias_gelu(input, bias, approximate)
+        backend = backend_of(target)
+        if bias is None:
+            return ops.gelu(input, approximate, backend)
+        return ops.bias_gelu(input, bias, approximate, backend)
 
     def eager(input, bias=None):
         return F.gelu(input if bias is None else input + bias, approximate=approximate)
@@ -27,11 +30,11 @@ def check(target, dtype, shape, approximate, with_bias):
     def truth(input, bias=None):
         return reference.gelu(input, approximate) if bias is None else reference.bias_gelu(input, bias, approximate)
 
-    with on_triton(target):
+    with on_kernels(target):
         assert_op_within_budget(op, eager=eager, reference=truth, inputs=inputs, dtype=dtype)
 
 
-@by_target
+@by_kernels
 @by_dtype
 @by_variant
 @pytest.mark.parametrize("shape", [(5, 3, 100), pytest.param((3, 3000), marks=full), pytest.param((7,), marks=full)])
@@ -39,7 +42,7 @@ def test_bias_gelu(target, dtype, approximate, shape):
     check(target, dtype, shape, approximate, with_bias=True)
 
 
-@by_target
+@by_kernels
 @by_dtype
 @by_variant
 @pytest.mark.parametrize("shape", [(2, 3000), pytest.param((4, 5, 33), marks=full), pytest.param((1,), marks=full)])
@@ -60,17 +63,17 @@ def test_shipped_configurations(block, target, config):
         check(target, torch.bfloat16, (40, block - 9), "none", with_bias=True)
 
 
-@by_target
+@by_kernels
 def test_more_rows_than_partial_sums(target):
     check(target, torch.bfloat16, (700, 24), "none", with_bias=True)
 
 
-@by_target
+@by_kernels
 @by_variant
 def test_what_is_not_finite(target, approximate):
     x = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e20, -1e20, 50.0, -50.0], requires_grad=True)
-    with on_triton(target):
-        y = ops.gelu(x, approximate)
+    with on_kernels(target):
+        y = ops.gelu(x, approximate, backend_of(target))
         (dx,) = torch.autograd.grad(y.sum(), x)
     # -infinity gives 0, where PyTorch's formula is NaN.
     torch.testing.assert_close(
@@ -79,10 +82,10 @@ def test_what_is_not_finite(target, approximate):
     torch.testing.assert_close(dx, torch.tensor([0.5, 0.5, 1, 0, torch.nan, 1, 0, 1, 0]), equal_nan=True)
 
 
-@by_target
+@by_kernels
 def test_nothing(target):
     x, bias = torch.empty(0, 4, requires_grad=True), torch.randn(4, requires_grad=True)
-    with on_triton(target):
-        ops.bias_gelu(x, bias, "none").sum().backward()
-        assert ops.gelu(torch.empty(3, 0), "none").shape == (3, 0)
+    with on_kernels(target):
+        ops.bias_gelu(x, bias, "none", backend_of(target)).sum().backward()
+        assert ops.gelu(torch.empty(3, 0), "none", backend_of(target)).shape == (3, 0)
     assert x.grad.shape == (0, 4) and torch.equal(bias.grad, torch.zeros(4))

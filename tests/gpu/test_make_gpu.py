@@ -12,12 +12,12 @@ from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("triton")
 
-from fasttx.kernels import availability, configs, launch  # noqa: E402
+from fasttx.kernels import configs, launch  # noqa: E402
 
 from benchmarks.gpu import __main__ as program  # noqa: E402
 from benchmarks.gpu import limits  # noqa: E402
 from benchmarks.gpu.cases import Case, all_cases  # noqa: E402
-from fasttx import dispatch  # noqa: E402
+from fasttx import _gpu, dispatch  # noqa: E402
 from gpu.driver import Emulation  # noqa: E402
 from gpu.launchers import full, on_triton  # noqa: E402
 
@@ -30,7 +30,7 @@ def _no_compiler(monkeypatch):
 
 
 def test_every_case_lies_on_the_gpu_and_is_taken_by_triton(monkeypatch):
-    monkeypatch.setattr(availability, "_missing", {None: None, 0: None})
+    monkeypatch.setattr(_gpu, "_lacking", {None: None, 0: None})
     heard = []
     monkeypatch.setattr(dispatch, "listeners", [heard.append])
     with FakeTensorMode(), torch.no_grad():  # which refuses tensors on two devices, as PyTorch does

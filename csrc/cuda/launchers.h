@@ -1,0 +1,27 @@
+// What launches each kernel: raw pointers, a stream, and an error returned; 0 is none, driver.h has the text of others.
+//
+// dtype: 0 float32, 1 bfloat16, 2 float16.
+#pragma once
+
+#include "arguments.h"
+#include "driver.h"
+
+namespace fasttx::cuda {
+
+// Lines of partial sums that a sum over so many rows is made of: a number that depends on nothing else, as the result does.
+inline uint32_t partial_lines(int64_t rows) { return uint32_t(rows < 1 ? 1 : rows < 256 ? rows : 256); }
+
+extern "C" {
+
+// tanh: whether the approximation by it.
+int fasttx_cuda_gelu_fwd(const GeluFwd* args, int dtype, int tanh, Queue queue);
+// args->dbias, if it is not null, has partial_lines(rows) lines.
+int fasttx_cuda_gelu_bwd(const GeluBwd* args, int dtype, int tanh, Queue queue);
+int fasttx_cuda_sum_partials(const SumPartials* args, int matrices, int dtype, Queue queue);
+
+}  // extern "C"
+
+}  // namespace fasttx::cuda
+
+// The kernels of an image that differ in their dtype, in its order.
+#define FASTTX_BY_DTYPE(image, name) {image, name "_float"}, {image, name "_bf16"}, {image, name "_fp16"}
