@@ -385,13 +385,13 @@ __device__ __forceinline__ void bwd_sums(const LayerNormBwd& args) {
   FASTTX_FWD(8x1, T, Team<8, 1, 128, 8>)                                              \
   FASTTX_FWD(32x1, T, Team<32, 1, 128, 8>)                                            \
   FASTTX_FWD(32x2, T, Team<32, 2, 128, 6>)                                            \
-  FASTTX_FWD(32x3, T, Team<32, 3, 128, 6>)                                            \
-  FASTTX_FWD(32x4, T, Team<32, 4, 128, 5>)                                            \
-  FASTTX_FWD(128x2, T, Team<128, 2, 128, 6>)                                          \
-  FASTTX_FWD(128x4, T, Team<128, 4, 128, 4>)                                          \
-  FASTTX_FWD(256x4, T, Team<256, 4, 256, 2>)                                          \
+  FASTTX_FWD(32x3, T, Team<32, 3, 128, 7>)                                            \
+  FASTTX_FWD(32x4, T, Team<32, 4, 128, sizeof(T) < 4 ? 6 : 5>)                                            \
+  FASTTX_FWD(128x2, T, Team<128, 2, 128, 8>)                                          \
+  FASTTX_FWD(128x4, T, Team<128, 4, 128, 6>)                                          \
+  FASTTX_FWD(256x4, T, Team<256, 4, 256, 3>)                                          \
   FASTTX_FWD(512x4, T, Team<512, 4, 512, 1>)                                          \
-  FASTTX_LAYER_NORM(fwd_wide, LayerNormFwd, fwd_wide, T, Team<512, 2, 512, 1>)        \
+  FASTTX_LAYER_NORM(fwd_wide, LayerNormFwd, fwd_wide, T, Team<512, 2, 512, 2>)        \
   FASTTX_BWD(8x1, T, Team<8, 1, 256, 3>)                                              \
   FASTTX_BWD(32x1, T, Team<32, 1, 256, 3>)                                            \
   FASTTX_BWD(32x2, T, Team<32, 2, 128, 4>)                                            \
@@ -400,8 +400,8 @@ __device__ __forceinline__ void bwd_sums(const LayerNormBwd& args) {
   FASTTX_BWD(128x2, T, Team<128, 2, 128, 4>)                                          \
   FASTTX_BWD(256x2, T, Team<256, 2, 256, 2>)                                          \
   FASTTX_BWD(512x2, T, Team<512, 2, 512, 1>)                                          \
-  FASTTX_LAYER_NORM(bwd_wide, LayerNormBwd, bwd_wide, T, Team<512, 2, 512, 1>)        \
-  FASTTX_LAYER_NORM(bwd_sums, LayerNormBwd, bwd_sums, T, Team<32, 1, 256, 3>)
+  FASTTX_LAYER_NORM(bwd_wide, LayerNormBwd, bwd_wide, T, Team<512, 2, 512, 2>)        \
+  FASTTX_LAYER_NORM(bwd_sums, LayerNormBwd, bwd_sums, T, Team<32, 1, 256, 4>)
 FASTTX_LAYER_NORMS(float)
 FASTTX_LAYER_NORMS(bf16)
 FASTTX_LAYER_NORMS(fp16)
