@@ -63,8 +63,8 @@ Gradients backward(const Tensor& grad, const OptionalTensor& grad_sum, const Ten
   Gradients result{wanted(needs_input), wanted(needs_dropped), parameter(needs_weight), parameter(needs_bias)};
 
   const int matrices = needs_weight + needs_bias;
-  const int64_t lines = fasttx_cuda_layer_norm_lines(s.rows, s.width, s.dtype);
-  const bool with_stats = matrices > 0 && fasttx_cuda_layer_norm_is_wide(s.width, s.dtype);
+  const int64_t lines = cuda::fasttx_cuda_layer_norm_lines(s.rows, s.width, s.dtype);
+  const bool with_stats = matrices > 0 && cuda::fasttx_cuda_layer_norm_is_wide(s.width, s.dtype);
   Tensor partials, stats;
   if (matrices > 0) partials = allocate_beside(input, {matrices, lines, width}, ScalarType::Float);
   if (with_stats) stats = allocate_beside(input, {s.rows, 2}, ScalarType::Float);
