@@ -139,7 +139,7 @@ def cuda_rules(folder: Path) -> tuple[list[str], list[str]]:
     lines += [
         "rule ptx",
         f"  command = {escape(nvcc)} -std=c++17 -O3 -lineinfo -arch=compute_{CUDA_BASE} -ptx -MD -MF $out.d $in -o $out"
-        f" && sed -i 's#{ROOT.resolve()}/##' $out",
+        f""" && sed -i 's#{ROOT.resolve()}/##; s#"/.*/include/#"#' $out""",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule plain",

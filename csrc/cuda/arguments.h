@@ -7,6 +7,10 @@
 
 #include <stdint.h>
 
+#if !defined(__CUDACC__)
+struct float4;
+#endif
+
 namespace fasttx::cuda {
 
 // Which elements dropout keeps: those whose word is at least the threshold (csrc/cuda/philox.cuh).
@@ -114,7 +118,27 @@ struct AttentionProblem {
   float origin;                             // ALiBi's distance of row i and key j: |j - i - origin|
   float scale;
 };
-constexpr int32_t kFar = 1 << 30;
+constexpr int32_t kFar = 1 << 29;
+
+// The gradients of query, key and value.
+struct AttentionBwd {
+  AttentionProblem problem;
+  Rows out, grad;         // what the forward gave, and its gradient
+  const float* grad_lse;  // as lse, or null
+  const float* stats;     // the forward's
+  // Of each row, by the first of the kernels: its largest score, what is added to an exponent of 2, delta, nothing.
+  float4* rows;
+  Rows dquery, dkey, dvalue;
+  bool laden;
+};
+
+// seen (sequences, keys): whether the boolean mask keeps a key for any of its heads and queries, of which there are as many
+// as differ.
+struct KeysSeen {
+  Mask mask;
+  uint8_t* seen;
+  int32_t heads, queries, keys;
+};
 
 // out = softmax(scale query key^T + what is added) value.
 struct AttentionFwd {

@@ -27,25 +27,49 @@ struct Tile {
     return tile + row * kRowBytes + ((chunk ^ permute(row)) << 4);
   }
 
-  // Begins to copy kRows rows, those from `count` on and columns from `width` on being zeros; and those that `seen`, where
-  // there is such a thing, rules out.
-  template <int kRows, class T>
-  static __device__ __forceinline__ void copy(uint32_t tile, const T* from, int64_t stride, int count, int width,
-                                              const uint8_t* seen = nullptr) {
-    static_assert(kRows * kChunks % kAttentionThreads == 0);
-#pragma unroll
-    for (int i = 0; i < kRows * kChunks / kAttentionThreads; ++i) {
-      const int place = threadIdx.x + i * kAttentionThreads, row = place / kChunks, chunk = place % kChunks;
-      bool wanted = row < count && chunk * 8 < width;
-      if (seen != nullptr && wanted) wanted = seen[row] != 0;
-      copy_async(at(tile, row, chunk), from + row * stride + chunk * 8, wanted);
+  // A thread's part in copies of tiles from global memory: one chunk of a row in kRowsAtOnce, which is a multiple of 8, so
+  // that all of its chunks are permuted alike. Where that leaves threads over, they copy nothing.
+  template <class T>
+  struct Copier {
+    static constexpr int kRowsAtOnce = kAttentionThreads / kChunks / 8 * 8;
+    const T* from;
+    int64_t stride;  // of a row
+    int row;
+    uint32_t to;
+    bool within;  // the width, and the threads that there is work for
+
+    __device__ __forceinline__ Copier(const T* first_row, int64_t stride, int width)
+        : stride(stride), row(threadIdx.x / kChunks) {
+      const int chunk = threadIdx.x % kChunks;
+      from = first_row + row * stride + chunk * 8;
+      to = at(0, row, chunk);
+      within = chunk * 8 < width && row < kRowsAtOnce;
     }
-  }
+    __device__ __forceinline__ void skip(int rows) { from += rows * stride; }
+
+    // Begins to copy kRows rows; those from `count` on are zeros, columns beyond the width are, and rows that `seen`, where
+    // there is such a thing, rules out.
+    template <int kRows>
+    __device__ __forceinline__ void copy(uint32_t tile, int count, const uint8_t* seen = nullptr) const {
+      static_assert(kRows % kRowsAtOnce == 0);
+      if (kAttentionThreads % kChunks != 0 && row >= kRowsAtOnce) return;
+      const T* at = from;
+#pragma unroll
+      for (int i = 0; i < kRows; i += kRowsAtOnce) {
+        bool wanted = within && row + i < count;
+        if (seen != nullptr && wanted) wanted = seen[row + i] != 0;
+        copy_async(tile + to + i * kRowBytes, at, wanted);
+        at += kRowsAtOnce * stride;
+      }
+    }
+  };
 
   // Where one lane finds what ldmatrix asks it for: its row, and which of the two chunks of 16 columns.
   struct Lane {
     uint32_t row, chunk;
     __device__ __forceinline__ Lane(int row, int half) : row(row * kRowBytes), chunk(half ^ permute(row)) {}
+    // Keeps the compiler from knowing the addresses from before.
+    __device__ __forceinline__ void forget() { asm volatile("" : "+r"(chunk)); }
     // Of 16 rows from `first` (a multiple of 8), columns 16 step to 16 step + 15.
     __device__ __forceinline__ uint32_t at(uint32_t tile, int first, int step) const {
       return tile + row + first * kRowBytes + ((2 * step ^ chunk) << 4);
@@ -155,12 +179,36 @@ __device__ __forceinline__ Owned owned_tile(uint32_t block, int count, int heads
   return {sequence, int(block / tiles), (tile - int(starts[sequence] / size) - sequence) * size};
 }
 
+// Where a block's rows lie, of one sequence and head: tokens from `first` on, and how many there are from there.
+struct Place {
+  int sequence, head;
+  int first;      // in the sequence
+  int64_t token;  // on the token axis
+  int count;      // of the sequence's tokens
+};
+__device__ __forceinline__ Place place_of_queries(const AttentionProblem& problem, uint32_t block, int size) {
+  const Owned owned = owned_tile(block, problem.queries, problem.heads, problem.cu_queries, problem.sequences, size);
+  const Tokens tokens = tokens_of(owned.sequence, problem.queries, problem.cu_queries, nullptr);
+  return {owned.sequence, owned.head, owned.first, tokens.first + owned.first, tokens.count};
+}
+// Of keys' heads. Keys beyond a sequence's length are counted, as they have gradients: zeros.
+__device__ __forceinline__ Place place_of_keys(const AttentionProblem& problem, uint32_t block, int size) {
+  const Owned owned =
+      owned_tile(block, problem.keys, problem.heads / problem.group, problem.cu_keys, problem.sequences, size);
+  const Tokens tokens = tokens_of(owned.sequence, problem.keys, problem.cu_keys, nullptr);
+  return {owned.sequence, owned.head, owned.first, tokens.first + owned.first, tokens.count};
+}
+
 // Index of a sequence's first row in statistics.
 __device__ __forceinline__ int64_t row_index(const AttentionProblem& problem, int sequence, int head, int64_t first) {
   if (problem.cu_queries != nullptr) return int64_t(head) * problem.queries + first;
   return (int64_t(sequence) * problem.heads + head) * problem.queries;
 }
 
+template <class T>
+__device__ __forceinline__ T* rows_to(const Rows& rows, int sequence, int head, int64_t token) {
+  return const_cast<T*>(static_cast<const T*>(rows.data)) + sequence * rows.sequence + head * rows.head + token * rows.token;
+}
 template <class T>
 __device__ __forceinline__ const T* rows_at(const Rows& rows, int sequence, int head, int64_t token) {
   return static_cast<const T*>(rows.data) + sequence * rows.sequence + head * rows.head + token * rows.token;
@@ -173,17 +221,31 @@ __device__ __forceinline__ float mask_value(const Mask& mask, int64_t at) {
   return widen(static_cast<const T*>(mask.data)[at]);
 }
 
-// Which elements of a 16 x 8 part dropout keeps, as a nibble: bit 2 h + e is that of row l / 4 + 8 h, column
-// 2 (l % 4) + e of lane l. Each lane draws the four words of one row's half.
-__device__ __forceinline__ uint32_t kept(const Dropout& dropout, uint64_t seed, int sequence, int head, int row, int column) {
+// Writes rows that lie in registers, as sums of products do, by way of a tile in shared memory of which this warp alone uses
+// the rows from `first` on: 16 bytes an access. value(m, h, x): what becomes of x, of row 16 m + 8 h + l / 4. out: where the
+// tile's first row goes; rows from `count` on go nowhere.
+template <class T, int kWidth, int kTiles, class Value>
+__device__ __forceinline__ void write_rows(const float (&sums)[kTiles][kWidth / 8][4], uint32_t tile, int first, Value value,
+                                           T* out, int64_t stride, int count, int width) {
+  using Rows_ = Tile<kWidth>;
   const int lane = threadIdx.x % 32;
-  uint32_t words[4], bits = 0;
-  philox(words, seed, sequence, head, row + lane % 16, column / 4 + lane / 16);
+  __syncwarp();
 #pragma unroll
-  for (int i = 0; i < 4; ++i) bits |= uint32_t(words[i] >= dropout.threshold) << i;
-  const int source = lane / 4 + lane % 4 / 2 * 16, shift = lane % 2 * 2;
-  const uint32_t upper = __shfl_sync(~0u, bits, source), lower = __shfl_sync(~0u, bits, source + 8);
-  return (upper >> shift & 3) | (lower >> shift & 3) << 2;
+  for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int d = 0; d < kWidth / 8; ++d) {
+        const uint32_t both = pack<T>(value(m, h, sums[m][d][2 * h]), value(m, h, sums[m][d][2 * h + 1]));
+        store_shared(Rows_::at(tile, first + 16 * m + 8 * h + lane / 4, d) + lane % 4 * 4, both);
+      }
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 16 * kTiles * Rows_::kChunks / 32; ++i) {
+    const int place = lane + i * 32, row = first + place / Rows_::kChunks, chunk = place % Rows_::kChunks;
+    if (row >= count || chunk * 8 >= width) continue;
+    *reinterpret_cast<uint4*>(out + row * stride + chunk * 8) = load_shared(Rows_::at(tile, row, chunk));
+  }
 }
 
 // Over the four lanes that share a row.

@@ -7,6 +7,13 @@
 
 namespace fasttx::cuda {
 
+// blockIdx.x, asked for anew: what is worked out from it before a loop and after it need not live in registers meanwhile.
+__device__ __forceinline__ uint32_t block_number() {
+  uint32_t block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
+
 // A pointer into shared memory as the instructions take it.
 __device__ __forceinline__ uint32_t shared_address(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
 
@@ -20,6 +27,11 @@ __device__ __forceinline__ uint4 load_shared(uint32_t from) {
                : "r"(from)
                : "memory");
   return words;
+}
+
+__device__ __forceinline__ float4 load_shared_floats(uint32_t from) {
+  const uint4 words = load_shared(from);
+  return make_float4(__uint_as_float(words.x), __uint_as_float(words.y), __uint_as_float(words.z), __uint_as_float(words.w));
 }
 
 // 16 bytes from global to shared memory, past the registers; zeros where not `wanted`, and then nothing is read.

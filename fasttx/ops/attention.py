@@ -78,13 +78,14 @@ attention_fwd = define(
     f"attention_fwd(Tensor query, Tensor key, Tensor value,{_OPTIONS}, bool with_lse=True, int weights=0)"
     " -> (Tensor output, Tensor lse, Tensor stats, Tensor applied)",
     _attention_fwd,
+    on_cuda=True,
 )
 _BACKWARD = (
     "Tensor grad, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output,"
     f" Tensor stats,{_OPTIONS}, Tensor? grad_weights=None"
 )
 attention_bwd = define(
-    f"attention_bwd({_BACKWARD}) -> (Tensor dquery, Tensor dkey, Tensor dvalue)", _attention_bwd
+    f"attention_bwd({_BACKWARD}) -> (Tensor dquery, Tensor dkey, Tensor dvalue)", _attention_bwd, on_cuda=True
 )
 attention_bias_bwd = define(f"attention_bias_bwd({_BACKWARD}) -> Tensor dmask", _attention_bias_bwd)
 attention_alibi_bwd = define(f"attention_alibi_bwd({_BACKWARD}) -> Tensor dslopes", _attention_alibi_bwd)
@@ -96,7 +97,10 @@ _BATCHES = (
 for _op in (attention_fwd, attention_bwd, attention_bias_bwd):
     _names = [argument.name for argument in _op.registered._schema.arguments]
     # The mask that dropout draws depends on a sequence's place in the batch.
-    _op.vmap_rule = as_batches(_op.raw, _names, _BATCHES, ("cu_seqlens_q", "dropout_p"), _op is attention_bias_bwd)
+    for _each in _op.each():
+        _each.vmap_rule = as_batches(
+            _each.raw, _names, _BATCHES, ("cu_seqlens_q", "dropout_p"), _op is attention_bias_bwd
+        )
 
 
 def _save(ctx, inputs, output):
@@ -148,6 +152,7 @@ def attention(
     scale: float,
     want_lse: bool = True,
     weights: int = NONE,
+    backend: str = "",
 ) -> tuple[Tensor, ...]:
     """Output and lse, empty where it is not wanted; with weights EACH or MEAN, those too.
 
@@ -158,7 +163,7 @@ def attention(
         alibi_slopes = alibi_slopes.to(accumulate_dtype(query.dtype))
     differentiable = wants_grad(query, key, value, attn_mask, alibi_slopes)
     output, lse, _, applied = run(
-        attention_fwd, differentiable,
+        attention_fwd.on(backend), differentiable,
         query, key, value, attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes,
         is_causal, query_offset, window_left, window_right, dropout_p, seed, scale,
         want_lse or differentiable, weights,

@@ -38,10 +38,11 @@ def kernels() -> dict[str, str]:
         texts = [path.read_text() for path in Path(folder).glob("*.ptx")]
     found = {}
     for text in texts:
-        text = text.partition("\n\t.section")[0]
+        files = "\n".join(re.findall(r"^\s*\.file\s.*$", text, re.MULTILINE))
+        text = re.split(r"^\s*\.(?:file|section)\s", text, maxsplit=1, flags=re.MULTILINE)[0]
         starts = [match.start() for match in _ENTRY.finditer(text)]
         for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
-            found[_ENTRY.match(text, start)[1]] = text[: starts[0]] + text[start:end]
+            found[_ENTRY.match(text, start)[1]] = text[: starts[0]] + text[start:end] + files
     return found
 
 

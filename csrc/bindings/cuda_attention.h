@@ -1,0 +1,35 @@
+// Attention's arguments as its CUDA kernels take them.
+#pragma once
+
+#include "cuda_common.h"
+#include "layers.h"
+
+namespace fasttx::bindings {
+
+// A call's problem, and the tensors that its pointers lead into. Throws for what the kernels cannot take.
+struct CudaAttention {
+  cuda::AttentionProblem problem = {};
+  int dtype;    // as the launchers count
+  bool packed;  // (total tokens, heads, width) instead of (batch, heads, tokens, width)
+  // Whether something is added to scores, masks or drops them, so that they are kept as they are.
+  bool laden;
+  Tensor query, key, value;
+
+  CudaAttention(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options,
+                cuda::Queue queue);
+
+  bool is_empty() const { return problem.sequences == 0 || problem.heads == 0 || problem.queries == 0; }
+  // Of statistics, one for each row.
+  Sizes row_sizes() const;
+
+ private:
+  OptionalTensor key_lengths_, cu_queries_, cu_keys_, slopes_, mask_, seed_, seen_;
+
+  void add_mask(const Tensor& mask, const Sizes& sizes, cuda::Queue queue);
+};
+
+// The tensor, or a copy of it, with dense rows that begin at multiples of 16 bytes.
+Tensor with_vector_rows(const Tensor& tensor);
+cuda::Rows rows_of(const Tensor& tensor);
+
+}  // namespace fasttx::bindings

@@ -1,0 +1,78 @@
+#include "attention_tiles.h"
+#include "launchers.h"
+
+namespace fasttx::cuda {
+namespace {
+
+constexpr uint32_t kThreads = 128, kRowsOfTile = 16 * kThreads / 32;
+
+// A kernel with its tile: tokens that a block owns, and the bytes of shared memory that it takes.
+struct Tiled {
+  Kernel kernel;
+  int owned;
+  uint32_t shared;
+};
+// Of a dtype and level, by width.
+using Kernels = Tiled[2 * kWidthCount];
+
+#define FASTTX_FWD(T, level, width, tiles, keys)                     \
+  {{"attention_fwd_" #T, "attention_fwd_" #level "_" #width "_" #T}, \
+   tiles * kRowsOfTile,                                              \
+   2 * width * (tiles * kRowsOfTile + 4 * keys)},
+#define FASTTX_BWD_QUERIES(T, level, width, keys)                                    \
+  {{"attention_bwd_queries_" #T, "attention_bwd_queries_" #level "_" #width "_" #T}, \
+   kRowsOfTile,                                                                      \
+   2 * width * (2 * kRowsOfTile + 4 * keys)},
+#define FASTTX_BWD_KEYS(T, level, width, queries)                              \
+  {{"attention_bwd_keys_" #T, "attention_bwd_keys_" #level "_" #width "_" #T}, \
+   kRowsOfTile,                                                                \
+   2 * width * (2 * kRowsOfTile + 4 * queries) + 2 * 16 * queries},
+
+Kernels forward[2] = {{FASTTX_ATTENTION_FWD_TILES(FASTTX_FWD, bf16)}, {FASTTX_ATTENTION_FWD_TILES(FASTTX_FWD, fp16)}};
+Kernels of_queries[2] = {{FASTTX_ATTENTION_BWD_QUERIES_TILES(FASTTX_BWD_QUERIES, bf16)},
+                         {FASTTX_ATTENTION_BWD_QUERIES_TILES(FASTTX_BWD_QUERIES, fp16)}};
+Kernels of_keys[2] = {{FASTTX_ATTENTION_BWD_KEYS_TILES(FASTTX_BWD_KEYS, bf16)},
+                      {FASTTX_ATTENTION_BWD_KEYS_TILES(FASTTX_BWD_KEYS, fp16)}};
+Kernel rows[2] = {{"attention_rows", "attention_rows_bf16"}, {"attention_rows", "attention_rows_fp16"}};
+Kernel seen{"keys_seen", "keys_seen"};
+
+Tiled& choose(Kernels& kernels, const AttentionProblem& problem, int laden) {
+  const int width = problem.width > problem.value_width ? problem.width : problem.value_width;
+  int index = 0;
+  while (kWidths[index] < width) ++index;
+  return kernels[laden * kWidthCount + index];
+}
+
+// Launches blocks that own a tile of one head each: of queries, or of keys.
+template <class Args>
+int launch_tiles(Tiled& tiled, const Args& args, bool keys, Queue queue) {
+  const AttentionProblem& problem = args.problem;
+  const int64_t tokens = keys ? problem.keys : problem.queries, heads = problem.heads / (keys ? problem.group : 1);
+  const bool packed = problem.cu_queries != nullptr;
+  const int64_t tiles = packed ? tokens / tiled.owned + problem.sequences : (tokens + tiled.owned - 1) / tiled.owned;
+  const Grid grid{uint32_t(tiles * heads * (packed ? 1 : problem.sequences))};
+  return launch(tiled.kernel, grid, kThreads, tiled.shared, args, queue);
+}
+
+}  // namespace
+
+extern "C" int fasttx_cuda_attention_fwd(const AttentionFwd* args, int dtype, int laden, Queue queue) {
+  return launch_tiles(choose(forward[dtype - 1], args->problem, laden), *args, false, queue);
+}
+
+extern "C" int fasttx_cuda_attention_bwd(const AttentionBwd* args, int dtype, Queue queue) {
+  const AttentionProblem& problem = args->problem;
+  const int64_t sequences = problem.cu_queries == nullptr ? problem.sequences : 1;
+  const int64_t count = sequences * problem.heads * problem.queries, rows_of_block = kThreads / 16;
+  const Grid grid{uint32_t((count + rows_of_block - 1) / rows_of_block)};
+  if (const int error = launch(rows[dtype - 1], grid, kThreads, 0, *args, queue); error != 0) return error;
+  Tiled& queries = choose(of_queries[dtype - 1], problem, args->laden);
+  if (const int error = launch_tiles(queries, *args, false, queue); error != 0) return error;
+  return launch_tiles(choose(of_keys[dtype - 1], problem, args->laden), *args, true, queue);
+}
+
+extern "C" int fasttx_cuda_keys_seen(const KeysSeen* args, int sequences, Queue queue) {
+  return launch(seen, {uint32_t((args->keys + 31) / 32), uint32_t(sequences)}, 256, 0, *args, queue);
+}
+
+}  // namespace fasttx::cuda

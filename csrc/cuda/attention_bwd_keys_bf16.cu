@@ -1,0 +1,3 @@
+#include "attention_bwd_keys.cuh"
+
+FASTTX_ATTENTION_BWD_KEYS_TILES(FASTTX_ATTENTION_BWD_KEYS, bf16)

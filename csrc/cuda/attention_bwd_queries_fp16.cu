@@ -1,0 +1,3 @@
+#include "attention_bwd_queries.cuh"
+
+FASTTX_ATTENTION_BWD_QUERIES_TILES(FASTTX_ATTENTION_BWD_QUERIES, fp16)

@@ -1,0 +1,3 @@
+#include "attention_fwd.cuh"
+
+FASTTX_ATTENTION_FWD_TILES(FASTTX_ATTENTION_FWD, bf16)
