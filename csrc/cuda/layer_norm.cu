@@ -156,7 +156,6 @@ __device__ __forceinline__ void store_line(float* to, const typename Columns<T, 
   } else {
     // A group's i-th values lie side by side.
     __shared__ float shared[kWarps][kGroups * kMine];
-    __syncthreads();
 #pragma unroll
     for (int k = 0; k < kGroups; ++k) {
 #pragma unroll
@@ -176,6 +175,17 @@ __device__ __forceinline__ void store_line(float* to, const typename Columns<T, 
       to[column] = sum;
     }
   }
+}
+
+// Both lines, as far as they are wanted, `at` values from the first ones.
+template <class T, class Team>
+__device__ __forceinline__ void store_lines(const LayerNormBwd& args, int64_t at,
+                                            const typename Columns<T, Team>::Values& dweight,
+                                            const typename Columns<T, Team>::Values& dbias, uint32_t count) {
+  if (args.dweight != nullptr) store_line<T, Team>(args.dweight + at, dweight, count);
+  // The second one takes the shared memory of the first.
+  if (Team::kSize <= 32 && args.dweight != nullptr && args.dbias != nullptr) __syncthreads();
+  if (args.dbias != nullptr) store_line<T, Team>(args.dbias + at, dbias, count);
 }
 
 // dx, the slope by the row itself added, and dropout(dx): as far as they are wanted.
@@ -259,8 +269,7 @@ __device__ __forceinline__ void bwd(const LayerNormBwd& args) {
     }
   }
   const int64_t line = int64_t(blockIdx.x) * args.width;
-  if (args.dweight != nullptr) store_line<T, Team>(args.dweight + line, dweight, args.width);
-  if (args.dbias != nullptr) store_line<T, Team>(args.dbias + line, dbias, args.width);
+  store_lines<T, Team>(args, line, dweight, dbias, args.width);
 }
 
 // Rows that no block can hold: stats takes what the sums over rows need, which are another kernel's.
@@ -368,8 +377,7 @@ __device__ __forceinline__ void bwd_sums(const LayerNormBwd& args) {
   }
   const int64_t line = int64_t(blockIdx.y) * args.width + start;
   const uint32_t count = min(args.width - start, Mine::all());
-  if (args.dweight != nullptr) store_line<T, Team>(args.dweight + line, dweight, count);
-  if (args.dbias != nullptr) store_line<T, Team>(args.dbias + line, dbias, count);
+  store_lines<T, Team>(args, line, dweight, dbias, count);
 }
 
 }  // namespace

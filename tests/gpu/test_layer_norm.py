@@ -59,10 +59,11 @@ def check_add_norm(target, dtype, shape, p, affine=True):
             input, residual, width, weight, bias, EPS, dropout_p=p, training=True, return_sum=True, seed=SEED
         )
 
-    with on_kernels(target):
+    with on_kernels(target) as machine:
         assert_op_within_budget(
             op, eager=eager, reference=truth, inputs=inputs_of(shape, affine, residual=True), dtype=dtype
         )
+    return machine
 
 
 @by_kernels
