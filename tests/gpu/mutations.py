@@ -2,6 +2,8 @@
 
     left, outcomes = mutations.survivors("sm_90", [Trial(call, agrees)])
 
+The target "binary" stands for the CUDA C++ kernels, called through their operators.
+
 A mutation is caught if the emulator raises, or the result is wrong. One that survives both must be listed by the test
 as equivalent, with the reason: nothing that the kernel computes depends on what was changed.
 """
@@ -10,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from gpu import binary
 from gpu.driver import emulated
 from gpu.ptx import CheckFailed, PTXError
 
@@ -151,6 +154,10 @@ def of(text: str, kinds: Iterable[str] | None = None, most: int | None = None) -
         yield from found[::step]
 
 
+def _emulated(target: str, transform: Callable[[str], str]):
+    return binary.intercepted(transform=transform) if target == "binary" else emulated(target, transform=transform)
+
+
 def compiled(target: str, trial: Trial, kernel: str = "") -> str:
     """The PTX of the one kernel that a trial launches, or of the one whose name has `kernel` in it.
 
@@ -162,7 +169,7 @@ def compiled(target: str, trial: Trial, kernel: str = "") -> str:
         texts.append(text)
         return text
 
-    with emulated(target, transform=keep):
+    with _emulated(target, keep):
         result = trial.call()
     if not trial.agrees(result):
         raise ValueError("the result is wrong with nothing changed: every mutation would count as caught")
@@ -175,7 +182,7 @@ def compiled(target: str, trial: Trial, kernel: str = "") -> str:
 def judge(mutation: Mutation, target: str, trial: Trial, original: str) -> Outcome:
     """Runs a call with its kernel changed, whose PTX is `original`; others that it launches stay as they are."""
     try:
-        with emulated(target, transform=lambda text: mutation(text) if text == original else text):
+        with _emulated(target, lambda text: mutation(text) if text == original else text):
             result = trial.call()
     except CheckFailed as error:
         return Outcome(mutation, error.check, error.message)
