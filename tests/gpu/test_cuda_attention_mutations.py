@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(binary.missing is not None, reason=str(binary.mi
 trial = partial(causal, on_cuda=True)
 
 
-# Of each kernel's trials the first has several sequences and heads, and in the second there are blocks that meet no tile.
+# Of each kernel's trials the first has several sequences and heads; in the second there are blocks that meet no tile.
 NONE_MET = (200, 161, -130)
 
 
