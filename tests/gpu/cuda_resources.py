@@ -2,7 +2,7 @@
 
     python -m gpu.cuda_resources --write    (in tests/) writes cuda_resources.json
 
-The binary tells of the architectures that the build was told to compile for; for all of them ptxas compiles the PTX that
+The binary tells of the architectures that the build compiled for; for all of them ptxas compiles the PTX that
 it carries.
 """
 
