@@ -11,7 +11,7 @@ from fasttx import _gpu
 # Of an op that they have kernels for, why these cannot take a call on the tensors, or None.
 _Refusal = Callable[[tuple[Tensor | None, ...]], str | None]
 OPS: dict[str, _Refusal] = dict.fromkeys(
-    ("gelu", "bias_gelu", "layer_norm", "add_layer_norm"), lambda tensors: None
+    ("gelu", "bias_gelu", "layer_norm", "add_layer_norm", "softmax"), lambda tensors: None
 )
 
 WIDEST_HEAD = 128

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasttx
 from fasttx import _cuda, _gpu, dispatch
-from fasttx.ops import attention, gelu
+from fasttx.ops import attention, gelu, layer_norm, softmax
 
 BF16 = torch.bfloat16
 
@@ -123,6 +123,10 @@ def without_launches(needs_extension):
 # Of each op: a call on a tensor, and the operators that it and its gradient run.
 RUN = {
     "gelu": (lambda x: gelu.gelu(x, "none", "cuda"), ["gelu_fwd", "gelu_bwd"]),
+    "layer_norm": (
+        lambda x: layer_norm.layer_norm(x, 8, None, None, 1e-5, "cuda"), ["layer_norm_fwd", "layer_norm_bwd"]
+    ),
+    "softmax": (lambda x: softmax.softmax(x, None, False, -1, "cuda"), ["softmax_fwd", "softmax_bwd"]),
     "attention": (
         lambda x: attention.attention(x, x, x, *[None] * 5, True, 0, -1, -1, 0.0, None, 1.0, backend="cuda")[0],
         ["attention_fwd", "attention_bwd"],

@@ -33,6 +33,26 @@ struct Mask {
   bool vector;  // what goes with 16 bytes of scores lies together, aligned to its size, or to 16 if that is less
 };
 
+// y = softmax(x + mask) of (batch, heads, queries, width): zeros where a row keeps nothing.
+struct SoftmaxFwd {
+  const void* x;
+  void* y;
+  Mask mask;
+  uint32_t rows;  // batch * heads * queries
+  uint32_t heads, queries, width;
+  bool is_causal;  // columns beyond the number of the query are masked out
+  bool vector;     // the mask's, too
+};
+
+// dx = y (dy - sum(y dy)) of (rows, width).
+struct SoftmaxBwd {
+  const void* dy;
+  const void* y;
+  void* dx;
+  uint32_t rows, width;
+  bool vector;
+};
+
 // y = gelu(x + bias) of (rows, width).
 struct GeluFwd {
   const void* x;
