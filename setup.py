@@ -138,7 +138,7 @@ def cuda_rules(folder: Path) -> tuple[list[str], list[str]]:
     # Line numbers stay in the PTX, for those who read it; in the binaries they would take most of the room.
     lines += [
         "rule ptx",
-        f"  command = {escape(nvcc)} -std=c++17 -O3 -lineinfo -arch=compute_{CUDA_BASE} -ptx -MD -MF $out.d $in -o $out"
+        f"  command = {escape(nvcc)} -std=c++17 -O3 -fmad=false -lineinfo -arch=compute_{CUDA_BASE} -ptx -MD -MF $out.d $in -o $out"
         f""" && sed -i 's#{ROOT.resolve()}/##; s#"/.*/include/#"#' $out""",
         "  depfile = $out.d",
         "  deps = gcc",

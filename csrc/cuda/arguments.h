@@ -76,6 +76,38 @@ struct GeluBwd {
   bool vector;
 };
 
+// y = the layer norm of residual + dropout(x) over rows of (rows, width); sum: that sum before it is rounded.
+struct LayerNormFwd {
+  const void* x;
+  const void* residual;  // or null
+  const void* weight;    // (width,) or null
+  const void* bias;      // (width,) or null
+  void* y;
+  void* sum;  // or null
+  Dropout dropout;
+  uint32_t rows, width;
+  float eps;
+  bool vector;
+};
+
+// The slopes of layer_norm(x) by x, that of x itself added, and by what x is the sum of. dweight, dbias: one line of sums
+// for each program, (programs, width).
+struct LayerNormBwd {
+  const void* dy;
+  const void* dsum;  // or null
+  const void* x;
+  const void* weight;  // (width,) or null
+  void* dx;            // dsum + the slope by x, or null
+  void* dropped;       // dropout(dx), or null
+  float* dweight;      // or null
+  float* dbias;        // or null
+  float* stats;        // of rows too wide for registers: (rows, 2), each one's mean and 1 / standard deviation
+  Dropout dropout;
+  uint32_t rows, width;
+  float eps;
+  bool vector;
+};
+
 // out = the sums over the rows of x, (matrices, rows, width) float32; out[i] (width,) of the dtype of the kernel's name.
 struct SumPartials {
   const float* x;

@@ -17,6 +17,12 @@ extern "C" {
 int fasttx_cuda_gelu_fwd(const GeluFwd* args, int dtype, int tanh, Queue queue);
 // args->dbias, if it is not null, has partial_lines(rows) lines.
 int fasttx_cuda_gelu_bwd(const GeluBwd* args, int dtype, int tanh, Queue queue);
+int fasttx_cuda_layer_norm_fwd(const LayerNormFwd* args, int dtype, Queue queue);
+// args->dweight and args->dbias, if they are not null, have layer_norm_lines lines, and args->stats is there if a row is
+// wide.
+int fasttx_cuda_layer_norm_bwd(const LayerNormBwd* args, int dtype, Queue queue);
+uint32_t fasttx_cuda_layer_norm_lines(uint32_t rows, uint32_t width, int dtype);
+int fasttx_cuda_layer_norm_is_wide(uint32_t width, int dtype);
 int fasttx_cuda_softmax_fwd(const SoftmaxFwd* args, int dtype, Queue queue);
 int fasttx_cuda_softmax_bwd(const SoftmaxBwd* args, int dtype, Queue queue);
 int fasttx_cuda_sum_partials(const SumPartials* args, int matrices, int dtype, Queue queue);

@@ -48,4 +48,26 @@ __device__ __forceinline__ void drop(float (&x)[n], const Dropout& dropout, uint
   }
 }
 
+// Bit i: whether column `column + i` of the row is kept. `column` and n are multiples of 4, n at most 32.
+template <int n>
+__device__ __forceinline__ uint32_t kept(const Dropout& dropout, uint64_t seed, uint32_t batch, uint32_t head, uint32_t row,
+                                         uint32_t column) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < n; i += 4) {
+    uint32_t words[4];
+    philox(words, seed, batch, head, row, (column + i) / 4);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) bits |= uint32_t(words[k] >= dropout.threshold) << (i + k);
+  }
+  return bits;
+}
+
+// What is not kept becomes 0, the rest is scaled.
+template <int n>
+__device__ __forceinline__ void drop(float (&x)[n], const Dropout& dropout, uint32_t kept) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) x[i] = kept >> i & 1 ? x[i] * dropout.keep_scale : 0.f;
+}
+
 }  // namespace fasttx::cuda

@@ -39,4 +39,19 @@ __device__ __forceinline__ float over_block(float x, float* shared) {
   return over_warp<Op>(x);
 }
 
+// The same of n values at once; `shared` (n, threads / 32).
+template <class Op, int threads, int n>
+__device__ __forceinline__ void over_block(float (&x)[n], float* shared) {
+  constexpr int kWarps = threads / 32;
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    x[i] = over_warp<Op>(x[i]);
+    if (lane == 0) shared[i * kWarps + warp] = x[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < n; ++i) x[i] = over_warp<Op, kWarps>(shared[i * kWarps + lane % kWarps]);
+}
+
 }  // namespace fasttx::cuda

@@ -62,6 +62,60 @@ __device__ __forceinline__ void unpack<bf16>(float& low, float& high, uint32_t p
   high = __uint_as_float(packed & 0xffff0000u);
 }
 
+// kLanes values of T as they lie in memory.
+template <class T>
+struct Packed {
+  uint4 words;
+};
+
+template <class T>
+__device__ __forceinline__ void widen(float (&x)[kLanes<T>], const Packed<T>& packed) {
+  const uint32_t each[4] = {packed.words.x, packed.words.y, packed.words.z, packed.words.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      x[i] = __uint_as_float(each[i]);
+    } else {
+      unpack<T>(x[2 * i], x[2 * i + 1], each[i]);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ Packed<T> packed(const float (&x)[kLanes<T>]) {
+  uint32_t each[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      each[i] = __float_as_uint(x[i]);
+    } else {
+      each[i] = pack<T>(x[2 * i], x[2 * i + 1]);
+    }
+  }
+  return {make_uint4(each[0], each[1], each[2], each[3])};
+}
+
+// From memory that no kernel writes meanwhile: 16 bytes at once, aligned.
+template <class T>
+__device__ __forceinline__ Packed<T> fetch(const T* from) {
+  return {__ldg(reinterpret_cast<const uint4*>(from))};
+}
+// The first `count` of them, wherever they lie; zeros for the rest.
+template <class T>
+__device__ __forceinline__ Packed<T> fetch_some(const T* from, uint32_t count) {
+  uint32_t each[4] = {};
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (i >= count) continue;
+    if constexpr (sizeof(T) == 4) {
+      each[i] = __float_as_uint(from[i]);
+    } else {
+      each[i / 2] |= uint32_t(from[i].bits) << (16 * (i % 2));
+    }
+  }
+  return {make_uint4(each[0], each[1], each[2], each[3])};
+}
+
 // n values from memory that no kernel writes meanwhile: 16 bytes of them, aligned, or one.
 template <class T, int n>
 __device__ __forceinline__ void load(float (&x)[n], const T* from) {
@@ -69,16 +123,7 @@ __device__ __forceinline__ void load(float (&x)[n], const T* from) {
     x[0] = widen(*from);
   } else {
     static_assert(n == kLanes<T>);
-    const uint4 words = __ldg(reinterpret_cast<const uint4*>(from));
-    const uint32_t each[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(T) == 4) {
-        x[i] = __uint_as_float(each[i]);
-      } else {
-        unpack<T>(x[2 * i], x[2 * i + 1], each[i]);
-      }
-    }
+    widen<T>(x, fetch(from));
   }
 }
 
@@ -88,16 +133,15 @@ __device__ __forceinline__ void store(T* to, const float (&x)[n]) {
     *to = narrow<T>(x[0]);
   } else {
     static_assert(n == kLanes<T>);
-    uint32_t each[4];
+    *reinterpret_cast<uint4*>(to) = packed<T>(x).words;
+  }
+}
+// The first `count` of them, one by one.
+template <class T>
+__device__ __forceinline__ void store_some(T* to, const float (&x)[kLanes<T>], uint32_t count) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(T) == 4) {
-        each[i] = __float_as_uint(x[i]);
-      } else {
-        each[i] = pack<T>(x[2 * i], x[2 * i + 1]);
-      }
-    }
-    *reinterpret_cast<uint4*>(to) = make_uint4(each[0], each[1], each[2], each[3]);
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (i < count) to[i] = narrow<T>(x[i]);
   }
 }
 

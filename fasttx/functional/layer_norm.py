@@ -45,9 +45,10 @@ def layer_norm(
             (input,), (weight, bias), wide_on_gpu=True,
         )  # fmt: skip
     tensors = (input, weight, bias)
-    if choose("layer_norm", tensors, backend, kernel_refusal=_refusal(dims)) == "reference":
+    taken = choose("layer_norm", tensors, backend, kernel_refusal=_refusal(dims))
+    if taken == "reference":
         return reference.layer_norm(input, dims, weight, bias, eps)
-    return ops.layer_norm(input, math.prod(dims), weight, bias, eps)
+    return ops.layer_norm(input, math.prod(dims), weight, bias, eps, taken)
 
 
 def add_layer_norm(
@@ -97,13 +98,14 @@ def add_layer_norm(
         )  # fmt: skip
     seed = draw_seed() if p > 0.0 else None
     tensors = (input, residual, weight, bias)
-    if choose("add_layer_norm", tensors, backend, kernel_refusal=_refusal(dims)) == "reference":
+    taken = choose("add_layer_norm", tensors, backend, kernel_refusal=_refusal(dims))
+    if taken == "reference":
         return reference.add_layer_norm(
             input, residual, dims, weight, bias, eps,
             dropout_p=p, training=training, return_sum=return_sum, seed=seed,
         )  # fmt: skip
     return ops.add_layer_norm(
-        input, residual, math.prod(dims), weight, bias, eps, p, seed, return_sum
+        input, residual, math.prod(dims), weight, bias, eps, p, seed, return_sum, taken
     )
 
 

@@ -35,12 +35,14 @@ def _layer_norm_bwd(grad, input, weight, width, eps, needs_input, needs_weight, 
 layer_norm_fwd = define(
     "layer_norm_fwd(Tensor input, int width, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     _layer_norm_fwd,
+    on_cuda=True,
 )
 layer_norm_bwd = define(
     "layer_norm_bwd(Tensor grad, Tensor input, Tensor? weight, int width, float eps,"
     " bool needs_input, bool needs_weight, bool needs_bias)"
     " -> (Tensor dinput, Tensor dweight, Tensor dbias)",
     _layer_norm_bwd,
+    on_cuda=True,
 )
 
 
@@ -112,6 +114,7 @@ add_layer_norm_fwd = define(
     " float eps, float dropout_p, Tensor? seed, bool store_sum)"
     " -> (Tensor output, Tensor sum)",
     _add_layer_norm_fwd,
+    on_cuda=True,
 )
 add_layer_norm_bwd = define(
     "add_layer_norm_bwd(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor? weight,"
@@ -119,6 +122,7 @@ add_layer_norm_bwd = define(
     " bool needs_input, bool needs_residual, bool needs_weight, bool needs_bias)"
     " -> (Tensor dresidual, Tensor dinput, Tensor dweight, Tensor dbias)",
     _add_layer_norm_bwd,
+    on_cuda=True,
 )
 
 
@@ -161,10 +165,12 @@ map_rows(
 )
 
 
-def layer_norm(input: Tensor, width: int, weight: Tensor | None, bias: Tensor | None, eps: float):
+def layer_norm(
+    input: Tensor, width: int, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str = ""
+):
     """Layer norm over trailing values that number `width`."""
     differentiable = wants_grad(input, weight, bias)
-    return run(layer_norm_fwd, differentiable, input, width, weight, bias, eps)
+    return run(layer_norm_fwd.on(backend), differentiable, input, width, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -177,11 +183,12 @@ def add_layer_norm(
     dropout_p: float,
     seed: Tensor | None,
     return_sum: bool,
+    backend: str = "",
 ):
     """Layer norm of residual + dropout(input); with return_sum, that sum too."""
     differentiable = wants_grad(input, residual, weight, bias)
     output, sum = run(
-        add_layer_norm_fwd, differentiable,
+        add_layer_norm_fwd.on(backend), differentiable,
         input, residual, width, weight, bias, eps, dropout_p, seed, return_sum or differentiable,
     )  # fmt: skip
     return (output, sum) if return_sum else output

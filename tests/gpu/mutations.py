@@ -1,6 +1,8 @@
 """Breaks compiled kernels on purpose, to see that the emulator's checks and a test's own comparison notice.
 
-    left, outcomes = mutations.survivors("sm_90", [Trial(call, agrees)])  # "binary": a CUDA C++ kernel
+    left, outcomes = mutations.survivors("sm_90", [Trial(call, agrees)])
+
+The target "binary" stands for the CUDA C++ kernels, called through their operators.
 
 A mutation is caught if the emulator raises, or the result is wrong. One that survives both must be listed by the test
 as equivalent, with the reason: nothing that the kernel computes depends on what was changed.

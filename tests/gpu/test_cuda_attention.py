@@ -68,7 +68,9 @@ OF_A_MASK = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "mask_dtype"), [OF_A_MASK[0], *(pytest.param(*x, marks=full) for x in OF_A_MASK[1:])])
+@pytest.mark.parametrize(
+    ("shape", "mask_dtype"), [OF_A_MASK[0], *(pytest.param(*x, marks=full) for x in OF_A_MASK[1:])]
+)
 def test_the_gradient_of_a_mask(shape, mask_dtype):
     options = {
         "is_causal": True, "query_offset": 5, "dropout_p": 0.2, "seed": SEED, "key_lengths": torch.tensor([70, 51])
