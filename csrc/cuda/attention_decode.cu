@@ -14,7 +14,6 @@ namespace fasttx::cuda {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
-constexpr int kInFlight = 4;  // rows of keys, or of values, that a thread has on their way at once
 constexpr int kJoinWarps = 8;
 
 __device__ __forceinline__ float base_of(float largest) { return largest == -INFINITY ? 0.f : largest; }
@@ -45,6 +44,8 @@ template <class T, int kWidth, int kRows>
 struct Decoding {
   static constexpr int kLanesOfRow = kWidth / 8, kKeysOfWarp = 32 / kLanesOfRow;
   static constexpr int kStep = kKeysOfWarp * kWarps;  // keys that a block has on their way with one access a thread
+  // Rows of keys, or of values, that a thread has on their way at once: as many as there are registers for.
+  static constexpr int kInFlight = kRows <= 2 ? 8 : 4;
   static constexpr int kRound = kStep * kInFlight;
   static constexpr int kQuads = kSplit / 128;  // four keys each, of a lane
 
