@@ -346,6 +346,7 @@ def test_arguments_that_do_not_fit_are_refused(case):
     assert machine is None or not machine.launches
 
 
+@counted
 def test_tensors_on_the_cpu_are_refused():
     with pytest.raises(RuntimeError, match="tensors on a CUDA device, got one on the CPU"):
         run(**_inputs())
