@@ -51,12 +51,8 @@ void decode(const cuda::AttentionFwd& args, const CudaAttention& call, cuda::Que
   const int64_t parts = splits == 1 ? 0 : splits;
   Tensor sums = allocate_beside(call.query, {parts, rows, problem.value_width}, ScalarType::Float);
   Tensor stats = allocate_beside(call.query, {parts, rows, 2}, ScalarType::Float);
-  const cuda::AttentionDecode decode{args,
-                                     static_cast<float*>(out_or_null(sums)),
-                                     static_cast<float2*>(out_or_null(stats)),
-                                     splits,
-                                     static_cast<uint32_t>(rows),
-                                     call.laden};
+  const cuda::AttentionDecode decode{args, static_cast<float*>(out_or_null(sums)),
+                                     static_cast<float2*>(out_or_null(stats)), splits, static_cast<uint32_t>(rows)};
   check_launch(fasttx_cuda_attention_decode(&decode, call.dtype, queue), "attention_decode");
 }
 
@@ -259,8 +255,9 @@ CudaAttention::CudaAttention(const Tensor& q, const Tensor& k, const Tensor& v, 
   seed_ = options.seed;
   if (options.attn_mask.has_value() && !is_empty() && problem.keys > 0)
     add_mask(*options.attn_mask, {q.size(0), heads, q.size(2), k.size(2)}, queue);
-  laden = problem.mask.kind != cuda::MaskKind::none || problem.seen != nullptr || problem.slopes != nullptr ||
-          problem.dropout.active || !(problem.scale > 0.f);
+  problem.scaled = problem.mask.kind >= cuda::MaskKind::additive || problem.slopes != nullptr || !(problem.scale > 0.f);
+  laden = problem.scaled || problem.mask.kind != cuda::MaskKind::none || problem.seen != nullptr ||
+          problem.dropout.active;
 }
 
 void CudaAttention::add_mask(const Tensor& mask, const Sizes& sizes, cuda::Queue queue) {
@@ -278,26 +275,42 @@ void CudaAttention::add_mask(const Tensor& mask, const Sizes& sizes, cuda::Queue
   const auto kind = boolean                                        ? cuda::MaskKind::boolean
                     : mask.scalar_type() == ScalarType::Float ? cuda::MaskKind::additive_float
                                                                    : cuda::MaskKind::additive;
-  const cuda::Mask whole{data(mask), strides[0], strides[1], strides[2], strides[3], kind, false};
-  if (!boolean) {
-    problem.mask = whole;
-    return;
-  }
-  // A mask that is the same for all queries of a sequence says nothing but which keys they see.
-  const bool alike = strides[1] == 0 && strides[2] == 0;
+  const int64_t two = 2 * mask.element_size();
+  const bool in_pairs = strides[3] == 1 && reinterpret_cast<uintptr_t>(data(mask)) % two == 0 && strides[0] % 2 == 0 &&
+                        strides[1] % 2 == 0 && strides[2] % 2 == 0;
+  const cuda::Mask whole{data(mask), strides[0], strides[1], strides[2], strides[3], kind, in_pairs};
+  // A bias of each head keeps everything, most likely: it is not looked at.
+  if (boolean || strides[1] == 0) add_tiles(whole, queue);
+  // A boolean mask that is the same for all queries of a sequence says nothing but which keys they see.
+  const bool alike = boolean && strides[1] == 0 && strides[2] == 0;
   if (!alike) problem.mask = whole;
+  if (!boolean) return;
   if (alike && strides[3] == 1) {
     problem.seen = static_cast<const uint8_t*>(whole.data);
     problem.seen_stride = strides[0];
     return;
   }
-  const auto batches = static_cast<int>(strides[0] == 0 ? 1 : sizes[0]);
+  const auto batches = static_cast<int>(strides[0] == 0 ? 1 : problem.sequences);
   seen_ = allocate_beside(query, {batches, problem.keys}, ScalarType::Byte);
   problem.seen = static_cast<const uint8_t*>(data(seen_));
   problem.seen_stride = batches == 1 ? 0 : problem.keys;
   const cuda::KeysSeen args{whole, static_cast<uint8_t*>(seen_->mutable_data_ptr()), strides[1] == 0 ? 1 : problem.heads,
                             strides[2] == 0 ? 1 : problem.queries, problem.keys};
   check_launch(fasttx_cuda_keys_seen(&args, batches, queue), "keys_seen");
+}
+
+void CudaAttention::add_tiles(const cuda::Mask& mask, cuda::Queue queue) {
+  const auto batches = static_cast<int>(mask.stride_b == 0 ? 1 : problem.sequences);
+  const int32_t heads = mask.stride_h == 0 ? 1 : problem.heads, queries = mask.stride_q == 0 ? 1 : problem.queries;
+  const int64_t down = (queries + cuda::kTileQueries - 1) / cuda::kTileQueries;
+  const int64_t across = (problem.keys + cuda::kTileKeys - 1) / cuda::kTileKeys;
+  tiles_ = allocate_beside(query, {batches, heads, down, across}, ScalarType::Byte);
+  problem.tiles = static_cast<const uint8_t*>(data(tiles_));
+  const int64_t strides[] = {heads * down * across, down * across, across};
+  const int64_t given[] = {mask.stride_b, mask.stride_h, mask.stride_q};
+  for (int dim = 0; dim < 3; ++dim) problem.tile_strides[dim] = given[dim] == 0 ? 0 : strides[dim];
+  const cuda::MaskTiles args{mask, static_cast<uint8_t*>(tiles_->mutable_data_ptr()), heads, queries, problem.keys};
+  check_launch(fasttx_cuda_mask_tiles(&args, batches, dtype, queue), "mask_tiles");
 }
 
 Sizes CudaAttention::row_sizes() const {

@@ -129,9 +129,12 @@ struct AttentionProblem {
   const int64_t *cu_queries, *cu_keys;      // (sequences + 1,) where packed sequences begin, or null
   const uint8_t* seen;                      // by sequence and key, whether any of its queries sees it; null: places alone say
   int64_t seen_stride;                      // of a sequence
+  const uint8_t* tiles;                     // what masks keep of each tile (MaskTiles), or null: they keep all
+  int64_t tile_strides[3];                  // of a sequence, a head, and kTileQueries queries
   const float* slopes;                      // (heads,) of ALiBi, or null
-  Mask mask;
+  Mask mask;                                // vector: neighbours of a row lie together, aligned to two of them
   Dropout dropout;
+  bool scaled;                              // scores are kept scaled, as something is added to them
   int32_t sequences, heads, group;          // group: heads that share a key's
   int32_t queries, keys;                    // of a sequence at most; packed: of all
   int32_t width, value_width;               // multiples of 8
@@ -161,6 +164,18 @@ struct AttentionBiasBwd {
   int32_t sequences, heads, queries, keys;
 };
 
+// What masks keep of a tile of kTileQueries queries and kTileKeys keys: nothing; all, and add nothing; or else `some`.
+enum class Kept : uint8_t { nothing, some, all };
+constexpr int kTileQueries = 64, kTileKeys = 32;
+
+// tiles (sequences, heads, tiles of queries, tiles of keys): what a mask keeps of each, of as many of all as differ. -infinity
+// is kept from, where it is added.
+struct MaskTiles {
+  Mask mask;
+  uint8_t* tiles;
+  int32_t heads, queries, keys;
+};
+
 // seen (sequences, keys): whether the boolean mask keeps a key for any of its heads and queries, of which there are as many
 // as differ.
 struct KeysSeen {
@@ -187,7 +202,6 @@ struct AttentionDecode {
   float2* part_stats;
   int32_t splits;
   uint32_t rows;
-  bool laden;  // scores are kept as they are, not as the products
 };
 
 }  // namespace fasttx::cuda

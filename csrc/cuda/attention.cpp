@@ -41,7 +41,8 @@ Kernels of_keys[2] = {{FASTTX_ATTENTION_BWD_KEYS_TILES(FASTTX_BWD_KEYS, bf16)},
 Kernels of_bias[2] = {{FASTTX_ATTENTION_BWD_BIAS_TILES(FASTTX_BWD_BIAS, bf16)},
                       {FASTTX_ATTENTION_BWD_BIAS_TILES(FASTTX_BWD_BIAS, fp16)}};
 Kernel rows[2] = {{"attention_rows", "attention_rows_bf16"}, {"attention_rows", "attention_rows_fp16"}};
-Kernel seen{"keys_seen", "keys_seen"};
+Kernel seen{"mask_tiles", "keys_seen"};
+Kernel tiles_of_mask[2] = {{"mask_tiles", "mask_tiles_bf16"}, {"mask_tiles", "mask_tiles_fp16"}};
 
 Tiled& choose(Kernels& kernels, const AttentionProblem& problem, int laden) {
   const int width = problem.width > problem.value_width ? problem.width : problem.value_width;
@@ -89,6 +90,12 @@ extern "C" int fasttx_cuda_attention_bias_bwd(const AttentionBiasBwd* args, int 
   const int64_t across = (args->keys + tiled.owned - 1) / tiled.owned, down = (args->queries + kRowsOfTile - 1) / kRowsOfTile;
   const Grid grid{uint32_t(across * down * args->sequences * args->heads)};
   return launch(tiled.kernel, grid, kThreads, tiled.shared, *args, queue);
+}
+
+extern "C" int fasttx_cuda_mask_tiles(const MaskTiles* args, int sequences, int dtype, Queue queue) {
+  const int64_t down = (args->queries + kTileQueries - 1) / kTileQueries, across = (args->keys + kTileKeys - 1) / kTileKeys;
+  const Grid grid{uint32_t((across + 7) / 8 * down * sequences * args->heads)};
+  return launch(tiles_of_mask[dtype - 1], grid, 256, 0, *args, queue);
 }
 
 extern "C" int fasttx_cuda_keys_seen(const KeysSeen* args, int sequences, Queue queue) {

@@ -50,7 +50,7 @@ struct AttentionBiasGradient {
     const int last_row = min(row + kQueries, problem.queries) - 1;
     if (key >= min(key_count, last_row + problem.hi + 1) || key + kKeys <= row + problem.lo) return;
     of.sequence = sequence, of.head = head, of.row_count = problem.queries, of.column_count = key_count;
-    of.first_row = row + warp * 16;
+    of.first_row = row + warp * 16, of.seen = nullptr;
 
     __syncthreads();  // all are done with the tile before
     const auto copy = [&](const Rows& from, int of_head, int at, int width, uint32_t to, auto rows, int count) {
@@ -80,14 +80,13 @@ struct AttentionBiasGradient {
     typename ScoresOf::Values scores, gradients;
     multiply_rows<T, kWidth, 1, kKeys>(scores, load(queries), keys, of_key);
     multiply_rows<T, kWidth, 1, kKeys>(gradients, load(grads), values, of_key);
-    const typename ScoresOf::Bits everything = {{~0u, ~0u}};
-    of.add_to(scores, everything, key);
+    of.add_to(scores, key, Kept::all);
     of.mask_places(scores, key);
     const bool drops = problem.dropout.active;
     const uint64_t seed = drops ? seed_of(problem.dropout) : 0;
 #pragma unroll
     for (int j = 0; j < kParts; ++j) {
-      const uint32_t kept = drops ? of.kept(seed, 0, key + 8 * j) : ~0u;
+      const uint32_t kept = drops ? of.drawn(seed, 0, key + 8 * j) : ~0u;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         differentiate<true>(scores[0][j][i], gradients[0][j][i], stats[i / 2], kLog2e, kept >> i & 1,

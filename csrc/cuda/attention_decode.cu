@@ -82,7 +82,7 @@ struct Decoding {
   __device__ __forceinline__ int64_t index_of(int row) const {
     return (int64_t(sequence) * problem.heads + head_of(row)) * problem.queries + row % problem.queries;
   }
-  __device__ __forceinline__ float unit() const { return args.laden ? kLog2e : problem.scale * kLog2e; }
+  __device__ __forceinline__ float unit() const { return problem.scaled ? kLog2e : problem.scale * kLog2e; }
 
   __device__ __forceinline__ void run() {
     if (begin < end) {
@@ -167,7 +167,7 @@ struct Decoding {
         bool kept = key >= from && key < to;
         if (seen != nullptr && kept) kept = seen[key] != 0;
         float score = each[i];
-        if (args.laden) score *= problem.scale;
+        if (problem.scaled) score *= problem.scale;
         if (mask.kind != MaskKind::none && kept) {
           const int64_t at = mask_at + key * mask.stride_k;
           if (mask.kind == MaskKind::boolean) {
@@ -274,7 +274,7 @@ struct Decoding {
     const uint2 packed = {pack<U>(sum.x * factor, sum.y * factor), pack<U>(sum.z * factor, sum.w * factor)};
     *reinterpret_cast<uint2*>(rows_to<U>(args.fwd.out, sequence, head, query) + column) = packed;
     if (column != 0 || args.fwd.lse == nullptr) return;
-    const float unit = args.laden ? kLog2e : problem.scale * kLog2e;
+    const float unit = problem.scaled ? kLog2e : problem.scale * kLog2e;
     args.fwd.lse[index] = fmaf(stats.x, unit * kLn2, logf(stats.y));
     reinterpret_cast<float2*>(args.fwd.stats)[index] = make_float2(base_of(stats.x), inverse);
   }
@@ -292,7 +292,7 @@ __device__ __forceinline__ void join(const AttentionDecode& args) {
   for (uint32_t split = threadIdx.x; split < args.splits; split += 32 * kJoinWarps)
     largest = fmaxf(largest, args.part_stats[int64_t(split) * args.rows + row].x);
   largest = over_block<Max, 32 * kJoinWarps>(largest, largest_of);
-  const float base = base_of(largest), unit = args.laden ? kLog2e : problem.scale * kLog2e;
+  const float base = base_of(largest), unit = problem.scaled ? kLog2e : problem.scale * kLog2e;
   float4 sum = {};
   float total = 0.f;
 #pragma unroll 4

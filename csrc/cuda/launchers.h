@@ -36,6 +36,7 @@ int fasttx_cuda_attention_bwd(const AttentionBwd* args, int dtype, Queue queue);
 int fasttx_cuda_attention_bias_bwd(const AttentionBiasBwd* args, int dtype, Queue queue);
 // Where a group has at most kMostRows queries in a sequence.
 int fasttx_cuda_attention_decode(const AttentionDecode* args, int dtype, Queue queue);
+int fasttx_cuda_mask_tiles(const MaskTiles* args, int sequences, int dtype, Queue queue);
 int fasttx_cuda_keys_seen(const KeysSeen* args, int sequences, Queue queue);
 
 }  // extern "C"
