@@ -15,6 +15,9 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kJoinWarps = 8;
+// Blocks that are to fit on a multiprocessor: of one row's kernels ptxas would fit more, and spill.
+template <int rows>
+constexpr int kBlocks = rows == 1 ? 8 : 1;
 
 __device__ __forceinline__ float base_of(float largest) { return largest == -INFINITY ? 0.f : largest; }
 
@@ -326,7 +329,7 @@ __device__ __forceinline__ void join(const AttentionDecode& args) {
 }  // namespace
 
 #define FASTTX_SPLIT(T, width, rows)                                                         \
-  extern "C" __global__ void __launch_bounds__(kThreads)                                     \
+  extern "C" __global__ void __launch_bounds__(kThreads, kBlocks<rows>)                      \
       attention_split_##width##_##rows##_##T(const __grid_constant__ AttentionDecode args) { \
     __shared__ Decoding<T, width, rows>::Shared shared;                                      \
     Decoding<T, width, rows>(args, shared).run();                                            \
