@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-gpu-emulated install lint bench gpu clean
+.PHONY: demo test test-gpu-emulated install lint bench gpu wheel clean
 
 demo: install
 	$(PY) -m fasttx demo
@@ -30,8 +30,12 @@ bench: install
 gpu: install
 	$(PY) -m benchmarks.gpu
 
+# For installation without a compiler, with CUDA kernels for all architectures where nvcc is: dist/*.whl.
+wheel: $(VENV)/.requirements
+	FASTTX_CUDA_ARCHS=$${FASTTX_CUDA_ARCHS:-all} $(PY) -m build --wheel --no-isolation
+
 clean:
-	rm -rf $(VENV) build *.egg-info fasttx/*.so
+	rm -rf $(VENV) build dist *.egg-info fasttx/*.so
 
 $(VENV)/.requirements: requirements-dev.txt requirements-demo.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "fasttx needs Python 3.10 or later, this is " + sys.version)'

@@ -38,6 +38,8 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 # Kernels are compiled once, to PTX of the oldest architecture that they can run on; ptxas makes each binary of it.
 CUDA_BASE = "80"
+# As on the CPU, fused multiply-adds are those that are written out.
+NVCC = ["-std=c++17", "-O3", "-fmad=false", "-lineinfo"]
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 CUDA_DEVELOPMENT = ("80", "90")
 
@@ -138,7 +140,7 @@ def cuda_rules(folder: Path) -> tuple[list[str], list[str]]:
     # Line numbers stay in the PTX, for those who read it; in the binaries they would take most of the room.
     lines += [
         "rule ptx",
-        f"  command = {escape(nvcc)} -std=c++17 -O3 -lineinfo -arch=compute_{CUDA_BASE} -ptx -MD -MF $out.d $in -o $out"
+        f"  command = {escape(nvcc)} {' '.join(NVCC)} -arch=compute_{CUDA_BASE} -ptx -MD -MF $out.d $in -o $out"
         f""" && sed -i 's#{ROOT.resolve()}/##; s#"/.*/include/#"#' $out""",
         "  depfile = $out.d",
         "  deps = gcc",

@@ -7,8 +7,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
 LARGEST_DIMENSION = 2**31 - 1  # rows are counted in 32 bits
 
-# By CUDA device, None for the current one, what it lacks: asked once.
+# By CUDA device, None for the current one, what it lacks, and its capability: asked once.
 _lacking: dict[int | None, str | None] = {}
+_capabilities: dict[int | None, tuple[int, int]] = {}
 
 
 def lacking(device: torch.device) -> str | None:
@@ -19,9 +20,11 @@ def lacking(device: torch.device) -> str | None:
     return _lacking[index]
 
 
-def forget() -> None:
-    """Asks every device anew."""
-    _lacking.clear()
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA device, as in (9, 0)."""
+    if device.index not in _capabilities:
+        _capabilities[device.index] = torch.cuda.get_device_capability(device.index)
+    return _capabilities[device.index]
 
 
 def _look(index: int | None) -> str | None:
@@ -29,10 +32,10 @@ def _look(index: int | None) -> str | None:
         return "PyTorch finds no CUDA device here"
     if torch.version.hip is not None:
         return None
-    capability = torch.cuda.get_device_capability(index)
-    if capability >= LEAST_CAPABILITY:
+    found = torch.cuda.get_device_capability(index)
+    if found >= LEAST_CAPABILITY:
         return None
-    name, (major, minor) = torch.cuda.get_device_name(index), capability
+    name, (major, minor) = torch.cuda.get_device_name(index), found
     return f"{name} has compute capability {major}.{minor}, the kernels need 8.0 (Ampere) or later"
 
 

@@ -20,7 +20,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from fasttx import _callers, _cuda
+from fasttx import _callers, _cuda, _gpu
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -156,9 +156,19 @@ _REFUSALS: dict[str, Callable[[str, tuple[Tensor | None, ...]], str | None]] = {
     "cpu": _refusal_by_cpu,
     "reference": lambda op, tensors: None,
 }
-# By the device of a call's first tensor: what `auto` tries, in this order.
+# By the device of a call's first tensor: what `auto` tries, in this order. Ops of which the CUDA C++ kernels are asked
+# first, and on what evidence: _cuda.PREFERENCES.
 _ORDER_CPU = ("cpu", "reference")
 _ORDER_GPU = ("triton", "cuda", "reference")
+_ORDER_GPU_CUDA_FIRST = ("cuda", "triton", "reference")
+
+
+def _order(op: str, first: Tensor) -> tuple[str, ...]:
+    """What `auto` tries for an op, by its first tensor."""
+    if not first.is_cuda:
+        return _ORDER_CPU if first.is_cpu else _ORDER_GPU
+    prefers = _gpu.lacking(first.device) is None and _cuda.is_preferred(op, first.device)
+    return _ORDER_GPU_CUDA_FIRST if prefers else _ORDER_GPU
 
 
 def _flag(variable: str) -> bool:
@@ -319,7 +329,7 @@ def choose(
     backend was named and refuses, ValueError where it is unknown.
     """
     name = _requested.name if requested is None else _check_name(requested)
-    order = (name,) if name != "auto" else _ORDER_CPU if tensors[0].is_cpu else _ORDER_GPU
+    order = (name,) if name != "auto" else _order(op, tensors[0])
     refusals = ()
     for candidate in order:
         reason = _REFUSALS[candidate](op, tensors)

@@ -22,7 +22,7 @@ def run_op(query: Tensor, key: Tensor, value: Tensor, **options) -> tuple[Tensor
         query, key, value, mask, options.get("key_lengths"), None, None, options.get("alibi_slopes"),
         options.get("is_causal", False), options.get("query_offset", 0),
         *options.get("window", (-1, -1)), options.get("dropout_p", 0.0), options.get("seed"),
-        options.get("scale", query.shape[-1] ** -0.5),
+        options.get("scale", query.shape[-1] ** -0.5), backend=options.get("backend", ""),
     )  # fmt: skip
 
 

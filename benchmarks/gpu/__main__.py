@@ -54,7 +54,7 @@ def at_most(seconds: float) -> Iterator[None]:
 def measure(case: Case, device: str, machine: limits.Limits, seconds: float) -> report.Row:
     """Checks and times every variant of a case."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    offered: dict[str, Variant | str] = {"fasttx": case.fasttx, "eager": case.eager, **case.rivals}
+    offered: dict[str, Variant | str] = {"fasttx": case.fasttx, "eager": case.eager, **case.rivals, **case.backends}
     calls, errors, left_out, against = {}, {}, {}, standard(case)
     for name, variant in offered.items():
         if isinstance(variant, str):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import fasttx
 from fasttx import functional
 
 Variant = Callable[..., Tensor]
@@ -25,7 +26,7 @@ class Case:
     """One op on one input: `inputs` by name, floating ones differentiated where `backward`; the least flops and bytes.
 
     bytes: every input, result and gradient moved once. rivals: by name, a function of the inputs, or the reason why
-    there is none.
+    there is none. fasttx is what `auto` takes; backends: by name, fasttx on each that there may be instead.
     """
 
     op: str
@@ -38,6 +39,7 @@ class Case:
     fasttx: Variant
     eager: Variant
     rivals: dict[str, Variant | str] = field(default_factory=dict)
+    backends: dict[str, Variant] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -70,7 +72,20 @@ def _case(
         result = variants["eager"](**{name: x.to("meta") for name, x in inputs.items()})
     rivals = {"torch.compile": _compiled(variants["eager"]), **variants.pop("rivals", {})}
     moved = _bytes({name: x for name, x in inputs.items() if name not in of_rivals}, result, backward)
-    return Case(op, shape, dtype, backward, inputs, flops * (3 if backward else 1), moved, rivals=rivals, **variants)
+    is_on_gpu = any(x.is_cuda for x in inputs.values())
+    backends = {f"fasttx on {name}": _on(name, variants["fasttx"]) for name in ("triton", "cuda") if is_on_gpu}
+    return Case(
+        op, shape, dtype, backward, inputs, flops * (3 if backward else 1), moved, rivals=rivals, backends=backends,
+        **variants,
+    )  # fmt: skip
+
+
+def _on(backend: str, variant: Variant) -> Variant:
+    def call(**inputs: Tensor) -> Tensor:
+        with fasttx.backend(backend):
+            return variant(**inputs)
+
+    return call
 
 
 def _compiled(function: Variant) -> Variant:

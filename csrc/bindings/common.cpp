@@ -42,6 +42,25 @@ OptionalTensor dense(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(dense(*tensor)) : tensor;
 }
 
+Sizes as_four_dims(const Tensor& input) {
+  Sizes four = {1, 1, 1, 1};
+  for (int64_t dim = 0; dim < input.dim(); ++dim) {
+    four[std::max<int64_t>(0, dim + 4 - input.dim())] *= input.size(dim);
+  }
+  return four;
+}
+
+Sizes broadcast_strides(const Tensor& mask, const Sizes& sizes) {
+  Sizes strides(4, 0);
+  for (int64_t dim = 0; dim < mask.dim(); ++dim) {
+    const int64_t at = dim + 4 - mask.dim(), size = mask.size(dim);
+    STD_TORCH_CHECK(size == 1 || size == sizes[at], "mask does not broadcast to the input: ", size, " against ",
+                    sizes[at]);
+    if (size != 1) strides[at] = mask.stride(dim);
+  }
+  return strides;
+}
+
 Sizes dense_strides(const Sizes& sizes) {
   Sizes strides(sizes.size(), 1);
   for (size_t dim = sizes.size(); dim-- > 1;) strides[dim - 1] = strides[dim] * std::max<int64_t>(sizes[dim], 1);

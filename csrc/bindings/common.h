@@ -42,6 +42,11 @@ inline Sizes sizes_of(const Tensor& tensor) {
   return Sizes(sizes.begin(), sizes.end());
 }
 
+// The input as (batch, heads, queries, width): missing dims are 1, those before the last four fold into the batch.
+Sizes as_four_dims(const Tensor& input);
+// The mask's strides over four dims of these sizes, 0 where it repeats; throws where it does not broadcast to them.
+Sizes broadcast_strides(const Tensor& mask, const Sizes& sizes);
+
 // Strides of a dense tensor of these sizes.
 Sizes dense_strides(const Sizes& sizes);
 // Memory for a result on the CPU, without a detour through the dispatcher.

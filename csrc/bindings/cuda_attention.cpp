@@ -71,48 +71,88 @@ Tensor allocate_gradient(const Tensor& like) {
   return allocate_beside(like, sizes_of(like), strides, like.scalar_type());
 }
 
+// What both backwards read, with the tensors that its pointers lead into.
+struct Backward {
+  CudaPlace place;
+  CudaAttention call;
+  Tensor out, grad, stats, rows;
+  OptionalTensor grad_lse;
+  cuda::AttentionBwd args;
+
+  Backward(const Tensor& grad_, const OptionalTensor& grad_lse_, const Tensor& query, const Tensor& key,
+           const Tensor& value, const Tensor& output, const Tensor& stats_, const AttentionOptions& options,
+           const OptionalTensor& grad_weights)
+      : place(query), call(query, key, value, options, place.queue()) {
+    STD_TORCH_CHECK(!grad_weights.has_value(), "the CUDA kernels do not give the weights that attention applies");
+    Sizes output_sizes = sizes_of(query), pairs = call.row_sizes();
+    output_sizes.back() = last_size(value);
+    pairs.push_back(2);
+    check_beside(output, query, "output", output_sizes);
+    check_beside(grad_, query, "grad", output_sizes);
+    const auto check_rows = [&](const Tensor& tensor, const Sizes& sizes, const char* name) {
+      STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_cuda() == query.is_cuda() &&
+                          sizes_of(tensor) == sizes,
+                      name, " does not fit the forward");
+    };
+    check_rows(stats_, pairs, "stats");
+    if (grad_lse_.has_value()) check_rows(*grad_lse_, call.row_sizes(), "grad_lse");
+    pairs.back() = 4;
+    rows = allocate_beside(query, pairs, ScalarType::Float);
+    out = with_vector_rows(output);
+    grad = with_vector_rows(grad_);
+    stats = dense_beside(stats_);
+    grad_lse = dense_beside(grad_lse_);
+    args.problem = call.problem;
+    args.out = rows_of(out);
+    args.grad = rows_of(grad);
+    args.grad_lse = static_cast<const float*>(data(grad_lse));
+    args.stats = static_cast<const float*>(data(stats));
+    args.rows = static_cast<float4*>(out_or_null(rows));
+    args.laden = call.laden;
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key, const Tensor& value,
     const Tensor& output, const Tensor& stats, const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k, const OptionalTensor& alibi_slopes,
     bool is_causal, int64_t query_offset, int64_t window_left, int64_t window_right, double dropout_p,
     const OptionalTensor& seed, double scale, const OptionalTensor& grad_weights) {
-  STD_TORCH_CHECK(!grad_weights.has_value(), "the CUDA kernels do not give the weights that attention applies");
-  const CudaPlace place(query);
-  const CudaAttention call(query, key, value,
-                           {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, query_offset,
-                            window_left, window_right, dropout_p, seed, scale},
-                           place.queue());
-  Sizes output_sizes = sizes_of(query), pairs = call.row_sizes();
-  output_sizes.back() = last_size(value);
-  pairs.push_back(2);
-  check_beside(output, query, "output", output_sizes);
-  check_beside(grad, query, "grad", output_sizes);
-  const auto check_rows = [&](const Tensor& tensor, const Sizes& sizes, const char* name) {
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_cuda() == query.is_cuda() &&
-                        sizes_of(tensor) == sizes,
-                    name, " does not fit the forward");
-  };
-  check_rows(stats, pairs, "stats");
-  if (grad_lse.has_value()) check_rows(*grad_lse, call.row_sizes(), "grad_lse");
-  Tensor dquery = allocate_gradient(call.query), dkey = allocate_gradient(call.key), dvalue = allocate_gradient(call.value);
+  Backward of(grad, grad_lse, query, key, value, output, stats,
+              {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, query_offset, window_left,
+               window_right, dropout_p, seed, scale},
+              grad_weights);
+  Tensor dquery = allocate_gradient(of.call.query), dkey = allocate_gradient(of.call.key),
+         dvalue = allocate_gradient(of.call.value);
   if (dquery.numel() + dkey.numel() + dvalue.numel() == 0) return {dquery, dkey, dvalue};
-  pairs.back() = 4;
-  Tensor rows = allocate_beside(query, pairs, ScalarType::Float);
-  const Tensor o = with_vector_rows(output), g = with_vector_rows(grad), s = dense_beside(stats);
-  const OptionalTensor dl = dense_beside(grad_lse);
-  const cuda::AttentionBwd args{call.problem,
-                                rows_of(o),
-                                rows_of(g),
-                                static_cast<const float*>(data(dl)),
-                                static_cast<const float*>(data(s)),
-                                static_cast<float4*>(out_or_null(rows)),
-                                rows_of(dquery),
-                                rows_of(dkey),
-                                rows_of(dvalue),
-                                call.laden};
-  check_launch(fasttx_cuda_attention_bwd(&args, call.dtype, place.queue()), "attention_bwd");
+  of.args.dquery = rows_of(dquery);
+  of.args.dkey = rows_of(dkey);
+  of.args.dvalue = rows_of(dvalue);
+  check_launch(fasttx_cuda_attention_bwd(&of.args, of.call.dtype, of.place.queue()), "attention_bwd");
   return {dquery, dkey, dvalue};
+}
+
+Tensor attention_bias_bwd(const Tensor& grad, const OptionalTensor& grad_lse, const Tensor& query, const Tensor& key,
+                          const Tensor& value, const Tensor& output, const Tensor& stats,
+                          const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+                          const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                          const OptionalTensor& alibi_slopes, bool is_causal, int64_t query_offset,
+                          int64_t window_left, int64_t window_right, double dropout_p, const OptionalTensor& seed,
+                          double scale, const OptionalTensor& grad_weights) {
+  STD_TORCH_CHECK(attn_mask.has_value() && attn_mask->scalar_type() != ScalarType::Bool,
+                  "attn_mask must be floating to have a gradient");
+  const Backward of(grad, grad_lse, query, key, value, output, stats,
+                    {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, query_offset, window_left,
+                     window_right, dropout_p, seed, scale},
+                    grad_weights);
+  Tensor dmask = allocate_beside(query, sizes_of(*attn_mask), attn_mask->scalar_type());
+  if (dmask.numel() == 0) return dmask;
+  // Of no queries or no keys at all, the sums are of nothing.
+  if (of.call.is_empty() || of.call.problem.keys == 0) return torch::stable::zero_(dmask);
+  const auto extent_of = [&](int64_t dim) { return static_cast<int32_t>(dmask.size(dim)); };
+  const cuda::AttentionBiasBwd args{of.args, out(dmask), extent_of(0), extent_of(1), extent_of(2), extent_of(3)};
+  check_launch(fasttx_cuda_attention_bias_bwd(&args, of.call.dtype, of.place.queue()), "attention_bias_bwd");
+  return dmask;
 }
 
 }  // namespace
@@ -192,8 +232,9 @@ CudaAttention::CudaAttention(const Tensor& q, const Tensor& k, const Tensor& v, 
   seed_ = options.seed;
   if (options.attn_mask.has_value() && !is_empty() && problem.keys > 0)
     add_mask(*options.attn_mask, {q.size(0), heads, q.size(2), k.size(2)}, queue);
-  laden = problem.mask.kind != cuda::MaskKind::none || problem.seen != nullptr || problem.slopes != nullptr ||
-          problem.dropout.active || !(problem.scale > 0.f);
+  problem.scaled = problem.mask.kind >= cuda::MaskKind::additive || problem.slopes != nullptr || !(problem.scale > 0.f);
+  laden = problem.scaled || problem.mask.kind != cuda::MaskKind::none || problem.seen != nullptr ||
+          problem.dropout.active;
 }
 
 void CudaAttention::add_mask(const Tensor& mask, const Sizes& sizes, cuda::Queue queue) {
@@ -211,20 +252,22 @@ void CudaAttention::add_mask(const Tensor& mask, const Sizes& sizes, cuda::Queue
   const auto kind = boolean                                        ? cuda::MaskKind::boolean
                     : mask.scalar_type() == ScalarType::Float ? cuda::MaskKind::additive_float
                                                                    : cuda::MaskKind::additive;
-  const cuda::Mask whole{data(mask), strides[0], strides[1], strides[2], strides[3], kind, false};
-  if (!boolean) {
-    problem.mask = whole;
-    return;
-  }
-  // A mask that is the same for all queries of a sequence says nothing but which keys they see.
-  const bool alike = strides[1] == 0 && strides[2] == 0;
+  const int64_t two = 2 * mask.element_size();
+  const bool in_pairs = strides[3] == 1 && reinterpret_cast<uintptr_t>(data(mask)) % two == 0 && strides[0] % 2 == 0 &&
+                        strides[1] % 2 == 0 && strides[2] % 2 == 0;
+  const cuda::Mask whole{data(mask), strides[0], strides[1], strides[2], strides[3], kind, in_pairs};
+  // A bias of each head keeps everything, most likely: it is not looked at.
+  if (boolean || strides[1] == 0) add_tiles(whole, queue);
+  // A boolean mask that is the same for all queries of a sequence says nothing but which keys they see.
+  const bool alike = boolean && strides[1] == 0 && strides[2] == 0;
   if (!alike) problem.mask = whole;
+  if (!boolean) return;
   if (alike && strides[3] == 1) {
     problem.seen = static_cast<const uint8_t*>(whole.data);
     problem.seen_stride = strides[0];
     return;
   }
-  const auto batches = static_cast<int>(strides[0] == 0 ? 1 : sizes[0]);
+  const auto batches = static_cast<int>(strides[0] == 0 ? 1 : problem.sequences);
   seen_ = allocate_beside(query, {batches, problem.keys}, ScalarType::Byte);
   problem.seen = static_cast<const uint8_t*>(data(seen_));
   problem.seen_stride = batches == 1 ? 0 : problem.keys;
@@ -233,11 +276,25 @@ void CudaAttention::add_mask(const Tensor& mask, const Sizes& sizes, cuda::Queue
   check_launch(fasttx_cuda_keys_seen(&args, batches, queue), "keys_seen");
 }
 
+void CudaAttention::add_tiles(const cuda::Mask& mask, cuda::Queue queue) {
+  const auto batches = static_cast<int>(mask.stride_b == 0 ? 1 : problem.sequences);
+  const int32_t heads = mask.stride_h == 0 ? 1 : problem.heads, queries = mask.stride_q == 0 ? 1 : problem.queries;
+  const int64_t down = (queries + cuda::kTileQueries - 1) / cuda::kTileQueries;
+  const int64_t across = (problem.keys + cuda::kTileKeys - 1) / cuda::kTileKeys;
+  tiles_ = allocate_beside(query, {batches, heads, down, across}, ScalarType::Byte);
+  problem.tiles = static_cast<const uint8_t*>(data(tiles_));
+  const int64_t strides[] = {heads * down * across, down * across, across};
+  const int64_t given[] = {mask.stride_b, mask.stride_h, mask.stride_q};
+  for (int dim = 0; dim < 3; ++dim) problem.tile_strides[dim] = given[dim] == 0 ? 0 : strides[dim];
+  const cuda::MaskTiles args{mask, static_cast<uint8_t*>(tiles_->mutable_data_ptr()), heads, queries, problem.keys};
+  check_launch(fasttx_cuda_mask_tiles(&args, batches, dtype, queue), "mask_tiles");
+}
+
 Sizes CudaAttention::row_sizes() const {
   if (packed) return {problem.heads, problem.queries};
   return {problem.sequences, problem.heads, problem.queries};
 }
 
-FASTTX_CUDA_LIBRARY(attention, FASTTX_IMPL(m, attention_fwd); FASTTX_IMPL(m, attention_bwd);)
+FASTTX_CUDA_LIBRARY(attention, FASTTX_IMPL(m, attention_fwd); FASTTX_IMPL(m, attention_bwd); FASTTX_IMPL(m, attention_bias_bwd);)
 
 }  // namespace fasttx::bindings

@@ -23,9 +23,10 @@ struct CudaAttention {
   Sizes row_sizes() const;
 
  private:
-  OptionalTensor key_lengths_, cu_queries_, cu_keys_, slopes_, mask_, seed_, seen_;
+  OptionalTensor key_lengths_, cu_queries_, cu_keys_, slopes_, mask_, seed_, seen_, tiles_;
 
   void add_mask(const Tensor& mask, const Sizes& sizes, cuda::Queue queue);
+  void add_tiles(const cuda::Mask& mask, cuda::Queue queue);
 };
 
 // The tensor, or a copy of it, with dense rows that begin at multiples of 16 bytes.

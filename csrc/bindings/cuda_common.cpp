@@ -78,6 +78,21 @@ bool in_vectors(int dtype, int64_t width, std::initializer_list<const void*> poi
   return bits % 16 == 0 && width % (dtype == 0 ? 4 : 8) == 0;
 }
 
+cuda::Mask make_cuda_mask(const OptionalTensor& mask, const Tensor& like, const Sizes& sizes) {
+  if (!mask.has_value()) return {nullptr, 0, 0, 0, 0, cuda::MaskKind::none, true};
+  const ScalarType dtype = mask->scalar_type();
+  const bool boolean = dtype == ScalarType::Bool, same = dtype == like.scalar_type();
+  STD_TORCH_CHECK(mask->is_cuda() == like.is_cuda() && mask->get_device_index() == like.get_device_index(),
+                  "mask is on another device than the input");
+  STD_TORCH_CHECK(boolean || same || dtype == ScalarType::Float, "mask must be bool, of the input's dtype, or float32");
+  STD_TORCH_CHECK(mask->dim() <= std::min<int64_t>(4, like.dim()), "mask has more dimensions than the input");
+  const Sizes strides = broadcast_strides(*mask, sizes);
+  const int64_t size = mask->element_size(), access = std::min<int64_t>(16, 16 / like.element_size() * size);
+  const int64_t bytes = reinterpret_cast<intptr_t>(data(mask)) | (strides[0] | strides[1] | strides[2]) * size;
+  const auto kind = boolean ? cuda::MaskKind::boolean : same ? cuda::MaskKind::additive : cuda::MaskKind::additive_float;
+  return {data(mask), strides[0], strides[1], strides[2], strides[3], kind, strides[3] == 1 && bytes % access == 0};
+}
+
 cuda::Dropout make_cuda_dropout(double probability, const OptionalTensor& seed, const Tensor& like) {
   if (probability == 0.0) return {nullptr, 0, 0, 1.f, false};
   STD_TORCH_CHECK(probability > 0.0 && probability < 1.0, "dropout_p must be in [0, 1), got ", probability);

@@ -46,6 +46,9 @@ void check_beside(const OptionalTensor& tensor, const Tensor& like, const char* 
 // Whether all pointers, null ones too, are multiples of 16 bytes, and `width` values fill whole accesses of 16 bytes.
 bool in_vectors(int dtype, int64_t width, std::initializer_list<const void*> pointers);
 
+// A mask, bool, of like's dtype or float32, that broadcasts to four dims of these sizes.
+cuda::Mask make_cuda_mask(const OptionalTensor& mask, const Tensor& like, const Sizes& sizes);
+
 // Inactive at probability 0; otherwise a seed, one int64 on the CPU or on like's device, is required.
 cuda::Dropout make_cuda_dropout(double probability, const OptionalTensor& seed, const Tensor& like);
 

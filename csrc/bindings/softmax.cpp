@@ -3,15 +3,6 @@
 namespace fasttx::bindings {
 namespace {
 
-// The input as (batch, heads, queries, width): missing dims are 1, those before the last four fold into the batch.
-Sizes as_four_dims(const Tensor& input) {
-  Sizes four = {1, 1, 1, 1};
-  for (int64_t dim = 0; dim < input.dim(); ++dim) {
-    four[std::max<int64_t>(0, dim + 4 - input.dim())] *= input.size(dim);
-  }
-  return four;
-}
-
 Mask make_mask(const OptionalTensor& mask, const Tensor& input, const Sizes& sizes) {
   if (!mask.has_value()) return {nullptr, MaskKind::none, false, 0, 0, 0, 0};
   STD_TORCH_CHECK(mask->is_cpu(), "mask is not on the CPU");
@@ -20,13 +11,7 @@ Mask make_mask(const OptionalTensor& mask, const Tensor& input, const Sizes& siz
   STD_TORCH_CHECK(boolean || dtype == input.scalar_type() || dtype == accumulate_type(input),
                   "mask must be bool, of the input's dtype, or float32");
   STD_TORCH_CHECK(mask->dim() <= std::min<int64_t>(4, input.dim()), "mask has more dimensions than the input");
-  Sizes strides(4, 0);
-  for (int64_t dim = 0; dim < mask->dim(); ++dim) {
-    const int64_t at = dim + 4 - mask->dim(), size = mask->size(dim);
-    STD_TORCH_CHECK(size == 1 || size == sizes[at], "mask does not broadcast to the input: ", size, " against ",
-                    sizes[at]);
-    if (size != 1) strides[at] = mask->stride(dim);
-  }
+  const Sizes strides = broadcast_strides(*mask, sizes);
   return {data(mask), boolean ? MaskKind::boolean : MaskKind::additive, dtype != input.scalar_type(),
           strides[0], strides[1], strides[2], strides[3]};
 }

@@ -33,6 +33,26 @@ struct Mask {
   bool vector;  // what goes with 16 bytes of scores lies together, aligned to its size, or to 16 if that is less
 };
 
+// y = softmax(x + mask) of (batch, heads, queries, width): zeros where a row keeps nothing.
+struct SoftmaxFwd {
+  const void* x;
+  void* y;
+  Mask mask;
+  uint32_t rows;  // batch * heads * queries
+  uint32_t heads, queries, width;
+  bool is_causal;  // columns beyond the number of the query are masked out
+  bool vector;     // the mask's, too
+};
+
+// dx = y (dy - sum(y dy)) of (rows, width).
+struct SoftmaxBwd {
+  const void* dy;
+  const void* y;
+  void* dx;
+  uint32_t rows, width;
+  bool vector;
+};
+
 // y = gelu(x + bias) of (rows, width).
 struct GeluFwd {
   const void* x;
@@ -108,9 +128,12 @@ struct AttentionProblem {
   const int64_t *cu_queries, *cu_keys;      // (sequences + 1,) where packed sequences begin, or null
   const uint8_t* seen;                      // by sequence and key, whether any of its queries sees it; null: places alone say
   int64_t seen_stride;                      // of a sequence
+  const uint8_t* tiles;                     // what masks keep of each tile (MaskTiles), or null: they keep all
+  int64_t tile_strides[3];                  // of a sequence, a head, and kTileQueries queries
   const float* slopes;                      // (heads,) of ALiBi, or null
-  Mask mask;
+  Mask mask;                                // vector: neighbours of a row lie together, aligned to two of them
   Dropout dropout;
+  bool scaled;                              // scores are kept scaled, as something is added to them
   int32_t sequences, heads, group;          // group: heads that share a key's
   int32_t queries, keys;                    // of a sequence at most; packed: of all
   int32_t width, value_width;               // multiples of 8
@@ -130,6 +153,26 @@ struct AttentionBwd {
   float4* rows;
   Rows dquery, dkey, dvalue;
   bool laden;
+};
+
+// The gradient of an additive mask, of the mask's dtype: (batch, heads, queries, keys), dense, each of them as many as the
+// problem's or 1, along which gradients are summed.
+struct AttentionBiasBwd {
+  AttentionBwd bwd;
+  void* dmask;
+  int32_t sequences, heads, queries, keys;
+};
+
+// What masks keep of a tile of kTileQueries queries and kTileKeys keys: nothing; all, and add nothing; or else `some`.
+enum class Kept : uint8_t { nothing, some, all };
+constexpr int kTileQueries = 64, kTileKeys = 32;
+
+// tiles (sequences, heads, tiles of queries, tiles of keys): what a mask keeps of each, of as many of all as differ. -infinity
+// is kept from, where it is added.
+struct MaskTiles {
+  Mask mask;
+  uint8_t* tiles;
+  int32_t heads, queries, keys;
 };
 
 // seen (sequences, keys): whether the boolean mask keeps a key for any of its heads and queries, of which there are as many

@@ -12,7 +12,7 @@ struct Tiled {
   int owned;
   uint32_t shared;
 };
-// Of a dtype and level, by width.
+// Of a dtype and level, by width; of a mask's gradient there is but the one level.
 using Kernels = Tiled[2 * kWidthCount];
 
 #define FASTTX_FWD(T, level, width, tiles, keys)                     \
@@ -28,13 +28,21 @@ using Kernels = Tiled[2 * kWidthCount];
    kRowsOfTile,                                                                \
    2 * width * (2 * kRowsOfTile + 4 * queries) + 2 * 16 * queries},
 
+#define FASTTX_BWD_BIAS(T, width, keys)                            \
+  {{"attention_bwd_bias_" #T, "attention_bwd_bias_" #width "_" #T}, \
+   keys,                                                           \
+   2 * width * (2 * kRowsOfTile + 2 * keys)},
+
 Kernels forward[2] = {{FASTTX_ATTENTION_FWD_TILES(FASTTX_FWD, bf16)}, {FASTTX_ATTENTION_FWD_TILES(FASTTX_FWD, fp16)}};
 Kernels of_queries[2] = {{FASTTX_ATTENTION_BWD_QUERIES_TILES(FASTTX_BWD_QUERIES, bf16)},
                          {FASTTX_ATTENTION_BWD_QUERIES_TILES(FASTTX_BWD_QUERIES, fp16)}};
 Kernels of_keys[2] = {{FASTTX_ATTENTION_BWD_KEYS_TILES(FASTTX_BWD_KEYS, bf16)},
                       {FASTTX_ATTENTION_BWD_KEYS_TILES(FASTTX_BWD_KEYS, fp16)}};
+Kernels of_bias[2] = {{FASTTX_ATTENTION_BWD_BIAS_TILES(FASTTX_BWD_BIAS, bf16)},
+                      {FASTTX_ATTENTION_BWD_BIAS_TILES(FASTTX_BWD_BIAS, fp16)}};
 Kernel rows[2] = {{"attention_rows", "attention_rows_bf16"}, {"attention_rows", "attention_rows_fp16"}};
-Kernel seen{"keys_seen", "keys_seen"};
+Kernel seen{"mask_tiles", "keys_seen"};
+Kernel tiles_of_mask[2] = {{"mask_tiles", "mask_tiles_bf16"}, {"mask_tiles", "mask_tiles_fp16"}};
 
 Tiled& choose(Kernels& kernels, const AttentionProblem& problem, int laden) {
   const int width = problem.width > problem.value_width ? problem.width : problem.value_width;
@@ -54,6 +62,14 @@ int launch_tiles(Tiled& tiled, const Args& args, bool keys, Queue queue) {
   return launch(tiled.kernel, grid, kThreads, tiled.shared, args, queue);
 }
 
+int launch_rows(const AttentionBwd& args, int dtype, Queue queue) {
+  const AttentionProblem& problem = args.problem;
+  const int64_t sequences = problem.cu_queries == nullptr ? problem.sequences : 1;
+  const int64_t count = sequences * problem.heads * problem.queries, rows_of_block = kThreads / 16;
+  const Grid grid{uint32_t((count + rows_of_block - 1) / rows_of_block)};
+  return launch(rows[dtype - 1], grid, kThreads, 0, args, queue);
+}
+
 }  // namespace
 
 extern "C" int fasttx_cuda_attention_fwd(const AttentionFwd* args, int dtype, int laden, Queue queue) {
@@ -62,13 +78,24 @@ extern "C" int fasttx_cuda_attention_fwd(const AttentionFwd* args, int dtype, in
 
 extern "C" int fasttx_cuda_attention_bwd(const AttentionBwd* args, int dtype, Queue queue) {
   const AttentionProblem& problem = args->problem;
-  const int64_t sequences = problem.cu_queries == nullptr ? problem.sequences : 1;
-  const int64_t count = sequences * problem.heads * problem.queries, rows_of_block = kThreads / 16;
-  const Grid grid{uint32_t((count + rows_of_block - 1) / rows_of_block)};
-  if (const int error = launch(rows[dtype - 1], grid, kThreads, 0, *args, queue); error != 0) return error;
+  if (const int error = launch_rows(*args, dtype, queue); error != 0) return error;
   Tiled& queries = choose(of_queries[dtype - 1], problem, args->laden);
   if (const int error = launch_tiles(queries, *args, false, queue); error != 0) return error;
   return launch_tiles(choose(of_keys[dtype - 1], problem, args->laden), *args, true, queue);
+}
+
+extern "C" int fasttx_cuda_attention_bias_bwd(const AttentionBiasBwd* args, int dtype, Queue queue) {
+  if (const int error = launch_rows(args->bwd, dtype, queue); error != 0) return error;
+  Tiled& tiled = choose(of_bias[dtype - 1], args->bwd.problem, 0);
+  const int64_t across = (args->keys + tiled.owned - 1) / tiled.owned, down = (args->queries + kRowsOfTile - 1) / kRowsOfTile;
+  const Grid grid{uint32_t(across * down * args->sequences * args->heads)};
+  return launch(tiled.kernel, grid, kThreads, tiled.shared, *args, queue);
+}
+
+extern "C" int fasttx_cuda_mask_tiles(const MaskTiles* args, int sequences, int dtype, Queue queue) {
+  const int64_t down = (args->queries + kTileQueries - 1) / kTileQueries, across = (args->keys + kTileKeys - 1) / kTileKeys;
+  const Grid grid{uint32_t((across + 7) / 8 * down * sequences * args->heads)};
+  return launch(tiles_of_mask[dtype - 1], grid, 256, 0, *args, queue);
 }
 
 extern "C" int fasttx_cuda_keys_seen(const KeysSeen* args, int sequences, Queue queue) {

@@ -11,6 +11,12 @@
 
 namespace fasttx::cuda {
 
+// A number as a type, for a function that needs it when it is compiled.
+template <int n>
+struct Constant {
+  static constexpr int value = n;
+};
+
 constexpr int kAttentionThreads = 128, kAttentionWarps = kAttentionThreads / 32;
 
 extern __shared__ __align__(1024) unsigned char attention_shared[];
@@ -222,14 +228,13 @@ __device__ __forceinline__ float mask_value(const Mask& mask, int64_t at) {
 }
 
 // Writes rows that lie in registers, as sums of products do, by way of a tile in shared memory of which this warp alone uses
-// the rows from `first` on: 16 bytes an access. value(m, h, x): what becomes of x, of row 16 m + 8 h + l / 4. out: where the
+// the rows from `first` on, and no longer reads them: 16 bytes an access. value(m, h, x): what becomes of x, of row 16 m + 8 h + l / 4. out: where the
 // tile's first row goes; rows from `count` on go nowhere.
 template <class T, int kWidth, int kTiles, class Value>
 __device__ __forceinline__ void write_rows(const float (&sums)[kTiles][kWidth / 8][4], uint32_t tile, int first, Value value,
                                            T* out, int64_t stride, int count, int width) {
   using Rows_ = Tile<kWidth>;
   const int lane = threadIdx.x % 32;
-  __syncwarp();
 #pragma unroll
   for (int m = 0; m < kTiles; ++m)
 #pragma unroll

@@ -32,11 +32,12 @@ __device__ __forceinline__ void attention_rows(const AttentionBwd& args) {
   if (!is_there || lane != 0) return;
   if (args.grad_lse != nullptr) sum -= args.grad_lse[row];
   const float2 stats = reinterpret_cast<const float2*>(args.stats)[row];
-  const float offset = log2f(stats.y) - (args.laden ? 0.f : stats.x * problem.scale * kLog2e);
-  args.rows[row] = make_float4(stats.x, offset, sum, 0.f);
+  const float offset = log2f(stats.y) - (problem.scaled ? 0.f : stats.x * problem.scale * kLog2e);
+  args.rows[row] = make_float4(problem.scaled ? stats.x : 0.f, offset, sum, 0.f);
 }
 
-// A probability of a score in the kernels' own units: of a row's statistics, as attention_rows leaves them.
+// A probability of a score in the kernels' own units: of a row's statistics, as attention_rows leaves them, its largest score
+// being 0 there where scores are not scaled.
 template <bool kLaden>
 __device__ __forceinline__ float probability(float score, const float4& row, float unit) {
   return exp2_approx(fmaf(kLaden ? score - row.x : score, unit, row.y));

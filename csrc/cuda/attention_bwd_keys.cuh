@@ -31,7 +31,7 @@ struct AttentionKeysGradient {
     of.sequence = sequence, of.row_count = key_count, of.column_count = rows.count;
     of.first_row = first_key + warp * 16;
     of.seen = kLaden && problem.seen != nullptr ? problem.seen + sequence * problem.seen_stride : nullptr;
-    const float unit = kLaden ? kLog2e : problem.scale * kLog2e;
+    const float unit = kLaden && problem.scaled ? kLog2e : problem.scale * kLog2e;
 
     const int last_key = min(first_key + kKeys, key_count) - 1;
     const int begin = max(first_key - problem.hi, 0) / kQueries * kQueries;
@@ -47,17 +47,26 @@ struct AttentionKeysGradient {
     commit_copies();
 
     // The next tile of queries to be copied: of which head, and where.
-    int next_head = place.head * problem.group, next = begin;
+    int head = place.head * problem.group, next_head = head, next = begin;
     const int last_head = next_head + problem.group;
-    Copier query(nullptr, problem.query.token, problem.width), grad(nullptr, args.grad.token, problem.value_width);
+    const auto step = [&] {
+      next += kQueries;
+      if (next >= end) next = begin, ++next_head;
+    };
     const auto copy_next = [&](int stage) {
-      if (next_head == last_head) return;
-      if (next == begin) {
-        query = Copier(rows_at<T>(problem.query, sequence, next_head, rows.first + begin), problem.query.token,
-                       problem.width);
-        grad = Copier(rows_at<T>(args.grad, sequence, next_head, rows.first + begin), args.grad.token,
-                      problem.value_width);
+      if constexpr (kLaden) {
+        // Tiles of which masks keep nothing are left out.
+        for (; next_head < last_head; step()) {
+          of.head = next_head;
+          if (of.template kept_of<kKeys>(next, first_key) != Kept::nothing) break;
+        }
+        of.head = head;
       }
+      if (next_head == last_head) return;
+      const Copier query(rows_at<T>(problem.query, sequence, next_head, rows.first + next), problem.query.token,
+                         problem.width);
+      const Copier grad(rows_at<T>(args.grad, sequence, next_head, rows.first + next), args.grad.token,
+                        problem.value_width);
       const uint32_t tile = queries_of(stage);
       query.template copy<kQueries>(tile, rows.count - next);
       grad.template copy<kQueries>(tile + kQueryBytes, rows.count - next);
@@ -65,10 +74,7 @@ struct AttentionKeysGradient {
       if (threadIdx.x < kQueries)
         copy_async(tile + 2 * kQueryBytes + threadIdx.x * 16, stats + threadIdx.x, next + int(threadIdx.x) < rows.count);
       commit_copies();
-      query.skip(kQueries);
-      grad.skip(kQueries);
-      next += kQueries;
-      if (next >= end) next = begin, ++next_head;
+      step();
     };
     if (begin < end) copy_next(0);
 
@@ -96,47 +102,48 @@ struct AttentionKeysGradient {
 
     float dkey[1][kWidth / 8][4] = {}, dvalue[1][kWidth / 8][4] = {};
     int stage = 0;
-    for (int head = place.head * problem.group; head < last_head; ++head) {
+    for (head = place.head * problem.group; head < last_head; ++head) {
       of.head = head;
-      for (int at = begin; at < end; at += kQueries, stage ^= 1) {
-        typename ScoresOf::Bits keep;
-        bool any = true;
-        if constexpr (kLaden) of.forget(), any = of.read_mask(keep, at);
-        wait_copies<0>();
+      for (int at = begin; at < end; at += kQueries) {
+        Kept kept = Kept::all;
         if constexpr (kLaden) {
-          any = __syncthreads_or(any);
-        } else {
-          __syncthreads();
+          of.forget();
+          kept = of.template kept_of<kKeys>(at, first_key);
+          if (kept == Kept::nothing) continue;
         }
+        wait_copies<0>();
+        __syncthreads();
         copy_next(stage ^ 1);
-        if (!any) continue;
         of_key.forget(), of_query.forget(), as_right.forget();
         const uint32_t query_tile = queries_of(stage), grad_tile = query_tile + kQueryBytes;
         typename ScoresOf::Values scores, gradients;
         multiply_rows<T, kWidth, 1, kQueries>(scores, load_key(key_tile, 0), query_tile, of_query);
         multiply_rows<T, kWidth, 1, kQueries>(gradients, load_key(value_tile, 1), grad_tile, of_query);
-        if constexpr (kLaden) of.add_to(scores, keep, at);
+        if constexpr (kLaden) of.add_to(scores, at, kept);
         if (first_key + kKeys - 1 > at + problem.hi || first_key < at + kQueries - 1 + problem.lo)
           of.mask_places(scores, at);
         const bool drops = kLaden && problem.dropout.active;
         const uint64_t seed = drops ? seed_of(problem.dropout) : 0;
 #pragma unroll
         for (int j = 0; j < kQueries / 8; ++j) {
-          const uint32_t kept = drops ? of.kept(seed, 0, at + 8 * j) : ~0u;
+          const uint32_t drawn = drops ? of.drawn(seed, 0, at + 8 * j) : ~0u;
           float4 stats[2];
 #pragma unroll
           for (int e = 0; e < 2; ++e)
             stats[e] = load_shared_floats(query_tile + 2 * kQueryBytes + (8 * j + lane % 4 * 2 + e) * 16);
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            differentiate<kLaden>(scores[0][j][i], gradients[0][j][i], stats[i % 2], unit, kept >> i & 1,
+            differentiate<kLaden>(scores[0][j][i], gradients[0][j][i], stats[i % 2], unit, drawn >> i & 1,
                                   problem.dropout.keep_scale);
         }
         add_product<T, kWidth, 1, kQueries>(dvalue, scores, grad_tile, as_right);
         add_product<T, kWidth, 1, kQueries>(dkey, gradients, query_tile, as_right);
+        stage ^= 1;
       }
     }
+    // Of a block that has met no tile, the first one's copies may still be on their way.
     wait_copies<0>();
+    __syncthreads();
     const Place end_place = place_of_keys(problem, block_number(), kKeys);
     const int there =
         tokens_of(end_place.sequence, problem.keys, problem.cu_keys, problem.key_lengths).count - end_place.first;

@@ -29,29 +29,40 @@ struct AttentionQueriesGradient {
     of.sequence = sequence, of.head = head, of.row_count = place.count, of.column_count = keys.count;
     of.first_row = first_row + warp * 16;
     of.seen = kLaden && problem.seen != nullptr ? problem.seen + sequence * problem.seen_stride : nullptr;
-    const float unit = kLaden ? kLog2e : problem.scale * kLog2e;
+    const float unit = kLaden && problem.scaled ? kLog2e : problem.scale * kLog2e;
 
     const int last_row = min(first_row + kQueries, place.count) - 1;
     const int begin = max(first_row + problem.lo, 0) / kKeys * kKeys, end = min(keys.count, last_row + problem.hi + 1);
     const int full = last_row + problem.lo, ragged = min(keys.count, first_row + problem.hi + 1);
 
-    Copier key(rows_at<T>(problem.key, sequence, head / problem.group, keys.first + begin), problem.key.token,
+    Copier key(rows_at<T>(problem.key, sequence, head / problem.group, keys.first), problem.key.token,
                problem.width);
-    Copier value(rows_at<T>(problem.value, sequence, head / problem.group, keys.first + begin), problem.value.token,
+    Copier value(rows_at<T>(problem.value, sequence, head / problem.group, keys.first), problem.value.token,
                  problem.value_width);
+    // The next tile of which masks keep anything.
+    const auto met = [&](int at) {
+      if constexpr (kLaden) {
+        while (at < end && of.template kept_of<kKeys>(first_row, at) == Kept::nothing) at += kKeys;
+      }
+      return at;
+    };
+    const auto after = [&](int at) { return met(at + kKeys); };
+    const int first_met = met(begin);
+    int copied = 0;  // where the copiers are
     const auto copy = [&](int at, int stage) {
       const uint8_t* of_keys = of.seen == nullptr ? nullptr : of.seen + at;
+      key.skip(at - copied);
+      value.skip(at - copied);
+      copied = at;
       key.template copy<kKeys>(keys_of(stage), keys.count - at, of_keys);
       value.template copy<kKeys>(keys_of(stage) + kKeyBytes, keys.count - at, of_keys);
       commit_copies();
-      key.skip(kKeys);
-      value.skip(kKeys);
     };
     Copier(rows_at<T>(problem.query, sequence, head, place.token), problem.query.token, problem.width)
         .template copy<kQueries>(queries, place.count - first_row);
     Copier(rows_at<T>(args.grad, sequence, head, place.token), args.grad.token, problem.value_width)
         .template copy<kQueries>(grads, place.count - first_row);
-    copy(begin, 0);
+    copy(first_met, 0);
 
     float4 stats[2];
     const int64_t index = row_index(problem, sequence, head, place.token - first_row);
@@ -81,29 +92,23 @@ struct AttentionQueriesGradient {
     };
 
     float sums[1][kWidth / 8][4] = {};
-    for (int at = begin, stage = 0; at < end; at += kKeys, stage ^= 1) {
-      typename ScoresOf::Bits keep;
-      bool any = true;
-      if constexpr (kLaden) of.forget(), any = of.read_mask(keep, at);
+    for (int at = first_met, stage = 0, next; at < end; at = next, stage ^= 1) {
       wait_copies<0>();
-      if constexpr (kLaden) {
-        any = __syncthreads_or(any);
-      } else {
-        __syncthreads();
-      }
-      if (at + kKeys < end) copy(at + kKeys, stage ^ 1);
-      if (!any) continue;
+      __syncthreads();
+      next = after(at);
+      if (next < end) copy(next, stage ^ 1);
+      if constexpr (kLaden) of.forget();
       of_row.forget(), of_key.forget(), as_right.forget();
       typename ScoresOf::Values scores, gradients;
       multiply_rows<T, kWidth, 1, kKeys>(scores, load_row(queries, 0), keys_of(stage), of_key);
       multiply_rows<T, kWidth, 1, kKeys>(gradients, load_row(grads, 1), keys_of(stage) + kKeyBytes, of_key);
-      if constexpr (kLaden) of.add_to(scores, keep, at);
+      if constexpr (kLaden) of.add_to(scores, at, of.template kept_of<kKeys>(first_row, at));
       if (at < full || at + kKeys > ragged) of.mask_places(scores, at);
       const bool drops = kLaden && problem.dropout.active;
       const uint64_t seed = drops ? seed_of(problem.dropout) : 0;
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
-        const uint32_t kept = drops ? of.kept(seed, 0, at + 8 * j) : ~0u;
+        const uint32_t kept = drops ? of.drawn(seed, 0, at + 8 * j) : ~0u;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           differentiate<kLaden>(scores[0][j][i], gradients[0][j][i], stats[i / 2], unit, kept >> i & 1,
@@ -111,7 +116,9 @@ struct AttentionQueriesGradient {
       }
       add_product<T, kWidth, 1, kKeys>(sums, gradients, keys_of(stage), as_right);
     }
+    // Of a block that has met no tile, the first one's copies may still be on their way.
     wait_copies<0>();
+    __syncthreads();
     const Place end_place = place_now();
     write_rows<T, kWidth, 1>(
         sums, queries, warp * 16, [&](int, int, float x) { return x * problem.scale; },

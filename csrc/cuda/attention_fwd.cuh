@@ -53,7 +53,7 @@ struct AttentionForward {
     of.sequence = sequence, of.head = head, of.row_count = row_count, of.column_count = key_count;
     of.first_row = first_row + warp * kRowTiles * 16;
     of.seen = kLaden && problem.seen != nullptr ? problem.seen + sequence * problem.seen_stride : nullptr;
-    unit = kLaden ? kLog2e : problem.scale * kLog2e;
+    unit = kLaden && problem.scaled ? kLog2e : problem.scale * kLog2e;
     for (auto& tile : largest) tile[0] = tile[1] = -INFINITY;
 
     const int last_row = min(first_row + kQueries, row_count) - 1;
@@ -62,21 +62,32 @@ struct AttentionForward {
     const int full = last_row + problem.lo, ragged = min(key_count, first_row + problem.hi + 1);
 
     using Copier = typename Rows_::template Copier<T>;
-    Copier key(rows_at<T>(problem.key, sequence, head / problem.group, keys.first + begin), problem.key.token,
+    Copier key(rows_at<T>(problem.key, sequence, head / problem.group, keys.first), problem.key.token,
                problem.width);
-    Copier value(rows_at<T>(problem.value, sequence, head / problem.group, keys.first + begin), problem.value.token,
+    Copier value(rows_at<T>(problem.value, sequence, head / problem.group, keys.first), problem.value.token,
                  problem.value_width);
+    // The next tile of which masks keep anything.
+    const auto met = [&](int at) {
+      if constexpr (kLaden) {
+        while (at < end && of.template kept_of<kKeys>(first_row, at) == Kept::nothing) at += kKeys;
+      }
+      return at;
+    };
+    const auto after = [&](int at) { return met(at + kKeys); };
+    const int first_met = met(begin);
+    int copied = 0;  // where the copiers are
     const auto copy = [&](int at, int stage) {
       const uint8_t* of_keys = of.seen == nullptr ? nullptr : of.seen + at;
+      key.skip(at - copied);
+      value.skip(at - copied);
+      copied = at;
       key.template copy<kKeys>(keys_of(stage), key_count - at, of_keys);
       value.template copy<kKeys>(keys_of(stage) + kKeyBytes, key_count - at, of_keys);
       commit_copies();
-      key.skip(kKeys);
-      value.skip(kKeys);
     };
     Copier(rows_at<T>(problem.query, sequence, head, place.token), problem.query.token, problem.width)
         .template copy<kQueries>(queries, row_count - first_row);
-    copy(begin, 0);
+    copy(first_met, 0);
 
     auto of_query = Rows_::left();
     auto of_key = Rows_::transposed();
@@ -100,29 +111,26 @@ struct AttentionForward {
       }
     };
 
-    for (int at = begin, stage = 0; at < end; at += kKeys, stage ^= 1) {
-      typename ScoresOf::Bits keep;
-      bool any = true;
-      if constexpr (kLaden) of.forget(), any = of.read_mask(keep, at);
+    for (int at = first_met, stage = 0, next; at < end; at = next, stage ^= 1) {
       wait_copies<0>();
       // The other stage is free: all have computed with it.
-      if constexpr (kLaden) {
-        any = __syncthreads_or(any);
-      } else {
-        __syncthreads();
-      }
-      if (at + kKeys < end) copy(at + kKeys, stage ^ 1);
-      if (!any) continue;
+      __syncthreads();
+      next = after(at);
+      if (next < end) copy(next, stage ^ 1);
+      if constexpr (kLaden) of.forget();
       // Addresses are worked out anew for each tile: kept, they would be too many registers.
       of_query.forget(), of_key.forget(), of_value.forget();
       Values scores;
       multiply_rows<T, kWidth, kRowTiles, kKeys>(scores, load_query, keys_of(stage), of_key);
-      if constexpr (kLaden) of.add_to(scores, keep, at);
+      if constexpr (kLaden) of.add_to(scores, at, of.template kept_of<kKeys>(first_row, at));
       if (at < full || at + kKeys > ragged) of.mask_places(scores, at);
       take(scores);
       if (kLaden && problem.dropout.active) drop(scores, at);
       add_product<T, kWidth, kRowTiles, kKeys>(sums, scores, keys_of(stage) + kKeyBytes, of_value);
     }
+    // Of a block that has met no tile, the first one's copies may still be on their way.
+    wait_copies<0>();
+    __syncthreads();
     finish();
   }
 
@@ -140,14 +148,21 @@ struct AttentionForward {
         const float base = larger == -INFINITY ? 0.f : larger;
         const float shrink = exp2_approx((largest[m][h] - base) * unit);
         float sum = 0.f;
+        const auto exponentials = [&](auto exponent) {
 #pragma unroll
-        for (int j = 0; j < kKeys / 8; ++j)
+          for (int j = 0; j < kKeys / 8; ++j)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& score = scores[m][j][2 * h + e];
-            score = exp2_approx(kLaden ? (score - base) * unit : fmaf(score, unit, -base * unit));
-            sum += score;
-          }
+            for (int e = 0; e < 2; ++e) {
+              float& score = scores[m][j][2 * h + e];
+              score = exp2_approx(exponent(score));
+              sum += score;
+            }
+        };
+        if (kLaden && problem.scaled) {
+          exponentials([&](float score) { return (score - base) * unit; });
+        } else {
+          exponentials([&](float score) { return fmaf(score, unit, -(base * unit)); });
+        }
         largest[m][h] = larger;
         total[m][h] = fmaf(total[m][h], shrink, sum);
 #pragma unroll
@@ -164,10 +179,10 @@ struct AttentionForward {
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int j = 0; j < kKeys / 8; ++j) {
-        const uint32_t bits = of.kept(seed, m, at + 8 * j);
+        const uint32_t bits = of.drawn(seed, m, at + 8 * j);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if ((bits >> i & 1) == 0) exponentials[m][j][i] = 0.f;
+          exponentials[m][j][i] = (bits & 1u << i) != 0 ? exponentials[m][j][i] : 0.f;
       }
   }
 

@@ -47,4 +47,11 @@ constexpr int kMostWidth = 128, kWidthCount = 4;
   X(T, laden, 96, 32)                         \
   X(T, laden, 128, 16)
 
+// X(T, width, keys of a tile).
+#define FASTTX_ATTENTION_BWD_BIAS_TILES(X, T) \
+  X(T, 32, 64)                                \
+  X(T, 64, 64)                                \
+  X(T, 96, 32)                                \
+  X(T, 128, 32)
+
 }  // namespace fasttx::cuda

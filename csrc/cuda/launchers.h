@@ -23,6 +23,8 @@ int fasttx_cuda_layer_norm_fwd(const LayerNormFwd* args, int dtype, Queue queue)
 int fasttx_cuda_layer_norm_bwd(const LayerNormBwd* args, int dtype, Queue queue);
 uint32_t fasttx_cuda_layer_norm_lines(uint32_t rows, uint32_t width, int dtype);
 int fasttx_cuda_layer_norm_is_wide(uint32_t width, int dtype);
+int fasttx_cuda_softmax_fwd(const SoftmaxFwd* args, int dtype, Queue queue);
+int fasttx_cuda_softmax_bwd(const SoftmaxBwd* args, int dtype, Queue queue);
 int fasttx_cuda_sum_partials(const SumPartials* args, int matrices, int dtype, Queue queue);
 
 // Where problem's widths are at most kMostWidth, and dtype is 1 or 2. laden: whether something is added to scores, masks or
@@ -30,6 +32,9 @@ int fasttx_cuda_sum_partials(const SumPartials* args, int matrices, int dtype, Q
 int fasttx_cuda_attention_fwd(const AttentionFwd* args, int dtype, int laden, Queue queue);
 // laden is the forward's; rows has one for each of its rows.
 int fasttx_cuda_attention_bwd(const AttentionBwd* args, int dtype, Queue queue);
+// args->bwd as for fasttx_cuda_attention_bwd, but for the gradients; its mask is additive.
+int fasttx_cuda_attention_bias_bwd(const AttentionBiasBwd* args, int dtype, Queue queue);
+int fasttx_cuda_mask_tiles(const MaskTiles* args, int sequences, int dtype, Queue queue);
 int fasttx_cuda_keys_seen(const KeysSeen* args, int sequences, Queue queue);
 
 }  // extern "C"

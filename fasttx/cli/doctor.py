@@ -78,6 +78,7 @@ def _extension() -> list[tuple[str, str]]:
         ("compiler", f"GCC {extension.compiler}" if extension.compiler[0].isdigit() else extension.compiler),
         ("built for", f"torch {extension.torch_target_version} or later"),
     ]
+    rows.append(("CUDA kernels", _cuda_kernels()))
     chosen = " (FASTTX_ISA)" if os.environ.get("FASTTX_ISA") else ""
     default, after_default = extension.default_isa(), False
     for name, present in extension.isas():
@@ -89,6 +90,16 @@ def _extension() -> list[tuple[str, str]]:
         rows.append((name, text))
         after_default |= name == default
     return rows
+
+
+def _cuda_kernels() -> str:
+    """What the kernels in the extension are compiled for."""
+    found = dispatch.cuda_architectures.split()
+    if not found:
+        return "none: nvcc was not there, or not wanted (FASTTX_CUDA=0), when it was built"
+    binaries = [name for name in found if name.startswith("sm_")]
+    later = [name for name in found if name.startswith("compute_")]
+    return f"for {', '.join(binaries)}; from the PTX of {', '.join(later)} for others"
 
 
 def _compilers() -> list[str]:

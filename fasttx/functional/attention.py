@@ -134,14 +134,15 @@ def attend(
         call = partial(attend, **options, return_lse=return_lse, weights=weights, op=op, backend=backend)
         return autocast.lowered(call, query, key, value)
     refusal = _refusal_on_gpu(query, alibi_slopes, weights)
-    if choose(op, (query, key, value), backend, kernel_refusal=refusal) == "reference":
+    taken = choose(op, (query, key, value), backend, kernel_refusal=refusal)
+    if taken == "reference":
         options["enable_gqa"] = True
         output, lse = reference.attention(query, key, value, **options, return_lse=True)
         applied = None if weights == ops.NONE else reference.attention_weights(query, key, **options)
         return output, lse if return_lse else None, applied.mean(1) if weights == ops.MEAN else applied
     output, lse, *applied = ops.attention(
         query, key, value, _in_four_dims(attn_mask), key_lengths, None, None, alibi_slopes, is_causal,
-        query_offset, *(window or (-1, -1)), dropout_p, seed, scale_of(scale, query), return_lse, weights,
+        query_offset, *(window or (-1, -1)), dropout_p, seed, scale_of(scale, query), return_lse, weights, taken,
     )  # fmt: skip
     return output, lse, *(applied or (None,))
 
@@ -206,7 +207,8 @@ def attention_varlen(
 
     seed = draw_seed() if dropout_p > 0.0 else None
     refusal = _refusal_on_gpu(query, alibi_slopes, ops.NONE)
-    if choose("attention_varlen", (query, key, value), backend, kernel_refusal=refusal) == "reference":
+    taken = choose("attention_varlen", (query, key, value), backend, kernel_refusal=refusal)
+    if taken == "reference":
         return reference.attention_varlen(
             query, key, value, cu_seqlens_q, cu_seqlens_k, is_causal=is_causal, window=window,
             alibi_slopes=alibi_slopes, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa,
@@ -214,7 +216,7 @@ def attention_varlen(
         )  # fmt: skip
     output, lse = ops.attention(
         query, key, value, None, None, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, 0,
-        *(window or (-1, -1)), dropout_p, seed, scale_of(scale, query), return_lse,
+        *(window or (-1, -1)), dropout_p, seed, scale_of(scale, query), return_lse, backend=taken,
     )  # fmt: skip
     return (output, lse) if return_lse else output
 

@@ -44,6 +44,7 @@ def softmax(
         call = partial(softmax, is_causal=is_causal, dim=dim, backend=backend)
         return autocast.following(lambda input, mask: call(input, mask=mask), (input,), (mask,), wide_on_gpu=True)
 
-    if choose("softmax", (input,), backend) == "reference":
+    taken = choose("softmax", (input,), backend)
+    if taken == "reference":
         return reference.softmax(input, mask=mask, is_causal=is_causal, dim=dim)
-    return ops.softmax(input, mask, is_causal, dim)
+    return ops.softmax(input, mask, is_causal, dim, taken)

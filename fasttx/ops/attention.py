@@ -87,7 +87,7 @@ _BACKWARD = (
 attention_bwd = define(
     f"attention_bwd({_BACKWARD}) -> (Tensor dquery, Tensor dkey, Tensor dvalue)", _attention_bwd, on_cuda=True
 )
-attention_bias_bwd = define(f"attention_bias_bwd({_BACKWARD}) -> Tensor dmask", _attention_bias_bwd)
+attention_bias_bwd = define(f"attention_bias_bwd({_BACKWARD}) -> Tensor dmask", _attention_bias_bwd, on_cuda=True)
 attention_alibi_bwd = define(f"attention_alibi_bwd({_BACKWARD}) -> Tensor dslopes", _attention_alibi_bwd)
 
 

@@ -18,8 +18,8 @@ def _softmax_bwd(grad, output):
     return _dense_like(output)
 
 
-softmax_fwd = define("softmax_fwd(Tensor input, Tensor? mask, bool is_causal) -> Tensor", _softmax_fwd)
-softmax_bwd = define("softmax_bwd(Tensor grad, Tensor output) -> Tensor", _softmax_bwd)
+softmax_fwd = define("softmax_fwd(Tensor input, Tensor? mask, bool is_causal) -> Tensor", _softmax_fwd, on_cuda=True)
+softmax_bwd = define("softmax_bwd(Tensor grad, Tensor output) -> Tensor", _softmax_bwd, on_cuda=True)
 
 
 def _save(ctx, inputs, output):
@@ -45,15 +45,15 @@ map_rows(softmax_fwd, "input", alone=("mask",))
 map_rows(softmax_bwd, "grad", "output")
 
 
-def softmax(input: Tensor, mask: Tensor | None, is_causal: bool, dim: int) -> Tensor:
+def softmax(input: Tensor, mask: Tensor | None, is_causal: bool, dim: int, backend: str = "") -> Tensor:
     """Softmax along dim of what the mask, broadcastable to input, keeps."""
     if dim not in (-1, input.dim() - 1):
         if mask is not None:
             mask = mask[(None,) * (input.dim() - mask.dim())].transpose(dim, -1)
-        return softmax(input.transpose(dim, -1), mask, is_causal, -1).transpose(dim, -1)
+        return softmax(input.transpose(dim, -1), mask, is_causal, -1, backend).transpose(dim, -1)
     if mask is not None and mask.dtype != torch.bool and input.dtype == torch.float64:
         mask = mask.to(torch.float64)
     if mask is not None and input.dim() > 4 and mask.dim() > 3:
         # The kernel knows four dims: those in front fold into one.
         mask = mask.expand(input.shape).flatten(0, -4)
-    return run(softmax_fwd, wants_grad(input, mask), input, mask, is_causal)
+    return run(softmax_fwd.on(backend), wants_grad(input, mask), input, mask, is_causal)

@@ -12,14 +12,16 @@ from gpu.test_shipped_mutations import trial
 
 
 def causal(
-    queries: int, keys: int, offset: int, *, several: bool = False, cold: float = 0.0, part: str = "forward"
-) -> Trial:
+    queries: int, keys: int, offset: int, *, several: bool = False, cold: float = 0.0, part: str = "forward",
+    on_cuda: bool = False,
+) -> Trial:  # fmt: skip
     """Two heads over one of keys, bfloat16, 64 wide; query i sees the keys up to i + offset, or none at all.
 
     several: two sequences and two heads of keys. cold: scores are about -8 cold^2, so that a key too many, whose score
     is 0, is all that a row sees; in the backward the output's gradient is 0, which gives exact results, and from 4 on
     NaN with such a key, whose probability overflows. part: "forward", of a few queries that of split keys; or one
-    kernel of the backward alone, "dq" (which gives the rows' delta too) or "dkdv".
+    kernel of the backward alone, "dq" (which gives the rows' delta too) or "dkdv". on_cuda: the CUDA C++ kernels, whose
+    backward runs whole for either part, and gives no delta.
     """
     batch, kv_heads = (2, 2) if several else (1, 1)
     query, slope = torch.randn(2, batch, 2 * kv_heads, queries, 64).unbind()
@@ -39,7 +41,8 @@ def causal(
     if part == "forward":
 
         def call() -> tuple:
-            found, found_lse = attention_fwd(query, key, value, *options)[:2]
+            op = torch.ops.fasttx_cuda.attention_fwd.raw if on_cuda else attention_fwd
+            found, found_lse = op(query, key, value, *options)[:2]
             return found, torch.where(rows | (found_lse != -math.inf), found_lse, 0.0)
 
         return trial(call, (output.detach(), torch.where(rows, lse, 0.0)), 2**-7)
@@ -48,6 +51,13 @@ def causal(
     factor = torch.where(rows, (top / 8 - lse).exp(), 0.0)
     output, stats = output.detach().bfloat16(), torch.stack([top, factor], -1).float()
     delta = (slope.double() * output).sum(-1)
+    if on_cuda:
+
+        def call_whole() -> tuple:
+            found = torch.ops.fasttx_cuda.attention_bwd.raw(slope, None, query, key, value, output, stats, *options)
+            return found[:1] if part == "dq" else found[1:]
+
+        return trial(call_whole, gradients[:1] if part == "dq" else gradients[1:], 2**-6)
 
     def call_part() -> tuple:
         with mock.patch.object(backward, "_dkdv" if part == "dq" else "_dq") as other:

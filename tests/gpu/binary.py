@@ -30,14 +30,19 @@ missing = None if cuda_architectures else "the binary contains no CUDA kernels"
 
 
 @functools.cache
-def kernels() -> dict[str, str]:
-    """The PTX of each kernel, a module of its own, by its name."""
+def modules() -> list[str]:
+    """All PTX that the binary carries, a text for each source file of kernels."""
     with tempfile.TemporaryDirectory() as folder:
         command = [CUOBJDUMP, "-xptx", "all", extension.__file__]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
-        texts = [path.read_text() for path in Path(folder).glob("*.ptx")]
+        return [path.read_text() for path in Path(folder).glob("*.ptx")]
+
+
+@functools.cache
+def kernels() -> dict[str, str]:
+    """The PTX of each kernel, a module of its own, by its name."""
     found = {}
-    for text in texts:
+    for text in modules():
         files = "\n".join(re.findall(r"^\s*\.file\s.*$", text, re.MULTILINE))
         text = re.split(r"^\s*\.(?:file|section)\s", text, maxsplit=1, flags=re.MULTILINE)[0]
         starts = [match.start() for match in _ENTRY.finditer(text)]

@@ -39,10 +39,8 @@ full = pytest.mark.emulated_full
 counted = pytest.mark.skipif(ON_GPU, reason="the emulator counts what a kernel does, a GPU does not")
 by_target = pytest.mark.parametrize("target", TARGETS)
 BINARY = "binary"
-by_kernels = pytest.mark.parametrize(
-    "target",
-    [*TARGETS, pytest.param(BINARY, marks=pytest.mark.skipif(binary.missing is not None, reason=str(binary.missing)))],
-)
+needs_binary = pytest.mark.skipif(binary.missing is not None, reason=str(binary.missing))
+by_kernels = pytest.mark.parametrize("target", [*TARGETS, pytest.param(BINARY, marks=needs_binary)])
 by_dtype = pytest.mark.parametrize(
     "dtype",
     [torch.bfloat16, pytest.param(torch.float32, marks=full), pytest.param(torch.float16, marks=full)],

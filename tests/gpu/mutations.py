@@ -8,12 +8,13 @@ A mutation is caught if the emulator raises, or the result is wrong. One that su
 as equivalent, with the reason: nothing that the kernel computes depends on what was changed.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from gpu import binary
-from gpu.driver import emulated
+from gpu.driver import Emulation, emulated
 from gpu.ptx import CheckFailed, PTXError
 
 
@@ -154,7 +155,8 @@ def of(text: str, kinds: Iterable[str] | None = None, most: int | None = None) -
         yield from found[::step]
 
 
-def _emulated(target: str, transform: Callable[[str], str]):
+def _machine(target: str, transform: Callable[[str], str]) -> contextlib.AbstractContextManager[Emulation]:
+    """Triton's kernels compiled for a target, or those of fasttx's binary."""
     return binary.intercepted(transform=transform) if target == "binary" else emulated(target, transform=transform)
 
 
@@ -169,7 +171,7 @@ def compiled(target: str, trial: Trial, kernel: str = "") -> str:
         texts.append(text)
         return text
 
-    with _emulated(target, keep):
+    with _machine(target, keep):
         result = trial.call()
     if not trial.agrees(result):
         raise ValueError("the result is wrong with nothing changed: every mutation would count as caught")
@@ -182,7 +184,7 @@ def compiled(target: str, trial: Trial, kernel: str = "") -> str:
 def judge(mutation: Mutation, target: str, trial: Trial, original: str) -> Outcome:
     """Runs a call with its kernel changed, whose PTX is `original`; others that it launches stay as they are."""
     try:
-        with _emulated(target, lambda text: mutation(text) if text == original else text):
+        with _machine(target, lambda text: mutation(text) if text == original else text):
             result = trial.call()
     except CheckFailed as error:
         return Outcome(mutation, error.check, error.message)

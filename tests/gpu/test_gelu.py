@@ -8,7 +8,18 @@ from properties import draw
 
 from fasttx import reference
 from fasttx.ops import gelu as ops
-from gpu.launchers import backend_of, by_dtype, by_kernels, full, on_kernels, shipped, using
+from gpu.launchers import (
+    BINARY,
+    backend_of,
+    by_dtype,
+    by_kernels,
+    counted,
+    full,
+    needs_binary,
+    on_kernels,
+    shipped,
+    using,
+)
 
 by_variant = pytest.mark.parametrize("approximate", ["none", "tanh"])
 
@@ -89,3 +100,26 @@ def test_nothing(target):
         ops.bias_gelu(x, bias, "none", backend_of(target)).sum().backward()
         assert ops.gelu(torch.empty(3, 0), "none", backend_of(target)).shape == (3, 0)
     assert x.grad.shape == (0, 4) and torch.equal(bias.grad, torch.zeros(4))
+
+
+@counted
+@needs_binary
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_each_byte_is_moved_once_by_wide_accesses(dtype, with_bias):
+    rows, width = 96, 512
+    x, dy, bias = (torch.randn(shape).to(dtype) for shape in ((rows, width), (rows, width), (width,)))
+    raw = torch.ops.fasttx_cuda
+    with on_kernels(BINARY) as machine:
+        raw.gelu_fwd.raw(x, bias if with_bias else None, 2)
+        raw.gelu_bwd.raw(dy, x, bias if with_bias else None, 2, with_bias)
+    forward, backward, *of_sums = machine.launches
+    for launch, operands in ((forward, 2), (backward, 3)):
+        counts = launch.counts
+        assert counts.read + counts.written <= 1.05 * (operands * x.nbytes + bias.nbytes) + launch.grid[1] * 4 * width
+        assert set(counts.loads) == {16}
+        # The sums of each block, which the next kernel joins, are written one by one.
+        assert set(counts.stores) == ({4, 16} if launch is backward and with_bias else {16})
+        if not with_bias:
+            assert counts.loaded_bytes + counts.stored_bytes == operands * x.nbytes
+    assert len(of_sums) == with_bias

@@ -31,6 +31,8 @@ def _no_compiler(monkeypatch):
 
 def test_every_case_lies_on_the_gpu_and_is_taken_by_triton(monkeypatch):
     monkeypatch.setattr(_gpu, "_lacking", {None: None, 0: None})
+    monkeypatch.setattr(_gpu, "_capabilities", {None: (9, 0), 0: (9, 0)})
+    monkeypatch.setattr(dispatch, "cuda_architectures", "")  # as in a build without nvcc
     heard = []
     monkeypatch.setattr(dispatch, "listeners", [heard.append])
     with FakeTensorMode(), torch.no_grad():  # which refuses tensors on two devices, as PyTorch does

@@ -1,4 +1,4 @@
-"""Masked softmax in Triton on the emulator, against float64 by the error budget."""
+"""Masked softmax, Triton's kernels and the CUDA C++ ones, on the emulator against float64 by the error budget."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from properties import draw
 from fasttx import reference
 from fasttx.measure import ulp
 from fasttx.ops import softmax as ops
-from gpu.launchers import by_dtype, by_target, full, on_triton, shipped, using
+from gpu.launchers import backend_of, by_dtype, by_kernels, full, on_kernels, shipped, using
 
 
 def eager(input, mask=None, is_causal=False):
@@ -26,9 +26,9 @@ def check(target, dtype, shape, mask=None, is_causal=False):
     inputs = {"input": 3 * draw(*shape)}
     if mask is not None:
         inputs["mask"] = mask
-    with on_triton(target):
+    with on_kernels(target):
         assert_op_within_budget(
-            lambda input, mask=None: ops.softmax(input, mask, is_causal, -1),
+            lambda input, mask=None: ops.softmax(input, mask, is_causal, -1, backend_of(target)),
             eager=lambda input, mask=None: eager(input, mask, is_causal),
             reference=lambda input, mask=None: reference.softmax(input, mask=mask, is_causal=is_causal),
             inputs=inputs,
@@ -36,7 +36,7 @@ def check(target, dtype, shape, mask=None, is_causal=False):
         )
 
 
-@by_target
+@by_kernels
 @by_dtype
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 33), pytest.param((4, 700), marks=full), pytest.param((3, 1), marks=full)])
@@ -55,14 +55,14 @@ MASKS = {
 }
 
 
-@by_target
+@by_kernels
 @pytest.mark.parametrize("kind", MASKS)
 def test_masks(target, kind):
     check(target, torch.bfloat16, (2, 3, 5, 40), MASKS[kind](), is_causal="queries" in kind)
 
 
 @full
-@by_target
+@by_kernels
 @by_dtype
 @pytest.mark.parametrize("kind", MASKS)
 def test_masks_in_every_dtype(target, dtype, kind):
@@ -70,7 +70,7 @@ def test_masks_in_every_dtype(target, dtype, kind):
 
 
 @full
-@by_target
+@by_kernels
 @by_dtype
 def test_a_mask_of_whole_rows_has_no_gradient(target, dtype):
     # Whatever is added to all of a row changes nothing: the gradient is a sum that cancels. The ulp of slack is that of
@@ -82,8 +82,8 @@ def test_a_mask_of_whole_rows_has_no_gradient(target, dtype):
         given = mask.clone().requires_grad_()
         return torch.autograd.grad(function(x, given), given, slope)[0]
 
-    with on_triton(target):
-        found = gradient(lambda x, mask: ops.softmax(x, mask, False, -1))
+    with on_kernels(target):
+        found = gradient(lambda x, mask: ops.softmax(x, mask, False, -1, backend_of(target)))
     wide = torch.softmax(x.double() + mask.double(), -1)
     terms = wide * (slope.double() - (wide * slope.double()).sum(-1, keepdim=True))
     summed = terms.abs().sum_to_size(3, 1, 1)
@@ -91,22 +91,22 @@ def test_a_mask_of_whole_rows_has_no_gradient(target, dtype):
     assert found.abs().max().item() <= budget
 
 
-@by_target
+@by_kernels
 def test_a_wider_mask_than_the_input(target):
     x, mask = torch.randn(5, 40).bfloat16(), torch.randn(5, 40)
-    with on_triton(target):
-        y = ops.softmax(x, mask, False, -1)
+    with on_kernels(target):
+        y = ops.softmax(x, mask, False, -1, backend_of(target))
     assert_within_budget(
         actual=y, eager=torch.softmax(x + mask, -1).bfloat16(), truth=torch.softmax(x.double() + mask.double(), -1)
     )
 
 
-@by_target
+@by_kernels
 def test_wide_rows(target):
     check(target, torch.float32, (2, 2, 20000), torch.rand(2, 1, 20000) > 0.5)
 
 
-@by_target
+@by_kernels
 def test_fully_masked_wide_rows(target):
     check(target, torch.bfloat16, (2, 1, 20000), torch.arange(2)[:, None, None] > 0)
 
@@ -124,12 +124,12 @@ def test_shipped_configurations(block, target, config):
         check(target, torch.bfloat16, (7, block - 9), torch.rand(7, block - 9) > 0.3)
 
 
-@by_target
+@by_kernels
 def test_five_dimensions_and_another_dim(target):
     x = torch.randn(2, 2, 3, 5, 8)
     mask = torch.rand(2, 1, 3, 5, 8) > 0.3
-    with on_triton(target):
-        y = ops.softmax(x, mask, False, -1)
-        across = ops.softmax(x, None, False, 1)
+    with on_kernels(target):
+        y = ops.softmax(x, mask, False, -1, backend_of(target))
+        across = ops.softmax(x, None, False, 1, backend_of(target))
     torch.testing.assert_close(y, reference.softmax(x, mask=mask))
     torch.testing.assert_close(across, torch.softmax(x, 1))

@@ -1,0 +1,3 @@
+#include "attention_bwd_bias.cuh"
+
+FASTTX_ATTENTION_BWD_BIAS_TILES(FASTTX_ATTENTION_BWD_BIAS, fp16)
