@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #if !defined(__CUDACC__)
+struct float2;
 struct float4;
 #endif
 
@@ -190,6 +191,17 @@ struct AttentionFwd {
   // (sequences, heads, queries), packed (heads, queries), or null. stats: two for each row, the largest score, in the
   // kernel's own units, and 1 / the sum of exponentials relative to it; 0 and 0 where there is nothing to attend to.
   float *lse, *stats;
+};
+
+// The same where a group's queries of a sequence are few: its keys are split among blocks. rows: sequences * heads * queries.
+// parts (splits, rows, value_width): sums of exponentials times values; part_stats (splits, rows): the largest score, and
+// the sum of exponentials relative to it. Null where there is one split.
+struct AttentionDecode {
+  AttentionFwd fwd;
+  float* parts;
+  float2* part_stats;
+  int32_t splits;
+  uint32_t rows;
 };
 
 }  // namespace fasttx::cuda

@@ -24,11 +24,12 @@ class Launch:
     shared: int
 
 
-def call_attention(dtype: torch.dtype, width: int) -> None:
-    x = torch.zeros(1, 1, 2, width, dtype=dtype, requires_grad=True)
-    for mask in (None, torch.zeros(1, 1, 2, 2, requires_grad=True), torch.ones(1, 1, 2, 2, dtype=torch.bool)):
+def call_attention(dtype: torch.dtype, width: int, queries: int) -> None:
+    query, x = (torch.zeros(1, 1, n, width, dtype=dtype, requires_grad=True) for n in (queries, 300))
+    sizes = (1, 1, queries, 300)
+    for mask in (None, torch.zeros(sizes, requires_grad=True), torch.ones(sizes, dtype=torch.bool)):
         output, _ = attention.attention(
-            x, x, x, mask, None, None, None, None, False, 0, -1, -1, 0.0, None, 1.0, backend="cuda"
+            query, x, x, mask, None, None, None, None, False, 0, -1, -1, 0.0, None, 1.0, backend="cuda"
         )
         output.sum().backward()
 
@@ -61,8 +62,9 @@ def launches() -> dict[str, Launch]:
             for width in (int(8 * 1.25**n) // 8 * 8 for n in range(45)):
                 call_rows(dtype, width)
             for width in (32, 64, 96, 128):
-                if dtype is not torch.float32:
-                    call_attention(dtype, width)
+                for queries in (1, 2, 4, 8, 16):
+                    if dtype is not torch.float32:
+                        call_attention(dtype, width, queries)
     finally:
         extension.intercept_cuda(None, None)
     return found
