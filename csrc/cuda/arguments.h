@@ -7,6 +7,8 @@
 
 #include <stdint.h>
 
+#include "tensor_map.h"
+
 #if !defined(__CUDACC__)
 struct float4;
 #endif
@@ -190,6 +192,13 @@ struct AttentionFwd {
   // (sequences, heads, queries), packed (heads, queries), or null. stats: two for each row, the largest score, in the
   // kernel's own units, and 1 / the sum of exponentials relative to it; 0 and 0 where there is nothing to attend to.
   float *lse, *stats;
+};
+
+// The same for the kernels of sm_90: maps of (width, tokens, heads, sequences), whose boxes are 64 columns of 64 queries, and
+// of kSm90Keys keys or values.
+struct AttentionFwdSm90 {
+  TensorMap query, key, value;
+  AttentionFwd forward;
 };
 
 }  // namespace fasttx::cuda
