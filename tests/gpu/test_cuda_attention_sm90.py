@@ -99,7 +99,7 @@ def test_padding_the_batch_and_the_place_do_not_change_a_bit(options):
     assert not whole[0][3].any() and (whole[1][3] == -math.inf).all()
 
 
-def launched(target: str = BINARY_SM90, shape: tuple = (2, 2, 2, 5, 7, 64, 64), **options) -> str:
+def launched(target: str = BINARY_SM90, shape: tuple = (2, 2, 2, 20, 7, 64, 64), **options) -> str:
     inputs = {name: x.half() for name, x in draw_inputs(*shape).items()}
     if options.pop("expanded", False):
         inputs["key"] = inputs["key"][:1].expand(2, -1, -1, -1)
@@ -110,10 +110,10 @@ def launched(target: str = BINARY_SM90, shape: tuple = (2, 2, 2, 5, 7, 64, 64), 
 
 def test_which_calls_it_takes():
     assert launched() == "attention_fwd_sm90_64_fp16"
-    assert launched(shape=(1, 1, 1, 5, 7, 64, 72)) == "attention_fwd_sm90_128_fp16"
+    assert launched(shape=(1, 1, 1, 20, 7, 64, 72)) == "attention_fwd_sm90_128_fp16"
     assert launched(BINARY) == "attention_fwd_plain_64_fp16"
-    assert launched(shape=(1, 1, 1, 5, 7, 32, 32)) == "attention_fwd_plain_32_fp16"
-    assert launched(shape=(1, 1, 1, 5, 0, 64, 64)) == "attention_fwd_plain_64_fp16"
+    assert launched(shape=(1, 1, 1, 20, 7, 32, 32)) == "attention_fwd_plain_32_fp16"
+    assert launched(shape=(1, 1, 1, 20, 0, 64, 64)) == "attention_fwd_plain_64_fp16"
     assert launched(expanded=True) == "attention_fwd_plain_64_fp16"
     assert launched(dropout_p=0.1, seed=SEED) == "attention_fwd_laden_64_fp16"
 
