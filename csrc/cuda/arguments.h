@@ -7,6 +7,8 @@
 
 #include <stdint.h>
 
+#include "tensor_map.h"
+
 #if !defined(__CUDACC__)
 struct float2;
 struct float4;
@@ -202,6 +204,13 @@ struct AttentionDecode {
   float2* part_stats;
   int32_t splits;
   uint32_t rows;
+};
+
+// The same for the kernels of sm_90: maps of (width, tokens, heads, sequences), whose boxes are 64 columns of 64 queries, and
+// of kSm90Keys keys or values.
+struct AttentionFwdSm90 {
+  TensorMap query, key, value;
+  AttentionFwd forward;
 };
 
 }  // namespace fasttx::cuda

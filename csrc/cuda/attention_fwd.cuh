@@ -148,14 +148,21 @@ struct AttentionForward {
         const float base = larger == -INFINITY ? 0.f : larger;
         const float shrink = exp2_approx((largest[m][h] - base) * unit);
         float sum = 0.f;
+        const auto exponentials = [&](auto exponent) {
 #pragma unroll
-        for (int j = 0; j < kKeys / 8; ++j)
+          for (int j = 0; j < kKeys / 8; ++j)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& score = scores[m][j][2 * h + e];
-            score = exp2_approx(kLaden && problem.scaled ? (score - base) * unit : fmaf(score, unit, -(base * unit)));
-            sum += score;
-          }
+            for (int e = 0; e < 2; ++e) {
+              float& score = scores[m][j][2 * h + e];
+              score = exp2_approx(exponent(score));
+              sum += score;
+            }
+        };
+        if (kLaden && problem.scaled) {
+          exponentials([&](float score) { return (score - base) * unit; });
+        } else {
+          exponentials([&](float score) { return fmaf(score, unit, -(base * unit)); });
+        }
         largest[m][h] = larger;
         total[m][h] = fmaf(total[m][h], shrink, sum);
 #pragma unroll
@@ -175,7 +182,7 @@ struct AttentionForward {
         const uint32_t bits = of.drawn(seed, m, at + 8 * j);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          if ((bits >> i & 1) == 0) exponentials[m][j][i] = 0.f;
+          exponentials[m][j][i] = (bits & 1u << i) != 0 ? exponentials[m][j][i] : 0.f;
       }
   }
 

@@ -66,7 +66,9 @@ struct Scores {
 
   // Products become scores: scaled, if something is added to them, with that, and -infinity where masks keep nothing.
   __device__ __forceinline__ void add_to(Values& scores, int at, Kept kept) const {
-    if (problem.scaled) {
+    if (problem.slopes != nullptr) {
+      scale_and_add_slopes(scores, at);
+    } else if (problem.scaled) {
 #pragma unroll
       for (auto& tile : scores)
 #pragma unroll
@@ -74,7 +76,6 @@ struct Scores {
 #pragma unroll
           for (float& score : part) score *= problem.scale;
     }
-    if (problem.slopes != nullptr) add_slopes(scores, at);
     if (problem.mask.kind == MaskKind::additive_float) {
       for_mask(static_cast<const float*>(problem.mask.data), at, [&](float& score, float x) { score += x; }, scores);
     } else if (problem.mask.kind == MaskKind::additive) {
@@ -96,7 +97,7 @@ struct Scores {
     const uint32_t query = kTransposed ? column + lane % 8 : row + lane % 16;
     const uint32_t quad = kTransposed ? row / 4 + lane / 8 : column / 4 + lane / 16;
     uint32_t words[4], bits = 0;
-    philox(words, seed, sequence, head, query, quad);
+    philox<false>(words, seed, sequence, head, query, quad);
 #pragma unroll
     for (int i = 0; i < 4; ++i) bits |= uint32_t(words[i] >= problem.dropout.threshold) << i;
     if constexpr (kTransposed) {
@@ -114,8 +115,8 @@ struct Scores {
 
  private:
   // ALiBi: less the slope times the distance.
-  __device__ __forceinline__ void add_slopes(Values& scores, int at) const {
-    const float slope = problem.slopes[head];
+  __device__ __forceinline__ void scale_and_add_slopes(Values& scores, int at) const {
+    const float slope = -problem.slopes[head];
 #pragma unroll
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll
@@ -127,7 +128,7 @@ struct Scores {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             float& score = scores[m][j][2 * h + e];
-            score = fmaf(-slope, fabsf(from + float(8 * j + e)), score);
+            score = fmaf(score, problem.scale, slope * fabsf(from + float(8 * j + e)));
           }
       }
   }

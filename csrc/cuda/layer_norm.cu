@@ -392,16 +392,16 @@ __device__ __forceinline__ void bwd_sums(const LayerNormBwd& args) {
 #define FASTTX_LAYER_NORMS(T)                                                         \
   FASTTX_FWD(8x1, T, Team<8, 1, 128, 8>)                                              \
   FASTTX_FWD(32x1, T, Team<32, 1, 128, 8>)                                            \
-  FASTTX_FWD(32x2, T, Team<32, 2, 128, 6>)                                            \
+  FASTTX_FWD(32x2, T, Team<32, 2, 128, 8>)                                            \
   FASTTX_FWD(32x3, T, Team<32, 3, 128, 7>)                                            \
-  FASTTX_FWD(32x4, T, Team<32, 4, 128, sizeof(T) < 4 ? 6 : 5>)                                            \
+  FASTTX_FWD(32x4, T, Team<32, 4, 128, 6>)                                            \
   FASTTX_FWD(128x2, T, Team<128, 2, 128, 8>)                                          \
   FASTTX_FWD(128x4, T, Team<128, 4, 128, 6>)                                          \
   FASTTX_FWD(256x4, T, Team<256, 4, 256, 3>)                                          \
   FASTTX_FWD(512x4, T, Team<512, 4, 512, 1>)                                          \
   FASTTX_LAYER_NORM(fwd_wide, LayerNormFwd, fwd_wide, T, Team<512, 2, 512, 2>)        \
   FASTTX_BWD(8x1, T, Team<8, 1, 256, 3>)                                              \
-  FASTTX_BWD(32x1, T, Team<32, 1, 256, 3>)                                            \
+  FASTTX_BWD(32x1, T, Team<32, 1, 256, 4>)                                            \
   FASTTX_BWD(32x2, T, Team<32, 2, 128, 4>)                                            \
   FASTTX_BWD(32x3, T, Team<32, 3, 128, 3>)                                            \
   FASTTX_BWD(32x4, T, Team<32, 4, 128, 2>)                                            \

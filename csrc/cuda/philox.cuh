@@ -6,17 +6,32 @@
 
 namespace fasttx::cuda {
 
+// Both halves of a product: in one multiplication, which some kernels have fewer registers with, or in two, which takes fewer
+// instructions.
+template <bool kAtOnce>
+__device__ __forceinline__ void multiply_whole(uint32_t& high, uint32_t& low, uint32_t a, uint32_t b) {
+  if constexpr (kAtOnce) {
+    const uint64_t product = uint64_t(a) * b;
+    high = uint32_t(product >> 32), low = uint32_t(product);
+  } else {
+    high = __umulhi(a, b), low = a * b;
+  }
+}
+
 // The four words of columns 4 quad to 4 quad + 3 of a row: those of the counter (quad, row, head, batch).
+template <bool kAtOnce = true>
 __device__ __forceinline__ void philox(uint32_t (&words)[4], uint64_t seed, uint32_t batch, uint32_t head, uint32_t row,
                                        uint32_t quad) {
   uint32_t c0 = quad, c1 = row, c2 = head, c3 = batch, key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ key0;
-    c2 = uint32_t(p0 >> 32) ^ c3 ^ key1;
-    c1 = uint32_t(p1);
-    c3 = uint32_t(p0);
+    uint32_t high0, low0, high1, low1;
+    multiply_whole<kAtOnce>(high0, low0, c0, 0xD2511F53u);
+    multiply_whole<kAtOnce>(high1, low1, c2, 0xCD9E8D57u);
+    c0 = high1 ^ c1 ^ key0;
+    c2 = high0 ^ c3 ^ key1;
+    c1 = low1;
+    c3 = low0;
     key0 += 0x9E3779B9u;
     key1 += 0xBB67AE85u;
   }

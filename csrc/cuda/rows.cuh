@@ -30,15 +30,19 @@ struct Team {
 // Goes through the rows of a team. Whole warps go on together: of the teams in one, some may be past the last row.
 template <class Team>
 struct Turns {
-  static constexpr int kOfWarp = Team::kSize < 32 ? 32 / Team::kSize : 1;
-  uint32_t first, row, count;
+  static constexpr uint32_t kOfWarp = Team::kSize < 32 ? 32 / Team::kSize : 1;
+  uint32_t next_row, row, count;
 
-  explicit __device__ __forceinline__ Turns(uint32_t rows)
-      : first(blockIdx.x * Team::kRows + (Team::kSize > 32 ? 0 : threadIdx.x / 32 * kOfWarp)), count(rows) {}
+  // The warp's number by a shuffle: so the compiler knows that it is the whole warp's, and no shuffle in the loop needs
+  // another way for warps that have parted.
+  explicit __device__ __forceinline__ Turns(uint32_t rows) : next_row(blockIdx.x * Team::kRows), count(rows) {
+    if constexpr (Team::kSize <= 32) next_row += __shfl_sync(~0u, threadIdx.x / 32, 0) * kOfWarp;
+  }
   __device__ __forceinline__ bool next() {
-    row = first + threadIdx.x % 32 / Team::kSize % kOfWarp;
-    first += gridDim.x * Team::kRows;
-    return row - threadIdx.x % 32 / Team::kSize % kOfWarp < count;
+    const bool more = next_row < count;
+    row = next_row + (kOfWarp > 1 ? threadIdx.x % 32 / Team::kSize : 0);
+    next_row += gridDim.x * Team::kRows;
+    return more;
   }
 };
 
