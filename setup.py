@@ -11,6 +11,7 @@ release.
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,17 @@ def cuda_archs() -> tuple[str, ...]:
     return tuple(names) or CUDA_DEVELOPMENT
 
 
+def targets_of(source: Path) -> tuple[str, tuple[str, ...]]:
+    """What a source's PTX is for, and the architectures that binaries are made of it for: none, and it is left out.
+
+    One whose name ends in an architecture, such as foo_sm90.cu, is what that one alone can do.
+    """
+    match = re.search(r"_sm(\d+)$", source.stem)
+    if match is None:
+        return CUDA_BASE, cuda_archs()
+    return f"{match[1]}a", (f"{match[1]}a",) if match[1] in cuda_archs() else ()
+
+
 def torch_folder() -> Path:
     """Where torch's headers and libraries are, without importing it."""
     spec = importlib.util.find_spec("torch")
@@ -123,7 +135,8 @@ def cuda_rules(folder: Path) -> tuple[list[str], list[str]]:
     """
     nvcc = find_nvcc()
     archs = cuda_archs() if nvcc else ()
-    names = [path.stem for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))] if nvcc else []
+    targets = {path.stem: targets_of(path) for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if nvcc}
+    names = [name for name, (_, binaries) in targets.items() if binaries]
     compiled = " ".join([*(f"sm_{arch}" for arch in archs), f"compute_{CUDA_BASE}"]) if nvcc else ""
     images = "".join(f"""{{"{name}", fasttx_image_{name}}}, """ for name in names)
     declarations = "".join(f"extern \"C\" const unsigned char fasttx_image_{name}[];\n" for name in names)
@@ -140,7 +153,7 @@ def cuda_rules(folder: Path) -> tuple[list[str], list[str]]:
     # Line numbers stay in the PTX, for those who read it; in the binaries they would take most of the room.
     lines += [
         "rule ptx",
-        f"  command = {escape(nvcc)} {' '.join(NVCC)} -arch=compute_{CUDA_BASE} -ptx -MD -MF $out.d $in -o $out"
+        f"  command = {escape(nvcc)} {' '.join(NVCC)} -arch=compute_$base -ptx -MD -MF $out.d $in -o $out"
         f""" && sed -i 's#{ROOT.resolve()}/##; s#"/.*/include/#"#' $out""",
         "  depfile = $out.d",
         "  deps = gcc",
@@ -154,13 +167,14 @@ def cuda_rules(folder: Path) -> tuple[list[str], list[str]]:
         f"  command = {find_compiler()} -c $in -o $out",
     ]
     for name in names:
-        lines += [f"build {name}.ptx: ptx {escape(ROOT.resolve() / f'csrc/cuda/{name}.cu')}"]
+        base, binaries = targets[name]
+        lines += [f"build {name}.ptx: ptx {escape(ROOT.resolve() / f'csrc/cuda/{name}.cu')}", f"  base = {base}"]
         lines += [f"build {name}.plain.ptx: plain {name}.ptx"]
-        packed = [f"--image3=kind=ptx,sm={CUDA_BASE},file={name}.ptx"]
-        for arch in archs:
+        packed = [f"--image3=kind=ptx,sm={base},file={name}.ptx"]
+        for arch in binaries:
             lines += [f"build {name}.sm_{arch}.cubin: cubin {name}.plain.ptx", f"  arch = sm_{arch}"]
             packed += [f"--image3=kind=elf,sm={arch},file={name}.sm_{arch}.cubin"]
-        cubins = " ".join(f"{name}.sm_{arch}.cubin" for arch in archs)
+        cubins = " ".join(f"{name}.sm_{arch}.cubin" for arch in binaries)
         lines += [f"build {name}.fatbin: pack {name}.ptx {cubins}", f"  images = {' '.join(packed)}"]
         symbol = f"fasttx_image_{name}"
         write_if_new(

@@ -42,6 +42,12 @@ def test_architectures(variables, archs):
     assert call("cuda_archs", **variables).stdout.strip() == str(archs)
 
 
+def test_a_source_of_one_architecture_is_compiled_for_it_alone():
+    assert call("targets_of", Path("foo")).stdout.strip() == "('80', ('80', '90'))"
+    assert call("targets_of", Path("foo_sm90")).stdout.strip() == "('90a', ('90a',))"
+    assert call("targets_of", Path("foo_sm90"), FASTTX_CUDA_ARCHS="80 100").stdout.strip() == "('90a', ())"
+
+
 def test_an_unknown_architecture_is_refused():
     done = call("cuda_archs", FASTTX_CUDA_ARCHS="80 75")
     assert done.returncode and "FASTTX_CUDA_ARCHS knows 80 86 89 90 100 120 and all, not 75" in done.stderr

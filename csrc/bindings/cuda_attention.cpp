@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "../cuda/attention_splits.h"
 #include "../cuda/attention_tiles.h"
 
 namespace fasttx::bindings {
@@ -37,6 +38,24 @@ Tensor allocate_tokens_first(const Tensor& like, int64_t width) {
   return allocate_beside(like, sizes, strides, like.scalar_type());
 }
 
+// Of few queries: their keys are split, so that there are blocks enough. How many keys there are must not count, for padding.
+bool is_decoding(const CudaAttention& call) {
+  return !call.packed && call.problem.group * call.problem.queries <= cuda::kMostRows;
+}
+
+void decode(const cuda::AttentionFwd& args, const CudaAttention& call, cuda::Queue queue) {
+  const cuda::AttentionProblem& problem = call.problem;
+  const int32_t splits = std::max(1, (problem.keys + cuda::kSplit - 1) / cuda::kSplit);
+  const int64_t rows = int64_t{1} * problem.sequences * problem.heads * problem.queries;
+  STD_TORCH_CHECK(rows * splits < int64_t{1} << 31, "attention of too many rows for one launch");
+  const int64_t parts = splits == 1 ? 0 : splits;
+  Tensor sums = allocate_beside(call.query, {parts, rows, problem.value_width}, ScalarType::Float);
+  Tensor stats = allocate_beside(call.query, {parts, rows, 2}, ScalarType::Float);
+  const cuda::AttentionDecode decode{args, static_cast<float*>(out_or_null(sums)),
+                                     static_cast<float2*>(out_or_null(stats)), splits, static_cast<uint32_t>(rows)};
+  check_launch(fasttx_cuda_attention_decode(&decode, call.dtype, queue), "attention_decode");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
     const OptionalTensor& key_lengths, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
@@ -56,7 +75,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
   if (!call.is_empty()) {
     const cuda::AttentionFwd args{call.problem, rows_of(output), static_cast<float*>(out_or_null(lse)),
                                   static_cast<float*>(out_or_null(stats))};
-    check_launch(fasttx_cuda_attention_fwd(&args, call.dtype, call.laden, place.queue()), "attention_fwd");
+    if (is_decoding(call)) {
+      decode(args, call, place.queue());
+    } else {
+      check_launch(fasttx_cuda_attention_fwd(&args, call.dtype, call.laden, place.queue()), "attention_fwd");
+    }
   }
   return {output, lse, stats, nothing_beside(query)};
 }

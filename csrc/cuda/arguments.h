@@ -7,7 +7,10 @@
 
 #include <stdint.h>
 
+#include "tensor_map.h"
+
 #if !defined(__CUDACC__)
+struct float2;
 struct float4;
 #endif
 
@@ -190,6 +193,24 @@ struct AttentionFwd {
   // (sequences, heads, queries), packed (heads, queries), or null. stats: two for each row, the largest score, in the
   // kernel's own units, and 1 / the sum of exponentials relative to it; 0 and 0 where there is nothing to attend to.
   float *lse, *stats;
+};
+
+// The same where a group's queries of a sequence are few: its keys are split among blocks. rows: sequences * heads * queries.
+// parts (splits, rows, value_width): sums of exponentials times values; part_stats (splits, rows): the largest score, and
+// the sum of exponentials relative to it. Null where there is one split.
+struct AttentionDecode {
+  AttentionFwd fwd;
+  float* parts;
+  float2* part_stats;
+  int32_t splits;
+  uint32_t rows;
+};
+
+// The same for the kernels of sm_90: maps of (width, tokens, heads, sequences), whose boxes are 64 columns of 64 queries, and
+// of kSm90Keys keys or values.
+struct AttentionFwdSm90 {
+  TensorMap query, key, value;
+  AttentionFwd forward;
 };
 
 }  // namespace fasttx::cuda

@@ -51,15 +51,62 @@ Tiled& choose(Kernels& kernels, const AttentionProblem& problem, int laden) {
   return kernels[laden * kWidthCount + index];
 }
 
-// Launches blocks that own a tile of one head each: of queries, or of keys.
-template <class Args>
-int launch_tiles(Tiled& tiled, const Args& args, bool keys, Queue queue) {
-  const AttentionProblem& problem = args.problem;
+// Of blocks that own a tile of one head each: of queries, or of keys.
+Grid grid_of(const AttentionProblem& problem, int owned, bool keys) {
   const int64_t tokens = keys ? problem.keys : problem.queries, heads = problem.heads / (keys ? problem.group : 1);
   const bool packed = problem.cu_queries != nullptr;
-  const int64_t tiles = packed ? tokens / tiled.owned + problem.sequences : (tokens + tiled.owned - 1) / tiled.owned;
-  const Grid grid{uint32_t(tiles * heads * (packed ? 1 : problem.sequences))};
-  return launch(tiled.kernel, grid, kThreads, tiled.shared, args, queue);
+  const int64_t tiles = packed ? tokens / owned + problem.sequences : (tokens + owned - 1) / owned;
+  return {uint32_t(tiles * heads * (packed ? 1 : problem.sequences))};
+}
+
+template <class Args>
+int launch_tiles(Tiled& tiled, const Args& args, bool keys, Queue queue) {
+  return launch(tiled.kernel, grid_of(args.problem, tiled.owned, keys), kThreads, tiled.shared, args, queue);
+}
+
+// Hopper's forward, by dtype and width.
+#define FASTTX_SM90(T) \
+  {{"attention_fwd_sm90", "attention_fwd_sm90_64_" #T}, {"attention_fwd_sm90", "attention_fwd_sm90_128_" #T}}
+Kernel forward_sm90[2][2] = {FASTTX_SM90(bf16), FASTTX_SM90(fp16)};
+
+// Heads, tokens and width of a tensor, which TMA may copy: no dimension repeats what it has, nor is any too far.
+MappedTensor mapped(const Rows& rows, const AttentionProblem& problem, int width, int tokens, int heads, int box_tokens,
+                    int dtype) {
+  const auto sequences = uint64_t(problem.cu_queries == nullptr ? problem.sequences : 1);
+  MappedTensor tensor{rows.data, dtype == 1, {uint64_t(width), uint64_t(tokens), uint64_t(heads), sequences}, {},
+                      {64, uint32_t(box_tokens), 1, 1}};
+  const int64_t strides[] = {rows.token, rows.head, rows.sequence};
+  for (int i = 0; i < 3; ++i) tensor.strides[i] = tensor.sizes[i + 1] == 1 ? 16 : 2 * uint64_t(strides[i]);
+  return tensor;
+}
+bool can_be_mapped(const MappedTensor& tensor) {
+  for (const uint64_t size : tensor.sizes)
+    if (size == 0) return false;
+  for (const uint64_t stride : tensor.strides)
+    if (stride == 0 || stride >= uint64_t{1} << 40) return false;
+  return true;
+}
+
+// Whether Hopper's kernel takes the call; then `error` is the launch's.
+bool launch_sm90(const AttentionFwd& args, int dtype, Queue queue, int& error) {
+  const AttentionProblem& problem = args.problem;
+  const int width = problem.width > problem.value_width ? problem.width : problem.value_width;
+  if (width <= 32 || capability(queue) != 90 || !has_image("attention_fwd_sm90")) return false;
+  const int heads = problem.heads / problem.group;
+  const auto query = mapped(problem.query, problem, problem.width, problem.queries, problem.heads, 64, dtype);
+  const auto key = mapped(problem.key, problem, problem.width, problem.keys, heads, kSm90Keys, dtype);
+  const auto value = mapped(problem.value, problem, problem.value_width, problem.keys, heads, kSm90Keys, dtype);
+  if (!can_be_mapped(query) || !can_be_mapped(key) || !can_be_mapped(value)) return false;
+  AttentionFwdSm90 of_maps{{}, {}, {}, args};
+  error = encode(of_maps.query, query);
+  if (error == 0) error = encode(of_maps.key, key);
+  if (error == 0) error = encode(of_maps.value, value);
+  if (error != 0) return true;
+  const int columns = width <= 64 ? 64 : 128, queries = 64 * kSm90Groups;
+  const uint32_t shared = 2 * columns * (queries + 2 * kSm90Stages * kSm90Keys) + 8 * (1 + 4 * kSm90Stages);
+  Kernel& kernel = forward_sm90[dtype - 1][columns / 128];
+  error = launch(kernel, grid_of(problem, queries, false), kSm90Threads, shared, of_maps, queue);
+  return true;
 }
 
 int launch_rows(const AttentionBwd& args, int dtype, Queue queue) {
@@ -73,6 +120,7 @@ int launch_rows(const AttentionBwd& args, int dtype, Queue queue) {
 }  // namespace
 
 extern "C" int fasttx_cuda_attention_fwd(const AttentionFwd* args, int dtype, int laden, Queue queue) {
+  if (int error = 0; !laden && launch_sm90(*args, dtype, queue, error)) return error;
   return launch_tiles(choose(forward[dtype - 1], args->problem, laden), *args, false, queue);
 }
 

@@ -25,6 +25,10 @@ constexpr int kMostWidth = 128, kWidthCount = 4;
   X(T, laden, 96, 1, 64)                 \
   X(T, laden, 128, 1, 64)
 
+// Hopper's forward, of levels plain: warpgroups that compute, 64 queries each, keys of a tile, and tiles copied ahead. Its
+// widths are 64 and 128.
+constexpr int kSm90Groups = 2, kSm90Keys = 128, kSm90Stages = 2, kSm90Threads = 128 * (1 + kSm90Groups);
+
 // X(T, level, width, keys of a tile).
 #define FASTTX_ATTENTION_BWD_QUERIES_TILES(X, T) \
   X(T, plain, 32, 64)                            \

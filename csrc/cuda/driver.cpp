@@ -22,6 +22,9 @@ struct Driver {
   int (*retain_context)(void** context, int device);
   int (*set_context)(void* context);
   int (*get_device)(int* device, int number);
+  int (*get_attribute)(int* value, int attribute, int device);
+  int (*encode)(TensorMap* map, int type, uint32_t rank, void* data, const uint64_t* sizes, const uint64_t* strides,
+                const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int promotion, int fill);
   int (*error_string)(int error, const char** text);
   int missing = 0;
 };
@@ -45,6 +48,8 @@ Driver find_driver() {
   find(driver.retain_context, "cuDevicePrimaryCtxRetain");
   find(driver.set_context, "cuCtxSetCurrent");
   find(driver.get_device, "cuDeviceGet");
+  find(driver.get_attribute, "cuDeviceGetAttribute");
+  find(driver.encode, "cuTensorMapEncodeTiled");
   find(driver.error_string, "cuGetErrorString");
   return driver;
 }
@@ -54,14 +59,20 @@ const Driver& driver() {
   return found;
 }
 
+// Its number, or that of the last, which has no name.
+int image_number(const char* name) {
+  int number = 0;
+  while (kImages[number].name != nullptr && strcmp(kImages[number].name, name) != 0) ++number;
+  return number;
+}
+
 // The function, whose image is loaded if it is the first of it.
 int find_function(Kernel& kernel, void** function) {
   constexpr int kMostImages = 64;
   static std::mutex mutex;
   static void* libraries[kMostImages] = {};
   const std::lock_guard lock(mutex);
-  int number = 0;
-  while (kImages[number].name != nullptr && strcmp(kImages[number].name, kernel.image) != 0) ++number;
+  const int number = image_number(kernel.image);
   if (kImages[number].name == nullptr || number >= kMostImages) return kNoImage;
   if (libraries[number] == nullptr) {
     const int error =
@@ -113,6 +124,30 @@ int launch(Kernel& kernel, Grid grid, uint32_t threads, uint32_t shared, const v
   if (const int error = ask_for_shared(kernel, function, shared, queue.device); error != 0) return error;
   void* parameters[] = {const_cast<void*>(args)};
   return driver().launch(function, grid.x, grid.y, grid.z, threads, 1, 1, shared, queue.stream, parameters, nullptr);
+}
+
+bool has_image(const char* name) { return kImages[image_number(name)].name != nullptr; }
+
+int capability(Queue queue) {
+  constexpr int kMajor = 75, kMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+  if (const Interceptor* stand_in = interceptor(); stand_in != nullptr) return stand_in->capability;
+  int device = 0, major = 0, minor = 0;
+  if (driver().missing != 0 || driver().get_device(&device, queue.device) != 0) return 0;
+  if (driver().get_attribute(&major, kMajor, device) != 0 || driver().get_attribute(&minor, kMinor, device) != 0) return 0;
+  return 10 * major + minor;
+}
+
+int encode(TensorMap& map, const MappedTensor& tensor) {
+  if (const Interceptor* stand_in = interceptor(); stand_in != nullptr) {
+    stand_in->encoded(map, tensor);
+    return 0;
+  }
+  if (driver().missing != 0) return driver().missing;
+  // CU_TENSOR_MAP_DATA_TYPE_, _INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_L2_256B and _FLOAT_OOB_FILL_NONE: zeros.
+  constexpr int kFloat16 = 6, kBfloat16 = 9, kNoInterleave = 0, kSwizzle128 = 3, kWholeLines = 3, kZeros = 0;
+  constexpr uint32_t kSteps[4] = {1, 1, 1, 1};
+  return driver().encode(&map, tensor.is_bf16 ? kBfloat16 : kFloat16, 4, const_cast<void*>(tensor.data), tensor.sizes,
+                         tensor.strides, tensor.box, kSteps, kNoInterleave, kSwizzle128, kWholeLines, kZeros);
 }
 
 const char* error_text(int error) {

@@ -7,6 +7,8 @@
 
 #include <atomic>
 
+#include "tensor_map.h"
+
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;  // as CUDA's own headers have it
 
@@ -49,11 +51,26 @@ int launch(Kernel& kernel, Grid grid, uint32_t threads, uint32_t shared, const A
 }
 const char* error_text(int error);
 
+// Whether the build has an image of this name, and what the device is: 90 for 9.0, 0 where that cannot be told.
+bool has_image(const char* name);
+int capability(Queue queue);
+// The map of a tensor of 16-bit values, fp16 or bf16, by its sizes and, but for the first, its strides in bytes, innermost
+// first; box: what one copy takes of each dimension, in rows that are permuted within 128 bytes.
+struct MappedTensor {
+  const void* data;
+  bool is_bf16;
+  uint64_t sizes[4], strides[3];
+  uint32_t box[4];
+};
+int encode(TensorMap& map, const MappedTensor& tensor);
+
 // Takes the driver's place, for tests without a GPU: it is told of results' memory, and of launches, which it is to
-// carry out.
+// carry out, and writes tensors' maps. capability: of the device that it plays.
 struct Interceptor {
   void (*allocated)(const void* at, size_t bytes);
   void (*launched)(const Kernel& kernel, Grid grid, uint32_t threads, uint32_t shared, const void* args, size_t bytes);
+  void (*encoded)(TensorMap& map, const MappedTensor& tensor);
+  int capability;
 };
 // From now on; null gives the driver its place back.
 void intercept(const Interceptor* interceptor);

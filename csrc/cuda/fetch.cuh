@@ -13,8 +13,8 @@ struct Raw {
   uint32_t words[(kBytes + 3) / 4];
 };
 
-// n values from memory that no kernel writes meanwhile, aligned to their size; zeros where not `wanted`, and then nothing
-// is read. No branch, so that a warp stays together.
+// n values from memory that no kernel writes meanwhile, aligned to their size; zeros where not `wanted`, and then
+// nothing is read. No branch, so that a warp stays together.
 template <class T, int n>
 __device__ __forceinline__ void fetch(Raw<T, n>& raw, const T* from, bool wanted = true) {
   uint32_t(&to)[sizeof(raw.words) / 4] = raw.words;

@@ -34,6 +34,8 @@ int fasttx_cuda_attention_fwd(const AttentionFwd* args, int dtype, int laden, Qu
 int fasttx_cuda_attention_bwd(const AttentionBwd* args, int dtype, Queue queue);
 // args->bwd as for fasttx_cuda_attention_bwd, but for the gradients; its mask is additive.
 int fasttx_cuda_attention_bias_bwd(const AttentionBiasBwd* args, int dtype, Queue queue);
+// Where a group has at most kMostRows queries in a sequence.
+int fasttx_cuda_attention_decode(const AttentionDecode* args, int dtype, Queue queue);
 int fasttx_cuda_mask_tiles(const MaskTiles* args, int sequences, int dtype, Queue queue);
 int fasttx_cuda_keys_seen(const KeysSeen* args, int sequences, Queue queue);
 

@@ -58,8 +58,8 @@ __device__ __forceinline__ auto over_values(const At& at, int first = 0) {
 __device__ __forceinline__ float exchange(float x, int step) { return __shfl_xor_sync(~0u, x, step); }
 __device__ __forceinline__ Pair exchange(Pair x, int step) { return {exchange(x.high, step), exchange(x.low, step)}; }
 
-// Over a team of `lanes` neighbours, a power of two: part of a warp, or the whole block, which shares `shared` (lanes / 32)
-// and reads it last. Every thread gets the result.
+// Over a team of `lanes` neighbours, a power of two: part of a warp, or the whole block, which shares `shared`
+// (lanes / 32) and reads it last. Every thread gets the result.
 template <class Op, int lanes, class Value>
 __device__ __forceinline__ Value over_team(Value x, Value* shared) {
 #pragma unroll

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasttx.dispatch import cuda_architectures, extension
-from gpu.driver import Emulation
+from gpu.driver import Emulation, parse_arch
 from gpu.ptx import Allocation, parse
+from gpu.ptx.tensor_map import encode
 from gpu.tensors import allocation
 
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin/cuobjdump"
@@ -51,6 +52,11 @@ def kernels() -> dict[str, str]:
     return found
 
 
+def gpu_of(target: str) -> str:
+    """ "sm_90" of "binary sm_90"; of "binary" the oldest that there are kernels for."""
+    return target.removeprefix("binary").strip() or "sm_80"
+
+
 class _Announced(TorchDispatchMode):
     """Tells which memory a call of an operator may touch: that of its tensors."""
 
@@ -70,12 +76,14 @@ class _Announced(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def intercepted(*, checks: bool = True, transform: Callable[[str], str] | None = None) -> Iterator[Emulation]:
+def intercepted(
+    *, gpu: str = "sm_80", checks: bool = True, transform: Callable[[str], str] | None = None
+) -> Iterator[Emulation]:
     """Within this context the operators of fasttx_cuda take CPU tensors, and what they launch runs on the emulator.
 
-    checks, transform: as `emulated`'s.
+    gpu: whose capability it has, "sm_80" or "sm_90"; checks, transform: as `emulated`'s.
     """
-    machine, memory = Emulation(int(re.search(r"compute_(\d+)", cuda_architectures)[1]), checks, transform), []
+    machine, memory = Emulation(parse_arch(gpu), checks, transform), []
     failures = []
 
     def on_launch(image: str, name: str, grid: tuple, threads: int, shared: int, parameter: bytes) -> None:
@@ -90,7 +98,10 @@ def intercepted(*, checks: bool = True, transform: Callable[[str], str] | None =
     def on_allocation(address: int, size: int) -> None:
         memory.append(Allocation(address, size, f"result {len(memory)}"))
 
-    extension.intercept_cuda(on_launch, on_allocation)
+    def on_map(address: int, sizes: tuple, strides: tuple, box: tuple) -> bytes:
+        return encode(address, 2, sizes, strides, box, swizzle=3)
+
+    extension.intercept_cuda(on_launch, on_allocation, on_map, machine.arch)
     try:
         with _Announced(memory):
             yield machine

@@ -45,13 +45,17 @@ def built() -> dict[int, dict[str, dict[str, int]]]:
 
 
 def compile_for(arch: int) -> dict[str, dict[str, int]]:
-    """By kernel: registers, bytes of stack, which is what spilled registers lie in, and of static shared memory."""
+    """By kernel that it has: registers, bytes of stack, where spilled ones lie, and of static shared memory."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for number, text in enumerate(binary.modules()):
+            only = re.search(r"^\.target sm_(\d+a)", text, re.MULTILINE)
+            if only and only[1] != f"{arch}a":
+                continue
+            target = only[1] if only else arch
             path = Path(folder) / f"{number}.ptx"
             path.write_text(text)
-            command = [find_ptxas(), f"-arch=sm_{arch}", "-O3", "-v", str(path), "-o", str(path.with_suffix(".cubin"))]
+            command = [find_ptxas(), f"-arch=sm_{target}", "-O3", "-v", str(path), "-o", f"{path}.cubin"]
             told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
             for part in told.split("Compiling entry function ")[1:]:
                 name = part.split("'")[1]

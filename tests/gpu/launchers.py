@@ -38,7 +38,7 @@ TARGETS = ("cuda",) if ON_GPU else ("sm_80", "sm_90")
 full = pytest.mark.emulated_full
 counted = pytest.mark.skipif(ON_GPU, reason="the emulator counts what a kernel does, a GPU does not")
 by_target = pytest.mark.parametrize("target", TARGETS)
-BINARY = "binary"
+BINARY, BINARY_SM90 = "binary", "binary sm_90"
 needs_binary = pytest.mark.skipif(binary.missing is not None, reason=str(binary.missing))
 by_kernels = pytest.mark.parametrize("target", [*TARGETS, pytest.param(BINARY, marks=needs_binary)])
 by_dtype = pytest.mark.parametrize(
@@ -70,16 +70,21 @@ def on_triton(target: str, **options) -> Iterator[Emulation | None]:
 
 def backend_of(target: str) -> str:
     """The name of the backend whose kernels a target's are."""
-    return "cuda" if target == BINARY else "triton"
+    return "cuda" if target.startswith(BINARY) else "triton"
 
 
 @contextlib.contextmanager
 def on_kernels(target: str, **options) -> Iterator[Emulation | None]:
-    """Within this context operators run on Triton's launchers, or for BINARY on those of the binary."""
+    """Within this context operators run on Triton's launchers, or for BINARY and BINARY_SM90 on those of the binary."""
     if ON_GPU:
         yield None
         return
-    with binary.intercepted(**options) if target == BINARY else on_triton(target, **options) as machine:
+    of_binary = target.startswith(BINARY)
+    with (
+        binary.intercepted(gpu=binary.gpu_of(target), **options)
+        if of_binary
+        else on_triton(target, **options) as machine
+    ):
         yield machine
 
 

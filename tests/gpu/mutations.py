@@ -117,7 +117,7 @@ def _distant(line: str) -> list[str]:
 
 
 KINDS: dict[str, Callable[[str], list[str]]] = {
-    "dropped barrier": _drop(r"\bbar\.sync\s+\d+;"),
+    "dropped barrier": _drop(r"\bbar\.sync\s+\d+(?:, \d+)?;"),
     "dropped warp barrier": _drop(r"\bbar\.warp\.sync\s+-?\w+;"),
     "dropped wait": _drop(r"\bcp\.async\.wait_(?:group\s+\d+|all\s*);"),
     "late wait": _late,
@@ -126,6 +126,13 @@ KINDS: dict[str, Callable[[str], list[str]]] = {
     "dropped wgmma wait": _drop(r"\bwgmma\.wait_group\.sync\.aligned\s+\d+;"),
     "dropped wgmma fence": _drop(r"\bwgmma\.fence\.sync\.aligned;"),
     "dropped proxy fence": _drop(r"\bfence\.proxy\.async\S*;"),
+    "dropped initialisation fence": _drop(r"\bfence\.mbarrier_init\S*;"),
+    "dropped arrival": _drop(r"\bmbarrier\.arrive\.shared[^;]*;"),
+    "dropped phase": _replace(r"\bmbarrier\.try_wait\S* (\S+), \[[^;]*;", r"setp.eq.b32 \1, 0, 0;"),
+    "dropped bytes": _replace(r"(\bmbarrier\.arrive\.expect_tx[^;]*), \S+;", r"\1, 128;"),
+    "late phase": _replace(
+        r"(\bmbarrier\.try_wait\.parity[^;]*), (\S+);", r"{.reg .b32 other; xor.b32 other, \2, 1; \1, other;}"
+    ),
     "unguarded store": _replace(r"@!?%p\d+\s+(st\.global)", r"\1"),
     "unguarded load": _replace(r"@!?%p\d+\s+(ld\.global)", r"\1"),
     "inverted guard": _replace(r"@(%p\d+)\s+(st\.global)", r"@!\1 \2"),
@@ -157,7 +164,9 @@ def of(text: str, kinds: Iterable[str] | None = None, most: int | None = None) -
 
 def _machine(target: str, transform: Callable[[str], str]) -> contextlib.AbstractContextManager[Emulation]:
     """Triton's kernels compiled for a target, or those of fasttx's binary."""
-    return binary.intercepted(transform=transform) if target == "binary" else emulated(target, transform=transform)
+    if target.startswith("binary"):
+        return binary.intercepted(gpu=binary.gpu_of(target), transform=transform)
+    return emulated(target, transform=transform)
 
 
 def compiled(target: str, trial: Trial, kernel: str = "") -> str:

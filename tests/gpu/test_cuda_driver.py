@@ -50,6 +50,19 @@ int cuDevicePrimaryCtxRetain(void** context, int device) {
 }
 int cuCtxSetCurrent(void*) { return has_context = 1, 0; }
 int cuDeviceGet(int* device, int number) { return *device = number + 10, 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  if (device == 14) return 101;
+  return *value = attribute == 75 ? 9 : attribute == 76 ? 2 : -1, 0;
+}
+int cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* data, const unsigned long* sizes,
+                           const unsigned long* strides, const unsigned* box, const unsigned* steps, int interleave,
+                           int swizzle, int promotion, int fill) {
+  printf("map of %d, %u, %p:", type, rank, data);
+  for (unsigned i = 0; i < rank; ++i)
+    printf(" %lu %lu %u %u,", sizes[i], i == 0 ? 0 : strides[i - 1], box[i], steps[i]);
+  printf(" %d %d %d %d, at a multiple of 64: %d\n", interleave, swizzle, promotion, fill, (long)map % 64 == 0);
+  return data == nullptr ? 1 : 0;
+}
 int cuGetErrorString(int error, const char** text) { return *text = "named symbol not found", error == 500 ? 0 : 1; }
 }
 """
@@ -76,6 +89,12 @@ int main() {
   show(launch(large, {0}, 64, 50000, args, queue));
   show(launch(wrong, {1}, 64, 0, args, queue));
   show(launch(absent, {1}, 64, 0, args, queue));
+  printf("%d %d, %d %d\n", capability(queue), capability(other), has_image("second"), has_image("third"));
+  MappedTensor tensor{(void*)0x40, true, {64, 7, 3, 2}, {128, 896, 2688}, {64, 128, 1, 1}};
+  TensorMap map;
+  show(encode(map, tensor));
+  tensor.data = nullptr, tensor.is_bf16 = false;
+  show(encode(map, tensor));
 }
 """
 
@@ -104,6 +123,10 @@ def stand_in(folder: Path, *flags: str) -> Path:
     return folder
 
 
+# Sizes, strides, box and steps; no interleaving, 128-byte swizzle, whole lines of the L2 cache, zeros outside.
+DIMENSIONS = " 64 0 64 1, 7 128 128 1, 3 896 1 1, 2 2688 1 1, 0 3 3 0, at a multiple of 64: 1"
+
+
 def test_launches(program, tmp_path):
     assert run(program, stand_in(tmp_path)) == [
         "retain 13",
@@ -126,6 +149,11 @@ def test_launches(program, tmp_path):
         "0 no error",
         "500 named symbol not found",
         "-2 this build of fasttx does not contain the kernel",
+        "92 0, 1 0",
+        f"map of 9, 4, 0x40:{DIMENSIONS}",
+        "0 no error",
+        f"map of 6, 4, (nil):{DIMENSIONS}",
+        "1 unknown error of the CUDA driver",
     ]
 
 
@@ -133,7 +161,7 @@ def test_machines_without_a_driver(program):
     if Path("/usr/lib/x86_64-linux-gnu/libcuda.so.1").exists():
         pytest.skip("there is one here")
     lines = run(program, None)
-    assert set(lines) == {"-1 the CUDA driver, libcuda.so.1, was not found", "0 no error"}
+    assert set(lines) == {"-1 the CUDA driver, libcuda.so.1, was not found", "0 no error", "0 0, 1 0"}
 
 
 def test_drivers_that_are_too_old(program, tmp_path):

@@ -44,7 +44,8 @@ def forward(x, mask=None, is_causal=False):
 
 
 def rows_of(width):
-    return 1 if width > 4096 else 3
+    # PyTorch's largest error says something of a dtype where there are some rows: of one, it is luck.
+    return 2 if width > 4096 else 4 if width > 1024 else 12
 
 
 @by_width
@@ -72,7 +73,6 @@ def test_every_mask_in_every_width(width, dtype, kind):
 @by_dtype
 @pytest.mark.parametrize("kind", ["none", "additive"])
 def test_causal_in_every_width(width, dtype, kind):
-    # PyTorch's largest error says something where there are some rows, and not of a column or two alone.
     shape = (1 if width > 4096 else 2, 1, 12, width)
     check(BINARY, dtype, shape, MASKS[kind](shape), is_causal=True)
 

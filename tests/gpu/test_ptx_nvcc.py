@@ -7,6 +7,7 @@ from budget import assert_within_budget
 
 from gpu.nvcc import compile_ptx, find_nvcc
 from gpu.ptx import CheckFailed, PTXError, launch, parse
+from gpu.ptx.tensor_map import encode
 from gpu.tensors import allocation
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
@@ -64,6 +65,29 @@ extern "C" __global__ void asserts(const __nv_bfloat162* x, __nv_bfloat162* out,
   assert(n < 30);
   if (n == 0) printf("%d", n);
   out[threadIdx.x] = h2exp2(x[threadIdx.x]);
+}
+"""
+
+BOX = r"""
+struct alignas(64) Map { unsigned long long words[16]; };
+struct Arguments { Map map; float* out; };
+extern "C" __global__ void box(const __grid_constant__ Arguments args) {
+  __shared__ alignas(128) float tile[8 * 32];
+  __shared__ unsigned long long barrier;
+  unsigned at = __cvta_generic_to_shared(&barrier), to = __cvta_generic_to_shared(tile);
+  if (threadIdx.x == 0) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" :: "r"(at));
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(at), "r"(8 * 32 * 4) : "memory");
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3}], [%4];" :: "r"(to), "l"(&args.map), "r"(0), "r"(8 * blockIdx.x), "r"(at)
+                 : "memory");
+  }
+  SYNC
+  unsigned done = 0;
+  while (!done)
+    asm volatile("{.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\nselp.u32 %0, 1, 0, p;}"
+                 : "=r"(done) : "r"(at) : "memory");
+  for (int i = threadIdx.x; i < 8 * 32; i += blockDim.x) args.out[blockIdx.x * 8 * 32 + i] = tile[i];
 }
 """
 
@@ -126,3 +150,18 @@ def test_assertions_trap_and_what_is_called_is_named_once_it_runs() -> None:
         launch(kernels["asserts"], (1,), (32,), [x.data_ptr(), out.data_ptr(), 30], memory)
     with pytest.raises(PTXError, match="call.uni is not implemented"):
         launch(kernels["calls"], (1,), (32,), [x.data_ptr(), out.data_ptr(), 3], memory)
+
+
+def test_a_tensor_map_among_the_parameters() -> None:
+    x, out = torch.randn(19, 32), torch.zeros(24, 32)
+    map_ = encode(x.data_ptr(), 4, (32, 19), (128,), (32, 8))
+    memory = [allocation(x, "x"), allocation(out, "out")]
+
+    def run(sync: str) -> None:
+        kernel = parse(compile_ptx(BOX.replace("SYNC", sync), "sm_90a"))["box"]
+        launch(kernel, (3,), (64,), [map_ + out.data_ptr().to_bytes(8, "little") + bytes(56)], memory)
+
+    run("__syncthreads();")
+    assert torch.equal(out[:19], x) and not out[19:].any()
+    with pytest.raises(CheckFailed, match=r"(mbarrier|shared race).*kernel.cu:\d+"):
+        run("")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import bulk_copy
 from .errors import PTXError
 from .instructions import Mask, Operation, instruction, lanes_of
 from .load_store import bind_address
@@ -76,8 +77,10 @@ def _select(copy: _Copy, chosen: np.ndarray) -> _Copy:
 
 @instruction("cp")
 def _async_copy(machine, ins) -> Operation:
-    if ins.modifiers[0] != "async" or ins.has("bulk", "mbarrier"):
-        raise PTXError("bulk copies are not implemented")
+    if ins.modifiers[0] != "async" or ins.has("mbarrier"):
+        raise PTXError("this copy is not implemented")
+    if ins.has("bulk"):
+        return bulk_copy.bind(machine, ins)
     if ins.has("commit_group"):
         return _commit(machine)
     if ins.has("wait_group", "wait_all"):

@@ -5,6 +5,10 @@ join clocks. Two accesses of which one writes race unless the earlier one's cloc
 Within a warp, another lane's write must be followed by a barrier of the warp. Data of cp.async may not be touched
 before the wait, nor operands of wgmma written before theirs, and wgmma sees writes only through a proxy fence.
 
+The copies that arrive at an mbarrier are an agent too, whose clock counts the barrier's phases: a warp knows of them
+once it has waited for the phase, or has it from one that did. Arrivals leave their warp's clock with the barrier, where
+waits find it.
+
 Global memory: the agents are CTAs, which nothing orders but acquire-release atomics.
 """
 
@@ -19,8 +23,10 @@ _WARP_BITS = 6
 class SharedShadow:
     """State per granule (the smallest access of the kernel) of the shared memory of a batch of CTAs."""
 
-    def __init__(self, ctas: int, stride: int, granule: int, warps: int, registers):
-        self.granule, self.warps, self.ctas = granule, warps, ctas
+    def __init__(self, ctas: int, stride: int, granule: int, warps: int, copiers: int, registers):
+        """copiers: how many mbarriers there may be of a CTA, agents that are numbered after the warps."""
+        self.granule, self.warps, self.ctas, self.copiers = granule, warps, ctas, copiers
+        agents = warps + copiers
         count = ctas * stride // granule
         self.initialised = np.zeros(count, bool)
         self.writer = np.zeros(count, np.int32)  # clock << _WARP_BITS | warp
@@ -28,17 +34,23 @@ class SharedShadow:
         self.reads = np.zeros((count, warps), np.int32)  # the clock of each warp's last read
         self.copying = np.zeros(count, np.int16)  # cp.async under way
         self.reading = np.zeros(count, np.int16)  # wgmma under way
-        self.clock = np.zeros((ctas, warps, warps), np.int32)
+        self.clock = np.zeros((ctas, warps, agents), np.int32)
         self.fenced = np.zeros_like(self.clock)  # what is known to have passed a proxy fence
+        # By mbarrier, what its phase's arrivals released, and what phases that are complete did: clock and fenced.
+        self.arriving = np.zeros((2, ctas, copiers, agents), np.int32)
+        self.released = np.zeros_like(self.arriving)
+        self.objects = np.zeros(count if copiers else 0, bool)  # bytes of mbarriers
         self.lane = registers.lane.astype(np.uint8)
         self.warp = registers.warp
         self.cta = registers.cta
-        self._row = (self.cta * warps + self.warp) * warps
+        self._row = (self.cta * warps + self.warp) * agents
         self._diagonal = np.arange(warps)
 
     def reset(self) -> None:
         self.initialised.fill(False)
         for array in (self.writer, self.reads, self.copying, self.reading, self.clock, self.fenced):
+            array.fill(0)
+        for array in (self.arriving, self.released, self.objects):
             array.fill(0)
         self.clock[:, self._diagonal, self._diagonal] = 1
         self._clocks_changed()
@@ -48,7 +60,7 @@ class SharedShadow:
         self.own = own
         self.key = (own << _WARP_BITS) | self.warp.astype(np.int32)
         # Every warp knows of every other's progress up to here: accesses no later need no further look.
-        self._floor = int(self.clock.min())
+        self._floor = int(self.clock[:, :, : self.warps].min())
 
     def join(self, arrived: np.ndarray) -> None:
         """A barrier of the warps marked in arrived (ctas, warps)."""
@@ -96,8 +108,13 @@ class SharedShadow:
     def read(self, granules: np.ndarray, lanes: np.ndarray) -> None:
         """Checks and records reads; `lanes` says whose each granule is."""
         self.require_initialised(granules)
+        self._require_no_object(granules)
         self._check_writer(granules, lanes, "read")
         self.reads[granules, self.warp[lanes]] = self.own[lanes]
+
+    def _require_no_object(self, granules: np.ndarray) -> None:
+        if self.copiers and self.objects[granules].any():
+            raise CheckFailed("mbarrier", "its bytes are touched by something that is no operation on it")
 
     def _check_writer(self, granules: np.ndarray, lanes: np.ndarray, what: str) -> None:
         if self.copying[granules].any():
@@ -113,12 +130,18 @@ class SharedShadow:
                     f"{what} by lane {self.lane[lanes[first]]} of what lane {self.writer_lane[granules[first]]} "
                     "of the same warp wrote, with no barrier of the warp between",
                 )
-        if int(writer.max()) >> _WARP_BITS <= self._floor:
+        if not self.copiers and int(writer.max()) >> _WARP_BITS <= self._floor:
             return
         warp, clock = writer & ((1 << _WARP_BITS) - 1), writer >> _WARP_BITS
         race = ~self._known(lanes, warp, clock)
         if race.any():
             first = np.flatnonzero(race)[0]
+            if warp[first] >= self.warps:
+                raise CheckFailed(
+                    "asynchronous copy",
+                    f"{what} by warp {self.warp[lanes[first]]} of {int(race.sum()) * self.granule} bytes that a bulk "
+                    "copy may still be writing: the phase of its mbarrier was not waited for",
+                )
             raise CheckFailed(
                 "shared race",
                 f"{what} by warp {self.warp[lanes[first]]} of what warp {warp[first]} wrote with no barrier between "
@@ -128,12 +151,13 @@ class SharedShadow:
     def check_write(self, granules: np.ndarray, lanes: np.ndarray) -> None:
         """Raises where a write now would race with an earlier access."""
         self._check_writer(granules, lanes, "overwriting")
+        self._require_no_object(granules)
         if self.reading[granules].any():
             raise CheckFailed("asynchronous read", "overwriting an operand of a wgmma that was not waited for")
         reads = self.reads[granules]
         if int(reads.max()) <= self._floor:
             return
-        known = self.clock[self.cta[lanes], self.warp[lanes]]
+        known = self.clock[self.cta[lanes], self.warp[lanes], : self.warps]
         race = reads > known
         if race.any():
             first, warp = np.argwhere(race)[0]
@@ -161,12 +185,69 @@ class SharedShadow:
 
     def read_by_wgmma(self, granules: np.ndarray, lane: int) -> None:
         """Checks the operand of a wgmma, which lane's warp begins."""
-        lanes = np.full(granules.size, lane)
-        self.read(granules, lanes)
+        self.read(granules, np.full(granules.size, lane))
+        if not self.is_fenced(granules, lane):
+            raise CheckFailed("proxy fence", "wgmma reads what was written with no fence.proxy.async since")
+
+    def is_fenced(self, granules: np.ndarray, lane: int) -> bool:
+        """Whether what was written has passed a proxy fence that lane's warp knows of."""
         writer = self.writer[granules]
         warp, clock = writer & ((1 << _WARP_BITS) - 1), writer >> _WARP_BITS
-        if (self.fenced[self.cta[lane], self.warp[lane]][warp] < clock).any():
-            raise CheckFailed("proxy fence", "wgmma reads what was written with no fence.proxy.async since")
+        return not (self.fenced[self.cta[lane], self.warp[lane]][warp] < clock).any()
+
+    def write_by_copy(self, granules: np.ndarray, lane: int, agent: int, phase: int) -> None:
+        """Checks and records what a bulk copy writes that lane begins, by the phase of the mbarrier's agent."""
+        self.check_write(granules, np.full(granules.size, lane))
+        if not self.is_fenced(granules, lane):
+            raise CheckFailed("proxy fence", "a bulk copy overwrites what was written with no fence.proxy.async since")
+        self.writer[granules] = phase << _WARP_BITS | agent
+        self.initialised[granules] = True
+
+    def begin_object(self, granules: np.ndarray, lane: int) -> None:
+        """The bytes become an mbarrier."""
+        self.write(granules, np.full(granules.size, lane))
+        self.objects[granules] = True
+
+    def end_object(self, granules: np.ndarray, lane: int) -> None:
+        """The mbarrier becomes bytes again, of no value."""
+        self.objects[granules] = False
+        self.write(granules, np.full(granules.size, lane))
+        self.initialised[granules] = False
+
+    def use_object(self, granules: np.ndarray, lane: int) -> None:
+        """An operation on an mbarrier that must know that it was initialised, and not meet its end."""
+        self._check_writer(granules, np.full(granules.size, lane), "use")
+        self.reads[granules, self.warp[lane]] = self.own[lane]
+
+    def release(self, lane: int, agent: int) -> None:
+        """Leaves what lane's warp knows with the mbarrier's phase."""
+        cta, warp = self.cta[lane], self.warp[lane]
+        arriving = self.arriving[:, cta, agent - self.warps]
+        for table, left in zip((self.clock, self.fenced), arriving, strict=True):
+            np.maximum(left, table[cta, warp], out=left)
+        self.clock[cta, warp, warp] += 1
+        self._clocks_changed()
+
+    def complete(self, cta: int, agent: int, phase: int) -> None:
+        """The mbarrier's phase is complete, and with it its copies."""
+        arriving, released = (table[:, cta, agent - self.warps] for table in (self.arriving, self.released))
+        np.maximum(released, arriving, out=released)
+        released[:, agent] = phase
+        arriving.fill(0)
+
+    def knows_phase(self, lane: int, agent: int, copies: bool) -> bool:
+        """Whether lane's warp knows of all arrivals of the mbarrier's complete phases, and of the last one's copies."""
+        cta = self.cta[lane]
+        known, released = self.clock[cta, self.warp[lane]], self.released[0, cta, agent - self.warps]
+        arrivals = (known[: self.warps] >= released[: self.warps]).all()
+        return bool(arrivals and (not copies or known[agent] >= released[agent]))
+
+    def acquire(self, lane: int, agent: int) -> None:
+        """Lane's warp has waited for a phase, the last that is complete."""
+        cta, warp = self.cta[lane], self.warp[lane]
+        for table, found in zip((self.clock, self.fenced), self.released[:, cta, agent - self.warps], strict=True):
+            np.maximum(table[cta, warp], found, out=table[cta, warp])
+        self._clocks_changed()
 
 
 class GlobalShadow:

@@ -5,6 +5,7 @@ import numpy as np
 from .errors import CheckFailed, PTXError
 from .instructions import Mask, Operation, instruction, store
 from .parser import Immediate
+from .tensor_core import require_lanes
 from .warp import require_whole_warps
 
 BRANCHES = ("bra", "ret", "exit", "brx", "trap")
@@ -12,7 +13,12 @@ BARRIERS = ("bar", "barrier")
 
 
 def ends_block(ins) -> bool:
-    return ins.name in BRANCHES or (ins.name in BARRIERS and not ins.has("warp"))
+    return ins.name in BRANCHES or (ins.name in BARRIERS and not ins.has("warp")) or is_memory_wait(ins)
+
+
+def is_memory_wait(ins) -> bool:
+    """Whether it asks an mbarrier, and others have to be let run where the answer is no."""
+    return ins.name == "mbarrier" and ins.has("test_wait", "try_wait")
 
 
 class Barriers:
@@ -45,6 +51,17 @@ class Barriers:
         complete = np.flatnonzero(parked.sum(1) == threads)
         if len(complete):
             self._release(complete, parked, number)
+
+    def require_one_place(self, mask: np.ndarray, number: int) -> None:
+        """A barrier of all threads must be reached by all at one instruction: at another they would wait for each other
+        too, which the hardware may allow and no compiler here means."""
+        machine = self.machine
+        here = mask.reshape(machine.ctas, -1).any(1)
+        elsewhere = (self.waiting == number).reshape(machine.ctas, -1)[here]
+        elsewhere &= (self.place != machine.at).reshape(machine.ctas, -1)[here]
+        if elsewhere.any():
+            count = int(elsewhere.sum(1).max())
+            raise CheckFailed("divergent barrier", f"{count} of {machine.threads} threads of a program wait at another")
 
     def _release(self, ctas: np.ndarray, parked: np.ndarray, number: int) -> None:
         machine = self.machine
@@ -91,22 +108,11 @@ def bind_barrier(machine, ins, resume: int):
                 machine.shadow.join_all()
             return resume
         if whole and mask is not True:
-            _require_aligned(machine, mask)
+            machine.barriers.require_one_place(mask, number)
         machine.barriers.arrive(mask, number, threads, resume, waits)
         return None
 
     return end
-
-
-def _require_aligned(machine, mask: np.ndarray) -> None:
-    """A barrier of all threads must be reached by all together: at another instruction they would wait for it too,
-    which the hardware may allow and no compiler here means."""
-    count = mask.reshape(machine.ctas, -1).sum(1)
-    part = np.flatnonzero((count != 0) & (count != machine.threads))
-    if len(part):
-        raise CheckFailed(
-            "divergent barrier", f"{int(count[part[0]])} of {machine.threads} threads of a program reach it"
-        )
 
 
 def _constant(operand) -> int:
@@ -183,17 +189,34 @@ def _warp_barrier(machine, ins) -> Operation:
 
 @instruction("fence", "membar")
 def _fence(machine, ins) -> Operation:
-    """Only proxy fences change what the checks know; for global memory, see GlobalShadow."""
-    if not ins.has("proxy") or not machine.shadow:
+    """Only fences of the proxy and of mbarriers' initialisation change what the checks know; for global memory, see
+    GlobalShadow."""
+    if not ins.has("proxy", "mbarrier_init") or not machine.shadow:
         return lambda mask: None
+    fence = machine.shadow.fence_proxy if ins.has("proxy") else machine.memory_barriers.fence
 
     def run(mask: Mask) -> None:
         active = np.ones(machine.lanes, bool) if mask is True else mask
-        machine.shadow.fence_proxy(active.reshape(machine.ctas, -1, 32).any(2))
+        fence(active.reshape(machine.ctas, -1, 32).any(2))
 
     return run
 
 
-@instruction("griddepcontrol", "setmaxnreg")
+@instruction("griddepcontrol")
 def _no_effect(machine, ins) -> Operation:
     return lambda mask: None
+
+
+@instruction("setmaxnreg")
+def _set_registers(machine, ins) -> Operation:
+    """Changes nothing here, where registers are without number."""
+    count = _constant(ins.operands[0])
+    if count % 8 or not 24 <= count <= 256:
+        raise PTXError(f"{count} registers: a multiple of 8 from 24 to 256 is needed")
+    if machine.threads % 128:
+        raise PTXError("setmaxnreg needs whole warpgroups")
+
+    def run(mask: Mask) -> None:
+        require_lanes(mask, machine.lanes, 128, ins.name)
+
+    return run

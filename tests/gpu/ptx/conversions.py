@@ -6,7 +6,7 @@ from .arithmetic import decode, encode, flush
 from .errors import PTXError
 from .instructions import Mask, Operation, instruction, store
 from .parser import Symbol, Vector
-from .registers import GENERIC_LOCAL, GENERIC_SHARED
+from .registers import GENERIC_LOCAL, GENERIC_PARAMETER, GENERIC_SHARED
 from .types import NUMERIC, PACKED, UNSIGNED, dtype, f32_to_bf16, f32_to_tf32, is_float, width
 
 _ROUNDINGS = ("rn", "rz", "rm", "rp", "rna")
@@ -64,10 +64,18 @@ def _pack(machine, destination, source: Vector, kind: str) -> Operation:
     return run
 
 
+_WINDOWS = {
+    "shared": GENERIC_SHARED,
+    "shared::cta": GENERIC_SHARED,
+    "local": GENERIC_LOCAL,
+    "param": GENERIC_PARAMETER,
+}
+
+
 @instruction("cvta")
 def _convert_address(machine, ins) -> Operation:
-    """Generic addresses: global ones are themselves, shared and local memory have windows of their own."""
-    window = GENERIC_SHARED if ins.has("shared", "shared::cta") else GENERIC_LOCAL if ins.has("local") else 0
+    """Generic addresses: global ones are themselves, other spaces have windows of their own."""
+    window = next((start for space, start in _WINDOWS.items() if ins.has(space)), 0)
     operand, kind = ins.operands[1], ins.kind
     target = machine.registers.target(ins.operands[0], kind)
     if isinstance(operand, Symbol):

@@ -6,7 +6,7 @@ from .arithmetic import decode, encode
 from .errors import CheckFailed
 from .instructions import Mask, Operation, instruction, lanes_of, store
 from .parser import Address, Register, Symbol, Vector
-from .registers import GENERIC_LOCAL, GENERIC_SHARED
+from .registers import GENERIC_LOCAL, GENERIC_PARAMETER, GENERIC_SHARED
 from .types import PACKED, UNSIGNED, dtype, width
 
 SPACES = {
@@ -142,7 +142,8 @@ class GenericSpace(_Space):
         for low, high, space in (
             (0, GENERIC_SHARED, self.machine.spaces["global"]),
             (GENERIC_SHARED, GENERIC_LOCAL, self.machine.spaces["shared"]),
-            (GENERIC_LOCAL, 1 << 62, self.machine.spaces["local"]),
+            (GENERIC_LOCAL, GENERIC_PARAMETER, self.machine.spaces["local"]),
+            (GENERIC_PARAMETER, 1 << 62, self.machine.spaces["param"]),
         ):
             inside = np.flatnonzero((addresses >= low) & (addresses < high))
             if len(inside):

@@ -2,7 +2,8 @@
 
 A kernel is cut into basic blocks whose instructions are bound once, to a register file for a fixed number of lanes.
 While all lanes agree, a block is a plain loop over numpy calls; when they part, the block with the lowest number runs
-next, under a mask, so that structured code reconverges.
+next, under a mask, so that structured code reconverges. Warps that wait for an mbarrier's phase are left out until it
+is complete.
 """
 
 import functools
@@ -11,7 +12,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import arithmetic, async_copy, bits, control, conversions, instructions, load_store, tensor_core, warp, wgmma
+from . import (
+    arithmetic,
+    async_copy,
+    bits,
+    control,
+    conversions,
+    instructions,
+    load_store,
+    mbarrier,
+    tensor_core,
+    warp,
+    wgmma,
+)
 from .checks import GlobalShadow, SharedShadow
 from .counts import Counts, Tally, summarise
 from .errors import CheckFailed, PTXError
@@ -19,9 +32,10 @@ from .memory import Allocation, GlobalMemory, SharedMemory
 from .parser import Kernel
 from .registers import RegisterFile
 
-TABLES = (arithmetic, bits, control, conversions, load_store, async_copy, tensor_core, warp, wgmma)
+TABLES = (arithmetic, bits, control, conversions, load_store, async_copy, mbarrier, tensor_core, warp, wgmma)
 _FORMATS = {"64": "Q", "32": "I", "16": "H", "8": "B"}
 _BLOCK_LIMIT = 2_000_000  # blocks of one batch, beyond which a kernel is taken to hang
+_FRUITLESS_LIMIT = 100  # times that warps are woken without a phase that completes
 
 
 @dataclass
@@ -56,12 +70,16 @@ class Machine:
         self.shadow = None
         if checks:
             granule, warps = _granule(kernel, "shared"), self.threads // 32
-            self.shadow = SharedShadow(ctas, self.shared.stride, granule, warps, self.registers)
+            copiers = mbarrier.MOST if any(ins.name == "mbarrier" for ins in kernel.code) else 0
+            self.shadow = SharedShadow(ctas, self.shared.stride, granule, warps, copiers, self.registers)
         self.module_data = _module_data(kernel)
         self.spaces = load_store.spaces(self)
         self.copies = async_copy.AsyncCopies(self)
         self.products = wgmma.WarpgroupProducts(self)
         self.barriers = control.Barriers(self)
+        self.memory_barriers = mbarrier.MemoryBarriers(self)
+        self.asleep = np.zeros(self.lanes // 32, bool)  # warps whose wait for an mbarrier failed
+        self.fruitless = 0
         self.pc = np.zeros(self.lanes, np.int32)
         self.at = self.binding_pc = 0
         self.active = self.lanes
@@ -113,6 +131,10 @@ class Machine:
             if ins.guard is not None:
                 raise PTXError(f"line {ins.line}: a predicated barrier is not implemented")
             return control.bind_barrier(self, ins, following)
+        if control.is_memory_wait(ins):
+            if ins.guard is not None:
+                raise PTXError(f"line {ins.line}: a predicated wait for an mbarrier is not implemented")
+            return mbarrier.bind_wait(self, ins, following)
         if ins.name == "brx":
             raise PTXError(f"line {ins.line}: indirect branches are not implemented")
         target = number[self.kernel.labels[ins.operands[0].name]] if ins.name == "bra" else self.exit
@@ -150,8 +172,10 @@ class Machine:
         self.shared.reset()
         if self.shadow:
             self.shadow.reset()
-        for part in (self.copies, self.products, self.barriers):
+        for part in (self.copies, self.products, self.barriers, self.memory_barriers):
             part.reset()
+        self.asleep.fill(False)
+        self.fruitless = 0
         self.pc.fill(0)
         self.pc[present * self.threads :] = self.exit
         try:
@@ -165,12 +189,13 @@ class Machine:
         number, mask = 0, True if uniform else None
         for _ in range(_BLOCK_LIMIT):
             if mask is None:
-                number = int(pc.min())
+                behind = self._awake()
+                number = int(behind.min())
                 if number >= self.exit:
                     if (self.barriers.waiting >= 0).any():
                         raise CheckFailed("divergent barrier", self.barriers.explain())
                     return
-                mask = pc == number
+                mask = behind == number
                 self.active = int(np.count_nonzero(mask))
                 if self.active == lanes:
                     mask = True
@@ -192,6 +217,24 @@ class Machine:
                 pc[mask] = following
                 mask = None
         raise CheckFailed("hang", f"still running after {_BLOCK_LIMIT} basic blocks")
+
+    def _awake(self) -> np.ndarray:
+        """The next block of each lane, for those asleep one beyond all; where nobody else can go on, all are woken."""
+        if not self.asleep.any():
+            return self.pc
+        behind = np.where(np.repeat(self.asleep, 32), self.blocked, self.pc)
+        if int(behind.min()) < self.exit:
+            return behind
+        self.fruitless += 1
+        if self.fruitless > _FRUITLESS_LIMIT:
+            raise CheckFailed("hang", self.memory_barriers.explain())
+        self.asleep.fill(False)
+        return self.pc
+
+    def wake(self, cta: int) -> None:
+        """A phase of one of the CTA's mbarriers is complete."""
+        self.asleep.reshape(self.ctas, -1)[cta] = False
+        self.fruitless = 0
 
     def _located(self, error: PTXError) -> PTXError:
         ins = self.kernel.code[self.at]

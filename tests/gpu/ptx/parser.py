@@ -235,7 +235,8 @@ class _Body:
         if name == "call":
             self._call(match[4], tuple(modifiers), guard)
             return
-        if modifiers[:1] == ["param"] and re.search(r"\[\s*([%\w$]+)", match[4])[1] in self.call_parameters:
+        passes = name in ("ld", "st") and modifiers[:1] == ["param"]
+        if passes and re.search(r"\[\s*([%\w$]+)", match[4])[1] in self.call_parameters:
             return
         operands = tuple(self._operand(part) for part in _split(match[4]))
         self.kernel.code.append(Instruction(name, tuple(modifiers), operands, guard, self.line, self.source))

@@ -12,6 +12,7 @@ from .types import SIGNED, UNSIGNED, dtype, immediate, width
 
 GENERIC_SHARED = 1 << 56  # where shared memory lies among generic addresses
 GENERIC_LOCAL = 1 << 57
+GENERIC_PARAMETER = 1 << 58
 
 
 class RegisterFile:

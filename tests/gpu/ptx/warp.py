@@ -167,13 +167,15 @@ def _reduce(machine, ins) -> Operation:
 
 @instruction("elect")
 def _elect(machine, ins) -> Operation:
-    """elect.sync d|p: the lowest active thread of each warp leads."""
+    """elect.sync d|p, members: the lowest active thread of each warp leads."""
     destination = ins.operands[0]
+    members = machine.registers.read(ins.operands[1], "u32")
     target = machine.registers.target(destination.first, "b32")
     flag = machine.registers.target(destination.second, "pred")
     lane = machine.registers.lane.reshape(-1, 32)
 
     def run(mask: Mask) -> None:
+        _check_members(machine, members, mask)
         active = np.ones(lane.shape, bool) if mask is True else mask.reshape(-1, 32)
         leader = np.argmax(active, 1)[:, None]
         store(target, np.repeat(leader, 32), mask)
