@@ -2,7 +2,6 @@
 
 #include <cmath>
 
-#include "../cuda/attention_splits.h"
 #include "../cuda/attention_tiles.h"
 
 namespace fasttx::bindings {
@@ -38,11 +37,6 @@ Tensor allocate_tokens_first(const Tensor& like, int64_t width) {
   return allocate_beside(like, sizes, strides, like.scalar_type());
 }
 
-// Of few queries: their keys are split, so that there are blocks enough. How many keys there are must not count, for padding.
-bool is_decoding(const CudaAttention& call) {
-  return !call.packed && call.problem.group * call.problem.queries <= cuda::kMostRows;
-}
-
 void decode(const cuda::AttentionFwd& args, const CudaAttention& call, cuda::Queue queue) {
   const cuda::AttentionProblem& problem = call.problem;
   const int32_t splits = std::max(1, (problem.keys + cuda::kSplit - 1) / cuda::kSplit);
@@ -66,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
   const CudaAttention call(query, key, value,
                            {attn_mask, key_lengths, cu_seqlens_q, cu_seqlens_k, alibi_slopes, is_causal, query_offset,
                             window_left, window_right, dropout_p, seed, scale},
-                           place.queue());
+                           false, place.queue());
   Tensor output = allocate_tokens_first(query, last_size(value));
   Sizes rows = call.row_sizes(), pairs = rows;
   pairs.push_back(2);
@@ -75,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_fwd(
   if (!call.is_empty()) {
     const cuda::AttentionFwd args{call.problem, rows_of(output), static_cast<float*>(out_or_null(lse)),
                                   static_cast<float*>(out_or_null(stats))};
-    if (is_decoding(call)) {
+    if (call.has_few_queries()) {
       decode(args, call, place.queue());
     } else {
       check_launch(fasttx_cuda_attention_fwd(&args, call.dtype, call.laden, place.queue()), "attention_fwd");
@@ -105,7 +99,7 @@ struct Backward {
   Backward(const Tensor& grad_, const OptionalTensor& grad_lse_, const Tensor& query, const Tensor& key,
            const Tensor& value, const Tensor& output, const Tensor& stats_, const AttentionOptions& options,
            const OptionalTensor& grad_weights)
-      : place(query), call(query, key, value, options, place.queue()) {
+      : place(query), call(query, key, value, options, true, place.queue()) {
     STD_TORCH_CHECK(!grad_weights.has_value(), "the CUDA kernels do not give the weights that attention applies");
     Sizes output_sizes = sizes_of(query), pairs = call.row_sizes();
     output_sizes.back() = last_size(value);
@@ -195,8 +189,8 @@ cuda::Rows rows_of(const Tensor& tensor) {
 }
 
 CudaAttention::CudaAttention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionOptions& options,
-                             cuda::Queue queue)
-    : dtype(cuda_dtype(q, "query")), packed(options.cu_queries.has_value()), query(q), key(k), value(v) {
+                             bool backward, cuda::Queue queue)
+    : backward(backward), dtype(cuda_dtype(q, "query")), packed(options.cu_queries.has_value()), query(q), key(k), value(v) {
   STD_TORCH_CHECK(dtype != 0, "attention's CUDA kernels are for bfloat16 and float16");
   STD_TORCH_CHECK(packed == options.cu_keys.has_value(), "cu_seqlens_q and cu_seqlens_k come together");
   check_beside(k, q, "key");
@@ -280,7 +274,7 @@ void CudaAttention::add_mask(const Tensor& mask, const Sizes& sizes, cuda::Queue
                         strides[1] % 2 == 0 && strides[2] % 2 == 0;
   const cuda::Mask whole{data(mask), strides[0], strides[1], strides[2], strides[3], kind, in_pairs};
   // A bias of each head keeps everything, most likely: it is not looked at.
-  if (boolean || strides[1] == 0) add_tiles(whole, queue);
+  if ((boolean || strides[1] == 0) && (backward || !has_few_queries())) add_tiles(whole, queue);
   // A boolean mask that is the same for all queries of a sequence says nothing but which keys they see.
   const bool alike = boolean && strides[1] == 0 && strides[2] == 0;
   if (!alike) problem.mask = whole;

@@ -1,6 +1,7 @@
 // Attention's arguments as its CUDA kernels take them.
 #pragma once
 
+#include "../cuda/attention_splits.h"
 #include "cuda_common.h"
 #include "layers.h"
 
@@ -9,15 +10,18 @@ namespace fasttx::bindings {
 // A call's problem, and the tensors that its pointers lead into. Throws for what the kernels cannot take.
 struct CudaAttention {
   cuda::AttentionProblem problem = {};
+  bool backward;
   int dtype;    // as the launchers count
   bool packed;  // (total tokens, heads, width) instead of (batch, heads, tokens, width)
   // Whether something is added to scores, masks or drops them, so that they are kept as they are.
   bool laden;
   Tensor query, key, value;
 
-  CudaAttention(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options,
+  CudaAttention(const Tensor& query, const Tensor& key, const Tensor& value, const AttentionOptions& options, bool backward,
                 cuda::Queue queue);
 
+  // Whether the forward splits the keys, so that there are blocks enough. How many keys there are must not count, for padding.
+  bool has_few_queries() const { return !packed && problem.group * problem.queries <= cuda::kMostRows; }
   bool is_empty() const { return problem.sequences == 0 || problem.heads == 0 || problem.queries == 0; }
   // Of statistics, one for each row.
   Sizes row_sizes() const;
