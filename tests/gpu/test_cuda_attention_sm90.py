@@ -31,7 +31,7 @@ KERNEL = "attention_fwd_sm90"
 # keys, of which there is room for two.
 CASES = {
     "one tile": ((1, 1, 1, 128, 128, 64, 64), {}),
-    "part of a tile": ((1, 2, 2, 5, 7, 64, 64), {}),
+    "part of a tile": ((1, 2, 2, 25, 7, 64, 64), {}),
     "several tiles": ((1, 2, 2, 150, 700, 64, 64), {}),
     "several tiles of 128": ((1, 1, 1, 150, 530, 128, 128), {}),
     "groups of heads": ((2, 4, 2, 70, 200, 64, 64), {}),
@@ -42,7 +42,7 @@ CASES = {
     "lengths, of 128": ((2, 1, 1, 60, 300, 128, 128), {"key_lengths": torch.tensor([257, 128]), "is_causal": True}),
     "other widths": ((1, 2, 2, 140, 150, 40, 72), {}),
     "wide values": ((1, 1, 1, 70, 150, 8, 120), {"scale": 0.3}),
-    "one query": ((2, 4, 2, 1, 290, 128, 128), {}),
+    "few queries": ((2, 4, 2, 20, 290, 128, 128), {}),
 }
 QUICK = ("several tiles", "causal, of 128", "lengths", "other widths")
 
@@ -111,6 +111,7 @@ def launched(target: str = BINARY_SM90, shape: tuple = (2, 2, 2, 20, 7, 64, 64),
 def test_which_calls_it_takes():
     assert launched() == "attention_fwd_sm90_64_fp16"
     assert launched(shape=(1, 1, 1, 20, 7, 64, 72)) == "attention_fwd_sm90_128_fp16"
+    assert launched(shape=(1, 1, 1, 1, 7, 64, 64)).startswith("attention_split_64")
     assert launched(BINARY) == "attention_fwd_plain_64_fp16"
     assert launched(shape=(1, 1, 1, 20, 7, 32, 32)) == "attention_fwd_plain_32_fp16"
     assert launched(shape=(1, 1, 1, 20, 0, 64, 64)) == "attention_fwd_plain_64_fp16"
