@@ -43,7 +43,7 @@ PREFERENCES = (
     Preference(
         ("layer_norm", "add_layer_norm", "gelu", "bias_gelu", "softmax"),
         None,
-        "counted on the emulator: as many bytes as Triton's; measured on the host: less time from a call to its launch",
+        "counted on the emulator: no more bytes than Triton's; measured on the host: less time from call to launch",
     ),
     Preference(
         ("attention", "attention_varlen"),

@@ -9,7 +9,11 @@
 namespace fasttx::cuda {
 
 // Lines of partial sums that a sum over so many rows is made of: a number that depends on nothing else, as the result does.
-inline uint32_t partial_lines(int64_t rows) { return uint32_t(rows < 1 ? 1 : rows < 256 ? rows : 256); }
+// A line is of 32 rows at least, beside which it is little to write and to read again.
+inline uint32_t partial_lines(int64_t rows) {
+  const int64_t lines = (rows + 31) / 32;
+  return uint32_t(lines < 1 ? 1 : lines < 256 ? lines : 256);
+}
 
 extern "C" {
 
