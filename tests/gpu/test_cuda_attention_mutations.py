@@ -37,6 +37,8 @@ _WIDTH = "whether a column is beyond the heads' width, which fills the tile"
 # Survivors that change nothing, by kernel and kind: how many, and why.
 EQUIVALENT = {
     ("forward", "wrong stride"): (9, f"{_INDEX} (8); {_WIDTH}"),
+    ("queries", "wrong stride"): (9, f"{_INDEX} (8); {_WIDTH}"),
+    ("keys", "wrong stride"): (11, _INDEX),
 }
 
 
