@@ -15,6 +15,13 @@ def find_nvcc() -> str | None:
     return found[0] if found else shutil.which("nvcc")
 
 
+def cannot_compile() -> str | None:
+    """Why CUDA source cannot be compiled here; nvcc asks the host's compiler to preprocess it."""
+    if find_nvcc() is None:
+        return "nvcc is not installed"
+    return None if shutil.which("g++") else "nvcc finds no host compiler (g++)"
+
+
 @functools.cache
 def compile_ptx(source: str, target: str = "sm_80", *options: str) -> str:
     """The PTX of a translation unit, optimised and with source lines. Raises CalledProcessError with nvcc's words."""

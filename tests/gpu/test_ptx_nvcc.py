@@ -5,12 +5,12 @@ import pytest
 import torch
 from budget import assert_within_budget
 
-from gpu.nvcc import compile_ptx, find_nvcc
+from gpu.nvcc import cannot_compile, compile_ptx
 from gpu.ptx import CheckFailed, PTXError, launch, parse
 from gpu.ptx.tensor_map import encode
 from gpu.tensors import allocation
 
-pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
+pytestmark = pytest.mark.skipif(cannot_compile() is not None, reason=str(cannot_compile()))
 
 REDUCTION = r"""
 extern "C" __global__ void row_sums(const float* __restrict__ x, float* out, int rows, int width, double bias) {
