@@ -317,18 +317,28 @@ def test_tiles_that_no_row_sees_are_skipped(case):
     assert all(found[name] <= share * flops for name, flops in whole.items()), (found, whole)
 
 
+EXECUTED = {
+    "plain": {},
+    "a mask": {"attn_mask": torch.rand(1, 1, 512, 512) > 0.3},
+    "a bias": {"attn_mask": torch.randn(1, 1, 512, 512)},
+    "dropout": {"dropout_p": 0.1, "seed": SEED},
+}
+
+
 @counted
-def test_instructions_and_shared_memory():
-    """A product takes at most 1.3 times the instructions of Triton's best of the same tile, half its traffic."""
+@pytest.mark.parametrize("case", [c if c == "plain" else pytest.param(c, marks=full) for c in EXECUTED])
+def test_instructions_and_shared_memory(case):
+    """A product takes at most 1.3 times the instructions of Triton's kernel; of plain calls half its traffic."""
     inputs = {name: x.bfloat16() for name, x in draw_inputs(1, 1, 1, 512, 512, 64, 64).items()}
     found = {}
     for target, backend in ((BINARY, "cuda"), ("sm_80", "triton")):
         with on_kernels(target, checks=False) as machine, torch.no_grad():
-            run_op(**inputs, backend=backend)
-        counts = machine.counts
+            run_op(**inputs, **EXECUTED[case], backend=backend)
+        counts = max((launch.counts for launch in machine.launches), key=lambda x: sum(x.matrix_flops.values()))
         multiplied = sum(n for name, n in counts.instructions.items() if name.startswith("mma"))
         found[backend] = sum(counts.instructions.values()) / multiplied, counts.shared_bytes / multiplied
-    assert found["cuda"][0] <= 1.3 * found["triton"][0] and found["cuda"][1] <= 0.6 * found["triton"][1], found
+    assert found["cuda"][0] <= 1.3 * found["triton"][0], found
+    assert case != "plain" or found["cuda"][1] <= 0.6 * found["triton"][1], found
 
 
 def _inputs(dtype: torch.dtype = BF16, width: int = 16, value_width: int = 16) -> dict[str, Tensor]:
