@@ -1,0 +1,209 @@
+"""What every architecture has: a config that makes it, and one safetensors file that holds both."""
+
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from fasttx import checks
+from fasttx._optional import import_optional
+
+_M = TypeVar("_M", bound="Model")
+_C = TypeVar("_C", bound="Config")
+
+
+class ModelFileError(ValueError):
+    """A file that does not hold the model that was asked for: another architecture's, a truncated one, or none."""
+
+
+class TokenizerMismatchError(ValueError):
+    """A model met another tokenizer than the one that it was trained with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes of an architecture: a frozen dataclass of numbers, strings and further configs."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[_C], values: dict[str, Any]) -> _C:
+        """Raises ValueError for names that this config does not have, and lacks of those that it needs."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(values.keys() - fields.keys())
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(fields)}")
+        made = {}
+        for name, value in values.items():
+            kind = fields[name].type
+            nested = isinstance(kind, type) and issubclass(kind, Config) and isinstance(value, dict)
+            made[name] = kind.from_dict(value) if nested else value
+        try:
+            return cls(**made)
+        except TypeError as error:
+            raise ValueError(f"{cls.__name__}: {error}") from error
+
+
+class Model(torch.nn.Module):
+    """An architecture made by its config: Model(config).
+
+    `tokenizers` maps the name of each of its texts ("text", or "source" and "target") to the fingerprint of the
+    tokenizer that it was trained with; `bind` sets it, and `save` and `load` keep it.
+    """
+
+    Config: ClassVar[type[Config]]
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        if not isinstance(config, self.Config):
+            raise TypeError(f"{type(self).__name__} is made by a {self.Config.__name__}, got {type(config).__name__}")
+        self.config = config
+        self.tokenizers: dict[str, str] = {}
+
+    def bind(self, **tokenizers: Any) -> None:
+        """From now on these tokenizers, and no others, are the model's: bind(text=tokenizer)."""
+        self.tokenizers |= {name: tokenizer.fingerprint for name, tokenizer in tokenizers.items()}
+
+    def require_tokenizers(self, **tokenizers: Any) -> None:
+        """Raises TokenizerMismatchError unless each is the one that the model was bound to."""
+        for name, tokenizer in tokenizers.items():
+            bound = self.tokenizers.get(name)
+            if bound is None:
+                raise TokenizerMismatchError(
+                    f"this {type(self).__name__} was bound to no {name} tokenizer: model.bind({name}=tokenizer) with "
+                    "the one that it was trained with"
+                )
+            if bound != tokenizer.fingerprint:
+                raise TokenizerMismatchError(
+                    f"this {type(self).__name__} was trained with the {name} tokenizer {bound}, and this is "
+                    f"{tokenizer.fingerprint}: load the one that was saved beside the model"
+                )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Weights, config and fingerprints as one safetensors file, which replaces `path` only once it is whole."""
+        metadata = {
+            "architecture": type(self).__name__,
+            "config": json.dumps(self.config.to_dict()),
+            "tokenizers": json.dumps(self.tokenizers),
+        }
+        data = import_optional("safetensors.torch", "models").save(_without_aliases(self.state_dict()), metadata)
+        write_atomically(path, data)
+
+    @classmethod
+    def load(cls: type[_M], path: str | os.PathLike) -> _M:
+        """The model that `save` wrote, on the CPU, in the dtypes that it had, in training mode as any new module.
+
+        Raises FileNotFoundError, or ModelFileError for a file of another architecture, a truncated one, and one whose
+        weights do not fit its config.
+        """
+        state, metadata = read_safetensors(path)
+        made_by = metadata.get("architecture")
+        if made_by != cls.__name__:
+            what = f"a {made_by}" if made_by else "weights without their architecture"
+            raise ModelFileError(f"{path} holds {what}, not a {cls.__name__}")
+        try:
+            model = cls(cls.Config.from_dict(json.loads(metadata["config"])))
+            tokenizers = json.loads(metadata.get("tokenizers", "{}"))
+        except (KeyError, ValueError, TypeError) as error:
+            raise ModelFileError(f"{path}: its config makes no {cls.__name__}: {error}") from error
+        model.load_weights(state, str(path))
+        model.tokenizers = tokenizers
+        return model
+
+    def load_weights(self, state: dict[str, Tensor], source: str) -> None:
+        """Takes every weight from `state`, in its dtype. All or nothing: raises ModelFileError where one does not fit.
+
+        Of weights that are one tensor under several names, one name is enough. source: what messages call it.
+        """
+        own = self.state_dict()
+        aliases: dict[tuple, list[str]] = {}
+        for name, tensor in own.items():
+            aliases.setdefault(_place(tensor), []).append(name)
+        missing = [name for name in own if not any(alias in state for alias in aliases[_place(own[name])])]
+        unknown = sorted(state.keys() - own.keys())
+        if missing or unknown:
+            raise ModelFileError(
+                f"{source} does not fit this {type(self).__name__}: it lacks {_few(missing)} and has {_few(unknown)} "
+                "that the model has not"
+            )
+        for name, tensor in state.items():
+            if tensor.shape != own[name].shape:
+                raise ModelFileError(
+                    f"{source}: {name} is {checks.shape(tensor)}, and this {type(self).__name__} has "
+                    f"{checks.shape(own[name])}"
+                )
+        dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+        if len(dtypes) == 1:
+            self.to(dtypes.pop())
+        self.load_state_dict(state, strict=False)
+
+
+def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file; ModelFileError where it is none, or truncated."""
+    safetensors = import_optional("safetensors", "models")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ModelFileError(f"{path} is no whole safetensors file: {error}") from error
+
+
+def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+    """Puts `data` at `path`: at any moment there is the old file or the new one, whole and on the disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's is the owner's alone
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def require_token_ids(name: str, token_ids: object) -> None:
+    """Raises unless it is (sequences, tokens) in int64 or int32, with at least one of each."""
+    checks.require_tensor(name, token_ids)
+    if token_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be int64 or int32, got {token_ids.dtype}")
+    if token_ids.dim() != 2:
+        raise ValueError(f"{name} must be (sequences, tokens), got the shape {checks.shape(token_ids)}")
+    if token_ids.numel() == 0:
+        raise ValueError(f"{name} is an empty batch: {checks.shape(token_ids)}")
+
+
+def require_length(name: str, length: int, positions: int) -> None:
+    """Raises for a sequence longer than the positions that the model has."""
+    if length > positions:
+        raise ValueError(f"{name} has {length} tokens, and the model has positions for {positions}: shorten it")
+
+
+def _place(tensor: Tensor) -> tuple:
+    """Equal for two names of one tensor; an empty tensor lies nowhere and is only itself."""
+    return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (id(tensor),)
+
+
+def _without_aliases(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    seen: dict[tuple, str] = {}
+    for name, tensor in state.items():
+        seen.setdefault(_place(tensor), name)
+    return {name: state[name].detach().contiguous() for name in seen.values()}
+
+
+def _few(names: list[str]) -> str:
+    if not names:
+        return "nothing"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
