@@ -4,5 +4,27 @@ Each is made by its config and saved with it: Gpt(GptConfig(...)), model.save(pa
 """
 
 from ._model import Config, Model, ModelFileError, TokenizerMismatchError
+from .bert import Bert, BertConfig
+from .bert_heads import (
+    BertForPretraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertHeadConfig,
+    PretrainingLosses,
+)
 
-__all__ = ["Config", "Model", "ModelFileError", "TokenizerMismatchError"]
+__all__ = [
+    "Bert",
+    "BertConfig",
+    "BertForPretraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertHeadConfig",
+    "Config",
+    "Model",
+    "ModelFileError",
+    "PretrainingLosses",
+    "TokenizerMismatchError",
+]
