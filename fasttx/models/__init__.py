@@ -4,5 +4,6 @@ Each is made by its config and saved with it: Gpt(GptConfig(...)), model.save(pa
 """
 
 from ._model import Config, Model, ModelFileError, TokenizerMismatchError
+from .gpt import GPT, GPTConfig
 
-__all__ = ["Config", "Model", "ModelFileError", "TokenizerMismatchError"]
+__all__ = ["GPT", "Config", "GPTConfig", "Model", "ModelFileError", "TokenizerMismatchError"]
