@@ -21,14 +21,14 @@ RECIPE = Recipe(steps=12, learning_rate=1e-2, warmup=3, interval=4, bfloat16=Fal
 
 
 class Sums:
-    """Sequences classed by the sum of their tokens modulo 3."""
+    """Sequences classed by their first token modulo 3."""
 
     def __init__(self, batch=8):
         self.examples = batch
 
     def batch(self, index):
         ids = torch.randint(1, 20, (self.examples, 6), generator=torch.Generator().manual_seed(index))
-        return {"token_ids": ids, "labels": ids.sum(1) % 3}
+        return {"token_ids": ids, "segment_ids": ids * 0, "padding": ids == 0, "targets": ids[:, 0] % 3}
 
     def size(self, batch):
         return batch["token_ids"].numel()
