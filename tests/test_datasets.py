@@ -37,9 +37,10 @@ def write(path: Path, data):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    "read", [datasets.shakespeare, datasets.sentiment, datasets.editorials, datasets.translations, datasets.fashion_mnist]
-)
+READERS = [getattr(datasets, name) for name in "shakespeare sentiment editorials translations fashion_mnist".split()]
+
+
+@pytest.mark.parametrize("read", READERS)
 def test_says_how_to_get_what_is_missing(tmp_path, read):
     with pytest.raises(datasets.MissingDataError, match="make data") as caught:
         read(tmp_path)
@@ -145,9 +146,9 @@ def test_split():
     assert kept == sorted(kept) and held_out == sorted(held_out)
     assert (kept, held_out) == datasets.split(items, 0.3, seed=1)
     assert held_out != datasets.split(items, 0.3, seed=2)[1]
-    for items, fraction in (([], 0.5), (items, 0.01), (items, 1.0)):
+    for some, fraction in (([], 0.5), (items, 0.01), (items, 1.0)):
         with pytest.raises(ValueError, match="leaves one part empty"):
-            datasets.split(items, fraction)
+            datasets.split(some, fraction)
 
 
 def archive(files):
