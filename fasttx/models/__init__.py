@@ -13,6 +13,7 @@ from .bert_heads import (
     BertHeadConfig,
     PretrainingLosses,
 )
+from .vit import ViT, ViTConfig
 
 __all__ = [
     "Bert",
@@ -27,4 +28,6 @@ __all__ = [
     "ModelFileError",
     "PretrainingLosses",
     "TokenizerMismatchError",
+    "ViT",
+    "ViTConfig",
 ]
