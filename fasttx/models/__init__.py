@@ -14,6 +14,7 @@ from .bert_heads import (
     PretrainingLosses,
 )
 from .gpt import GPT, GPTConfig
+from .vit import ViT, ViTConfig
 
 __all__ = [
     "Bert",
@@ -30,4 +31,6 @@ __all__ = [
     "ModelFileError",
     "PretrainingLosses",
     "TokenizerMismatchError",
+    "ViT",
+    "ViTConfig",
 ]
