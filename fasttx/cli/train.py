@@ -11,9 +11,11 @@ from fasttx.cli import CommandError, console, need
 from fasttx.dispatch import BACKENDS
 from fasttx.measure import Measurement
 from fasttx.systems import SYSTEMS, System
+from fasttx.systems._torch import TorchRun
 from fasttx.train import CheckpointError, Recipe, Run, measures, train
 
-_REFERENCE = "reference"
+# Without fasttx's kernels: its reference path, and torch.nn's own modules.
+_PLAIN = {"reference": Run, "torch": TorchRun}
 _CHANGES = {"steps": int, "learning_rate": float, "accumulate": int, "interval": int, "seed": int}
 
 
@@ -33,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one.add_argument("--float32", action="store_true", help="train without torch.autocast to bfloat16")
         one.add_argument("--threads", type=int, help="PyTorch's own choice unless given")
         one.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="whose kernels run")
-        others = (_REFERENCE, *system.variants)
+        others = (*_PLAIN, *system.variants)
         one.add_argument("--beside", choices=others, nargs="+", default=[], help="what to train with it, step by step")
         system.add_arguments(one)
 
@@ -50,8 +52,11 @@ def run(args: argparse.Namespace) -> int:
         system = SYSTEMS[args.system](args)
         runs = {args.system: _run(system, recipe, args.output, args.backend)}
         for name in args.beside:
-            one, backend = (system, _REFERENCE) if name == _REFERENCE else (system.variant(name), args.backend)
-            runs[name] = _run(one, recipe, args.output / name, backend)
+            folder = args.output / name
+            if name in _PLAIN:
+                runs[name] = _run(system, recipe, folder, "reference", _PLAIN[name])
+            else:
+                runs[name] = _run(system.variant(name), recipe, folder, args.backend)
     except (CheckpointError, FileNotFoundError, ImportError, ValueError) as error:
         raise CommandError(error) from error
     for name, one in runs.items():
@@ -65,20 +70,20 @@ def run(args: argparse.Namespace) -> int:
         speed = sum(row["size"] for row in one.rows) / one.seconds
         took = f"{one.steps} steps in {one.seconds:.0f} s, {speed:,.0f} a second"
         screen.print(f"{name}: {_words(one.evaluate())}; {took}")
-    if _REFERENCE in runs:
-        screen.print(_comparison(runs[args.system], runs[_REFERENCE]))
+    for name in _PLAIN.keys() & runs.keys():
+        screen.print(_comparison(runs[args.system], runs[name], name))
     for line in system.report(runs[args.system].model.eval()):
         screen.print(line, markup=False)
     screen.print(f"Plot: {plot}", soft_wrap=True)
     return 0
 
 
-def _run(system: System, recipe: Recipe, folder: Path, backend: str) -> Run:
+def _run(system: System, recipe: Recipe, folder: Path, backend: str, kind: type[Run] = Run) -> Run:
     """A run of a model that is the same for every backend."""
     torch.manual_seed(recipe.seed)
     model = system.model()
     model.bind(**system.tokenizers)
-    made = Run(model, system, recipe, folder, backend=backend)  # refuses another run's folder before it is written to
+    made = kind(model, system, recipe, folder, backend=backend)  # refuses another run's folder before it is written to
     for name, tokenizer in system.tokenizers.items():
         tokenizer.save(folder / f"{name}.json")
     return made
@@ -110,17 +115,15 @@ def _words(measured: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measured.items())
 
 
-def _comparison(fast: Run, reference: Run) -> str:
+def _comparison(fast: Run, other: Run, name: str) -> str:
     """How much faster, and how far apart the losses are."""
-    times = Measurement({
-        name: torch.tensor([row["seconds"] for row in run.rows], dtype=torch.float64)
-        for name, run in (("fasttx", fast), (_REFERENCE, reference))
-    })  # fmt: skip
-    losses = torch.tensor([[row["loss"] for row in run.rows] for run in (fast, reference)])
+    seconds = {which: [row["seconds"] for row in run.rows] for which, run in (("fasttx", fast), (name, other))}
+    times = Measurement({which: torch.tensor(values, dtype=torch.float64) for which, values in seconds.items()})
+    losses = torch.tensor([[row["loss"] for row in run.rows] for run in (fast, other)])
     last = losses[:, -max(1, losses.shape[1] // 10) :].mean(1)
     return (
-        f"fasttx took {times.ratio(_REFERENCE, 'fasttx'):.2f} times the reference path's speed (a step, median); mean "
-        f"loss of the last tenth: {last[0]:.4f} and {last[1]:.4f}"
+        f"fasttx took its steps at {times.ratio(name, 'fasttx'):.2f} times the speed of {name} (medians); mean loss of "
+        f"the last tenth: {last[0]:.4f} and {last[1]:.4f}"
     )
 
 
