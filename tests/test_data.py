@@ -166,7 +166,7 @@ def mask(tokens, vocabulary=VOCABULARY, **options):
         (lambda: mask([5], Vocabulary(mask_id=None)), r"no \[MASK\]"),
         (lambda: data.next_sentence_pairs([], max_length=9, generator=generator()), "got 0 documents"),
         (lambda: data.next_sentence_pairs(documents([2, 2]), max_length=9, generator=generator()), "got 1 documents"),
-        (lambda: data.next_sentence_pairs([[[1]], []], max_length=9, generator=generator()), "none of them, nor a sentence, empty"),
+        (lambda: data.next_sentence_pairs([[[1]], []], max_length=9, generator=generator()), "nor a sentence, empty"),
         (lambda: data.next_sentence_pairs([[[1]], [[2]]], max_length=9, generator=generator()), "two sentences"),
         (lambda: data.next_sentence_pairs(documents([2], [2]), max_length=4, generator=generator()), "at least 5"),
         (lambda: data.pretraining_batch([], VOCABULARY, generator=generator()), "nothing to pad"),
