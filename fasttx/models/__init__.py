@@ -1,8 +1,36 @@
 """The architectures that people build of fasttx.nn's modules, each in one file that reads in a sitting.
 
-Each is made by its config and saved with it: Gpt(GptConfig(...)), model.save(path), Gpt.load(path).
+Each is made by its config and saved with it: GPT(GPTConfig(...)), model.save(path), GPT.load(path).
 """
 
 from ._model import Config, Model, ModelFileError, TokenizerMismatchError
+from .bert import Bert, BertConfig
+from .bert_heads import (
+    BertForPretraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertHeadConfig,
+    PretrainingLosses,
+)
+from .gpt import GPT, GPTConfig
+from .vit import ViT, ViTConfig
 
-__all__ = ["Config", "Model", "ModelFileError", "TokenizerMismatchError"]
+__all__ = [
+    "Bert",
+    "BertConfig",
+    "BertForPretraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertHeadConfig",
+    "Config",
+    "GPT",
+    "GPTConfig",
+    "Model",
+    "ModelFileError",
+    "PretrainingLosses",
+    "TokenizerMismatchError",
+    "ViT",
+    "ViTConfig",
+]

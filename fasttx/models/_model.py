@@ -88,11 +88,9 @@ class Model(torch.nn.Module):
 
     def save(self, path: str | os.PathLike) -> None:
         """Weights, config and fingerprints as one safetensors file, which replaces `path` only once it is whole."""
-        metadata = {
-            "architecture": type(self).__name__,
-            "config": json.dumps(self.config.to_dict()),
-            "tokenizers": json.dumps(self.tokenizers),
-        }
+        what = {"architecture": type(self).__name__, "config": self.config.to_dict(), "tokenizers": self.tokenizers}
+        # One entry: safetensors writes several in any order, and equal models are to make equal files.
+        metadata = {"fasttx": json.dumps(what)}
         data = import_optional("safetensors.torch", "models").save(_without_aliases(self.state_dict()), metadata)
         write_atomically(path, data)
 
@@ -104,17 +102,19 @@ class Model(torch.nn.Module):
         weights do not fit its config.
         """
         state, metadata = read_safetensors(path)
-        made_by = metadata.get("architecture")
-        if made_by != cls.__name__:
-            what = f"a {made_by}" if made_by else "weights without their architecture"
-            raise ModelFileError(f"{path} holds {what}, not a {cls.__name__}")
+        if "fasttx" not in metadata:
+            raise ModelFileError(f"{path} holds weights without their architecture: it is none of Model.save's")
         try:
-            model = cls(cls.Config.from_dict(json.loads(metadata["config"])))
-            tokenizers = json.loads(metadata.get("tokenizers", "{}"))
+            what = json.loads(metadata["fasttx"])
+            made_by = what["architecture"]
+            if made_by == cls.__name__:
+                model = cls(cls.Config.from_dict(what["config"]))
+                model.tokenizers = dict(what["tokenizers"])
         except (KeyError, ValueError, TypeError) as error:
             raise ModelFileError(f"{path}: its config makes no {cls.__name__}: {error}") from error
+        if made_by != cls.__name__:
+            raise ModelFileError(f"{path} holds a {made_by}, not a {cls.__name__}")
         model.load_weights(state, str(path))
-        model.tokenizers = tokenizers
         return model
 
     def load_weights(self, state: dict[str, Tensor], source: str) -> None:

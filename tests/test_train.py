@@ -1,0 +1,241 @@
+"""The training loop: what a step does, and that a run which was killed goes on as if it had not been."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import fasttx
+from fasttx.models import BertConfig, BertForSequenceClassification, BertHeadConfig
+from fasttx.train import COLUMNS, CheckpointError, Recipe, Run, measures, train
+
+pytest.importorskip("safetensors")
+
+CONFIG = BertHeadConfig(BertConfig(vocab_size=20, width=16, layers=2, heads=2, max_positions=8, dropout=0.1), labels=3)
+RECIPE = Recipe(steps=12, learning_rate=1e-2, warmup=3, interval=4, bfloat16=False)
+
+
+class Sums:
+    """Sequences classed by their first token modulo 3."""
+
+    def __init__(self, batch=8):
+        self.examples = batch
+
+    def batch(self, index):
+        ids = torch.randint(1, 20, (self.examples, 6), generator=torch.Generator().manual_seed(index))
+        return {"token_ids": ids, "segment_ids": ids * 0, "padding": ids == 0, "targets": ids[:, 0] % 3}
+
+    def size(self, batch):
+        return batch["token_ids"].numel()
+
+    def evaluate(self, model):
+        assert not model.training and torch.is_inference_mode_enabled()
+        batch = self.batch(10**6)
+        return {"held_out": model.loss(**batch).item()}
+
+    def save(self, model, folder):
+        model.save(folder / "model.safetensors")
+
+
+def made(folder, recipe=RECIPE, task=None, **options):
+    torch.manual_seed(0)
+    return Run(BertForSequenceClassification(CONFIG), task or Sums(), recipe, folder, **options)
+
+
+def rows(folder):
+    """metrics.csv without its times."""
+    with (folder / "metrics.csv").open() as file:
+        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+
+
+def contents(folder):
+    return (folder / "model.safetensors").read_bytes(), rows(folder)
+
+
+def test_the_files_of_a_run(tmp_path):
+    run = made(tmp_path)
+    yielded = list(train(run))
+    assert [row["step"] for _, row in yielded] == list(range(1, 13)) and run.done
+    evaluated = [row["step"] for _, row in yielded if measures(row)]
+    assert evaluated == [4, 8, 12]
+    written = rows(tmp_path)
+    assert list(written[0]) == [name for name in COLUMNS if name != "seconds"] + ["held_out"]
+    assert [float(row["loss"]) for row in written] == [row["loss"] for _, row in yielded]
+    assert [row["held_out"] != "" for row in written] == [step % 4 == 0 for step in range(1, 13)]
+    loaded = BertForSequenceClassification.load(tmp_path / "model.safetensors")
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "metrics.csv", "model.safetensors"]
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth(tmp_path):
+    rates = [row["rate"] for _, row in train(made(tmp_path))]
+    assert rates[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert RECIPE.rate_at(RECIPE.steps) == pytest.approx(0.1)
+
+
+def test_it_learns_the_same_on_the_reference_path(tmp_path):
+    """Step by step in turn; rounding apart, dropout too is the same."""
+    task = Sums(batch=32)
+    recipe = Recipe(steps=40, learning_rate=1e-2, warmup=3, interval=40, bfloat16=False)
+    fast, reference = made(tmp_path / "a", recipe, task), made(tmp_path / "b", recipe, task, backend="reference")
+    order = [run is fast for run, _ in train(fast, reference)]
+    assert order == [True, False] * 40
+    first, second = ([row["loss"] for row in run.rows] for run in (fast, reference))
+    assert first[:10] == pytest.approx(second[:10], rel=1e-4)
+    assert sum(first[-5:]) < 0.95 * sum(first[:5])
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_it_goes_on_bit_for_bit(tmp_path, bfloat16, accumulate):
+    recipe = Recipe(steps=12, learning_rate=1e-2, warmup=3, interval=4, bfloat16=bfloat16, accumulate=accumulate)
+    list(train(made(tmp_path / "whole", recipe)))
+    steps = train(made(tmp_path / "broken", recipe))
+    for _ in range(6):  # two of them are lost
+        next(steps)
+    again = made(tmp_path / "broken", recipe)
+    assert again.steps == 4 and len(again.rows) == 4
+    torch.rand(7)  # whatever else was drawn meanwhile
+    list(train(again))
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")
+def test_it_goes_on_after_kill_9(tmp_path):
+    """Killed again and again, at whatever moment, until it is done."""
+    code = (
+        "import sys, test_train as t; from pathlib import Path; from fasttx.train import Recipe, train\n"
+        "recipe = Recipe(steps=60, learning_rate=1e-2, warmup=3, interval=3, bfloat16=False)\n"
+        "list(train(t.made(Path(sys.argv[1]), recipe)))"
+    )
+
+    def start(name):
+        paths = [os.path.dirname(__file__), *sys.path]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, "-c", code, str(tmp_path / name)], env=environment)
+
+    assert start("whole").wait() == 0
+    checkpoint, kills = tmp_path / "broken" / "checkpoint.pt", 0
+    while True:
+        process, before = start("broken"), checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while process.poll() is None and kills < 3:
+            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
+                time.sleep(0.003 * kills)
+                process.kill()
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        kills += 1
+    assert kills == 3
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+
+
+def test_accumulated_batches_are_one_of_their_size(tmp_path):
+    """In float64, without dropout: the mean over parts of one size is the mean over all."""
+
+    class Halves(Sums):
+        def batch(self, index):
+            whole = Sums.batch(self, index // 2)
+            return {name: value.chunk(2)[index % 2] for name, value in whole.items()}
+
+    def weights(task, accumulate):
+        recipe = Recipe(steps=3, warmup=1, bfloat16=False, accumulate=accumulate)
+        run = Run(plain().double(), task, recipe, tmp_path / str(accumulate))
+        list(train(run))
+        return run.model.state_dict()
+
+    whole, halves = weights(Sums(), 1), weights(Halves(), 2)
+    for name, value in whole.items():
+        torch.testing.assert_close(halves[name], value, rtol=1e-9, atol=1e-12)
+
+
+def plain():
+    torch.manual_seed(0)
+    bert = BertConfig(vocab_size=20, width=16, layers=1, heads=2, max_positions=8, dropout=0.0)
+    return BertForSequenceClassification(BertHeadConfig(bert, labels=3))
+
+
+def test_a_long_gradient_is_clipped_and_matrices_alone_decay(tmp_path):
+    run = Run(plain(), Sums(), Recipe(steps=1, clip=1e-3, warmup=0, weight_decay=0.5, bfloat16=False), tmp_path)
+    before = {name: value.clone() for name, value in run.model.named_parameters()}
+    seen = []
+    run.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(torch.stack([p.grad.norm() for p in run.model.parameters()]).norm().item())
+    )
+    (row,) = [row for _, row in train(run)]
+    assert row["gradient_norm"] > 1e-2 and seen == [pytest.approx(1e-3, rel=1e-3)]
+    decays = {id(p): group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]}
+    for name, value in run.model.named_parameters():
+        assert decays[id(value)] == (0.5 if value.dim() > 1 else 0.0)
+        assert not torch.equal(value, before[name]) or not value.grad
+
+
+def test_another_runs_folder_is_left_alone(tmp_path):
+    list(train(made(tmp_path)))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match="of another run, whose recipe"):
+        made(tmp_path, Recipe(steps=13, learning_rate=1e-2, warmup=3, interval=4, bfloat16=False))
+    with pytest.raises(CheckpointError, match="whose config"):
+        Run(plain(), Sums(), RECIPE, tmp_path)
+    with pytest.raises(CheckpointError, match="whose backend"):
+        made(tmp_path, backend="reference")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path):
+    list(train(made(tmp_path)))
+    path = tmp_path / "checkpoint.pt"
+    data = path.read_bytes()
+    for size in (0, 100, len(data) // 2, len(data) - 10):
+        path.write_bytes(data[:size])
+        with pytest.raises(CheckpointError, match="no whole checkpoint"):
+            made(tmp_path)
+        assert path.read_bytes() == data[:size]
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "owned"), "w")
+
+    torch.save({"identity": Evil()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(CheckpointError):
+        made(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    run = made(tmp_path)
+    with torch.no_grad():
+        run.model.classifier.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="step 0: the loss is nan"):
+        run.step()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    list(train(made(tmp_path)))
+    again = made(tmp_path)
+    assert again.done and list(train(again)) == []
+    assert again.evaluate() == measures(again.rows[-1])
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"interval": 0}, {"accumulate": 0}, {"warmup": -1},
+                                   {"learning_rate": 0.0}, {"clip": float("nan")}])  # fmt: skip
+def test_a_recipe_that_is_none(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Recipe(**{"steps": 1} | wrong)
+
+
+def test_training_leaves_the_kernels_nowhere(tmp_path):
+    run = made(tmp_path)
+    with fasttx.strict():
+        run.step()
+        run.evaluate()
