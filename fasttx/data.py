@@ -26,7 +26,7 @@ class SentencePair:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainingBatch:
-    """What BERT is trained on: (B, T) int64, padding bool; nsp_targets (B,) int64, 0 where the second text comes next."""
+    """What BERT is trained on: (B, T) int64, padding bool; nsp_targets (B,) int64, 0 where the second text follows."""
 
     token_ids: Tensor
     segment_ids: Tensor
