@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fasttx._optional import import_optional
-from fasttx.data import pad
+from fasttx.data import pad, shorten_pair
 from fasttx.models._model import write_atomically
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "[CLS]", "[SEP]", "[MASK]")
@@ -38,7 +38,8 @@ class Tokenizer:
     """Made by Tokenizer.train or Tokenizer.load.
 
     A text never gives special tokens, but for [UNK]: "[MASK]" in it is encoded as any other letters and brackets.
-    Their ids are the attributes pad_id, unk_id, bos_id, eos_id, cls_id, sep_id and mask_id, None for one that it lacks.
+    Their ids are the attributes pad_id, unk_id, bos_id, eos_id, cls_id, sep_id and mask_id, None for one that it lacks;
+    special_ids has those of all that there are.
     """
 
     def __init__(self, serialized: str) -> None:
@@ -54,7 +55,8 @@ class Tokenizer:
         ids = [self._tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
         self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.cls_id, self.sep_id, self.mask_id = ids
         added = self._tokenizer.get_added_tokens_decoder().items()
-        self._never_from_text = {id for id, token in added if token.special} - {self.unk_id}
+        self.special_ids = sorted(id for id, token in added if token.special)
+        self._never_from_text = set(self.special_ids) - {self.unk_id}
         content = json.loads(self._tokenizer.to_str())
         self.kind = _kind(content)
         self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -176,7 +178,7 @@ class Tokenizer:
             room = max_length - len(before) - len(after) * len(rows[0])
             if room < 1:
                 raise ValueError(f"max_length {max_length} has no room for a token beside the special ones")
-            rows = [_shortened(row, room) for row in rows]
+            rows = [shorten_pair(*row, room) if len(row) == 2 else [row[0][:room]] for row in rows]
         first = [before + row[0] + after for row in rows]
         second = [ids + after for row in rows for ids in row[1:]] or [[]] * len(rows)
         token_ids, padding = pad(list(map(add, first, second)), *self._specials("pad", True), side)
@@ -237,12 +239,3 @@ def _require_texts(name: str, texts: Iterable[str]) -> list[str]:
         if not isinstance(text, str):
             raise TypeError(f"each of {name} must be a str, got {type(text).__name__}")
     return texts
-
-
-def _shortened(row: list[list[int]], room: int) -> list[list[int]]:
-    """The texts of a row, cut to `room` tokens together: the longer one first, the second where they are as long."""
-    if len(row) == 1:
-        return [row[0][:room]]
-    first, second = map(len, row)
-    kept = min(first, max(room - second, (room + 1) // 2))
-    return [row[0][:kept], row[1][: room - kept]]

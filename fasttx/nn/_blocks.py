@@ -27,6 +27,7 @@ NORMS = (torch.nn.LayerNorm, LayerNorm)
 DROPOUTS = (torch.nn.Dropout,)
 _GELUS = (torch.nn.GELU, GELU)
 _FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}
+_APPROXIMATIONS = {"gelu": "none", "gelu_tanh": "tanh"}
 NO_FUSED_FORM = "it is neither a plain relu nor a plain gelu"
 # Activations without a fused form, which see each value by itself: packed tokens are as good to
 # them as a batch.
@@ -180,7 +181,8 @@ def feed_forward(
         )  # fmt: skip
     if name is None:
         step_aside("feed_forward", f"activation: {NO_FUSED_FORM}")
-    hidden = activation(linear(linear1, x, "linear1"))
+    hidden = linear(linear1, x, "linear1")
+    hidden = functional.gelu(hidden, _APPROXIMATIONS[name]) if name in _APPROXIMATIONS else activation(hidden)
     if dropout is not None:
         reason = why_no_dropout(dropout)
         if reason is not None:

@@ -1,0 +1,235 @@
+"""Fine-tuning a part of a model: LoRA adapters, which peft makes, and BitFit, which trains biases alone."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.nn import Module
+
+from fasttx._optional import import_optional
+from fasttx.checks import shape
+from fasttx.models._model import ModelFileError, read_safetensors, write_atomically
+
+# The layers that adapters go around by default, by the names that torch.nn's and fasttx.nn's layers have for them.
+TARGETS = ("self_attn", "multihead_attn", "linear1", "linear2")
+_KIND = "fasttx LoRA adapter"
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """How many of a model's parameters are trained."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} of {self.total:,} parameters are trained ({self.trainable / self.total:.2%})"
+
+
+def trainable(model: Module) -> Counts:
+    """Counts values; a tensor under several names counts once."""
+    parameters = list(model.parameters())
+    wanted = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return Counts(wanted, sum(parameter.numel() for parameter in parameters))
+
+
+def bitfit(model: Module, *, heads: Iterable[str] = ()) -> Counts:
+    """From now on only biases are trained: Ben Zaken et al., BitFit (2022). Returns how many.
+
+    heads: names of modules or parameters that are trained as a whole beside them. Raises ValueError for a name that the
+    model does not have, and a model without biases.
+    """
+    parameters, heads = dict(model.named_parameters()), tuple(heads)
+    of_heads = {head: [name for name in parameters if name == head or name.startswith(f"{head}.")] for head in heads}
+    for head, names in of_heads.items():
+        if not names:
+            raise ValueError(f"the model has no parameters {head} or {head}.*")
+    biases = {name for name in parameters if name.endswith("bias")}
+    if not biases:
+        raise ValueError("the model has no parameter whose name ends in bias")
+    wanted = biases.union(*of_heads.values())
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in wanted)
+    return trainable(model)
+
+
+def lora(
+    model: Module, *, rank: int = 8, alpha: float = 16, dropout: float = 0.0, targets: Iterable[str] | None = None
+) -> Module:
+    """The model as a peft.PeftModel, in place: weights frozen, with low-rank changes to them that are trained.
+
+    Hu et al., LoRA (2021): beside a weight W of the targets acts (alpha / rank) B A, with B zero at first. For models
+    of torch.nn's, fasttx.nn's and Hugging Face's layers, before or after fasttx.optimize.
+    dropout: of the adapters' inputs, but not of those around attention. targets: what names of modules end in; None for
+    those of TARGETS that the model has, or what peft knows for Hugging Face's models. Raises ValueError where there are
+    none.
+    """
+    peft = import_optional("peft", "lora")
+    from fasttx._lora_attention import LoraMultiheadAttention
+
+    if isinstance(model, peft.PeftModel):
+        raise TypeError("this model has adapters already: it is a PeftModel")
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    targets = _own_targets(model) if targets is None else _require_targets(model, targets)
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    config._register_custom_module({torch.nn.MultiheadAttention: LoraMultiheadAttention})
+    try:
+        adapted = peft.get_peft_model(model, config)
+    except ValueError as error:
+        if targets is not None:
+            raise
+        raise ValueError(f"this {type(model).__name__} has no {', '.join(TARGETS)}: say what the targets are") from error
+    _leave_fast_path(model)
+    return adapted
+
+
+def merge(model: Module) -> Module:
+    """Adds the adapters' changes to the weights, and takes the adapters out of the way: as fast as without them.
+
+    What runs then is bit for bit the model with the merged weights. model: `lora`'s; it is changed in place, and
+    returned. `unmerge` takes it back.
+    """
+    _require_adapters(model)
+    merged = []
+    for parent, name, layer in list(_adapter_layers(model)):
+        base = layer.get_base_layer()
+        before = [(weight, weight.detach().clone()) for weight in base.parameters(recurse=False)]
+        merged.append((parent, name, layer, before))
+    for parent, name, layer, before in merged:
+        if not layer.merged:  # attention's output projection was merged by the attention
+            layer.merge()
+        increment_version([weight for weight, _ in before])  # peft's edit is not one that packed copies see
+        setattr(parent, name, layer.get_base_layer())
+    model._merged_layers = merged
+    return model
+
+
+def unmerge(model: Module) -> Module:
+    """Takes `merge` back, in place: the adapters act again, and the weights are bit for bit those of before."""
+    merged = getattr(model, "_merged_layers", None)
+    if not merged:
+        raise ValueError("this model has no merged adapters")
+    for parent, name, layer, _ in merged:
+        setattr(parent, name, layer)
+    for _, _, layer, before in merged:
+        if layer.merged:
+            layer.unmerge()
+        with torch.no_grad():
+            for weight, values in before:
+                weight.copy_(values)
+    model._merged_layers = []
+    return model
+
+
+def save_adapter(model: Module, path: str | PathLike) -> None:
+    """The adapters alone, and the options that they were made with, as one safetensors file, put there whole."""
+    peft = import_optional("peft", "lora")
+    _require_adapters(model)
+    config = model.peft_config[model.active_adapter]
+    options = {
+        "rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
+        "targets": sorted(config.target_modules),
+    }  # fmt: skip
+    state = {name: values.contiguous() for name, values in _state(peft, model).items()}
+    metadata = {"kind": _KIND, "options": json.dumps(options)}
+    write_atomically(path, import_optional("safetensors.torch", "models").save(state, metadata))
+
+
+def load_adapter(model: Module, path: str | PathLike) -> Module:
+    """The model with the adapters that `save_adapter` wrote: one without any, or of `lora` with the same options.
+
+    Raises ModelFileError, and leaves the model as it is, for a file that holds no adapters or those of another
+    architecture.
+    """
+    peft = import_optional("peft", "lora")
+    state, metadata = read_safetensors(path)
+    if metadata.get("kind") != _KIND:
+        raise ModelFileError(f"{path} holds no adapter")
+    is_new = not isinstance(model, peft.PeftModel)
+    adapted = model
+    if is_new:
+        needed_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            adapted = lora(model, **json.loads(metadata["options"]))
+        except (KeyError, ValueError) as error:
+            raise ModelFileError(f"{path}: its adapters do not go around this model's layers: {error}") from error
+    else:
+        _require_adapters(model)
+    wrong = _difference(_state(peft, adapted), state)
+    if wrong:
+        if is_new:
+            adapted.unload()
+            for parameter, needed in needed_grad:
+                parameter.requires_grad_(needed)
+        raise ModelFileError(f"{path} is another architecture's adapter: {wrong}")
+    peft.set_peft_model_state_dict(adapted, state)
+    return adapted
+
+
+def _leave_fast_path(model: Module) -> None:
+    """Torch's own encoder, in inference, reads its layers' weights past their adapters: from now on it does not."""
+    for module in model.modules():
+        if type(module) is torch.nn.TransformerEncoder:
+            module.use_nested_tensor = False
+        elif type(module) is torch.nn.TransformerEncoderLayer:
+            module.activation_relu_or_gelu = 0  # as for any other activation
+
+
+def _own_targets(model: Module) -> list[str] | None:
+    names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    return [name for name in TARGETS if name in names] or None
+
+
+def _require_targets(model: Module, targets: Iterable[str]) -> list[str]:
+    """The targets, if each is a module's name or the end of one."""
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    modules = dict(model.named_modules())
+    for target in targets:
+        found = [path for path in modules if path == target or path.endswith(f".{target}")]
+        if not found:
+            raise ValueError(f"the model has no module {target}")
+        for path in found:
+            parent = modules[path.rpartition(".")[0]]
+            if isinstance(parent, torch.nn.MultiheadAttention):
+                raise ValueError(f"{path} is read by its attention, and never called: target the attention itself")
+    if not targets:
+        raise ValueError("targets are none")
+    return targets
+
+
+def _require_adapters(model: Module) -> None:
+    if not isinstance(model, import_optional("peft", "lora").PeftModel):
+        raise TypeError(f"this {type(model).__name__} has no adapters: make it by fasttx.finetune.lora")
+    if getattr(model, "_merged_layers", None):
+        raise ValueError("the adapters are merged: unmerge(model) first")
+
+
+def _adapter_layers(model: Module) -> Iterator[tuple[Module, str, Any]]:
+    """Parent, name and module of each layer with adapters, outer ones first."""
+    layers = import_optional("peft.tuners.lora.layer", "lora")
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        if isinstance(module, layers.LoraLayer):
+            parent, _, name = path.rpartition(".")
+            yield modules[parent], name, module
+
+
+def _state(peft: Any, model: Module) -> dict[str, Tensor]:
+    return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def _difference(own: dict[str, Tensor], theirs: dict[str, Tensor]) -> str | None:
+    """What first tells two sets of named tensors apart in name or shape, in words."""
+    for name in sorted(own.keys() | theirs.keys()):
+        of_theirs, of_own = (shape(tensors[name]) if name in tensors else "missing" for tensors in (theirs, own))
+        if of_theirs != of_own:
+            return f"{name} is {of_theirs} in the file, and {of_own} in the model"
+    return None
