@@ -1,6 +1,6 @@
 """The architectures that people build of fasttx.nn's modules, each in one file that reads in a sitting.
 
-Each is made by its config and saved with it: Gpt(GptConfig(...)), model.save(path), Gpt.load(path).
+Each is made by its config and saved with it: GPT(GPTConfig(...)), model.save(path), GPT.load(path).
 """
 
 from ._model import Config, Model, ModelFileError, TokenizerMismatchError
@@ -13,6 +13,7 @@ from .bert_heads import (
     BertHeadConfig,
     PretrainingLosses,
 )
+from .gpt import GPT, GPTConfig
 from .vit import ViT, ViTConfig
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "BertForTokenClassification",
     "BertHeadConfig",
     "Config",
+    "GPT",
+    "GPTConfig",
     "Model",
     "ModelFileError",
     "PretrainingLosses",

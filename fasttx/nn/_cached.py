@@ -1,9 +1,9 @@
-"""Attention to the keys and values of a KVCache: a module's, and a half of a decoder layer as one operation."""
+"""Attention to the keys and values of a KVCache: a module's, and a half of a layer as one operation."""
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.nn import Module
+from torch.nn import Module, ModuleList
 from torch.nn import functional as F
 
 from fasttx import autocast, checks, functional
@@ -118,6 +118,28 @@ def cross_attention_half(
         return None
     mask = _mask(mha, x, key_padding_mask, attn_mask, 0)
     return _half(mha, norm, x, parameters, (keys, values, keys.shape[2]), mask, norm_first, is_causal=False)
+
+
+def require_caching(name: str, child: Module, wanted: type[Module]) -> None:
+    """Raises for a child that knows no cache."""
+    if not isinstance(child, wanted):
+        raise ValueError(f"cache: {name} is a {type(child).__name__}, not a fasttx.nn.{wanted.__name__}")
+
+
+def require_caching_attentions(layer: Module, refusal: str | None, *names: str) -> None:
+    """Raises for a layer that has to run torch's forward, for this reason, or has attentions that know no cache."""
+    if refusal is not None:
+        raise ValueError(f"a layer with a cache cannot run torch's forward: {refusal}")
+    for name in names:
+        require_caching(name, getattr(layer, name), MultiheadAttention)
+
+
+def require_caching_layers(layers: ModuleList, wanted: type[Module]) -> None:
+    """Raises for a stack whose layers cannot share a cache."""
+    for i, layer in enumerate(layers):
+        require_caching(f"layers.{i}", layer, wanted)
+    if len({layer.self_attn for layer in layers}) < len(layers):
+        raise ValueError("cache: layers share a self_attn, and a cache keeps the keys of one layer for each")
 
 
 def check(

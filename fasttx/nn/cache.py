@@ -16,10 +16,10 @@ _LEAST_CAPACITY = 64  # tokens
 class KVCache:
     """The keys and values of every attention of a model, kept from one decoding step to the next.
 
-    Given as `cache=` to MultiheadAttention, TransformerDecoderLayer or TransformerDecoder, which are then called with
-    the new tokens alone, one or several at a time. Self-attention appends their keys and values in place and is causal;
-    cross-attention projects the memory at the first call and does not look at it again until `reset`. One cache serves
-    a whole model, for one batch of sequences:
+    Given as `cache=` to MultiheadAttention, or to a layer or a stack of TransformerDecoder or TransformerEncoder, which
+    are then called with the new tokens alone, one or several at a time. Self-attention appends their keys and values in
+    place and is causal; cross-attention projects the memory at the first call and does not look at it again until
+    `reset`. One cache serves a whole model, for one batch of sequences:
 
         cache = fasttx.nn.KVCache()
         with torch.inference_mode():

@@ -24,7 +24,6 @@ from ._blocks import (
 )
 from ._padding import run_where_packed, takes_remove_padding
 from ._plain import adopt, is_plain, refuse_scripting, step_aside, why_patched
-from .attention import MultiheadAttention
 from .cache import KVCache
 from .transformer import causal_by, normed, removal_of
 
@@ -65,10 +64,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         nested = "a tensor is nested" if tgt.is_nested or memory.is_nested else None
         refusal = why_patched(self) or nested
         if cache is not None:
-            if refusal is not None:
-                raise ValueError(f"a layer with a cache cannot run torch's forward: {refusal}")
-            for name in ("self_attn", "multihead_attn"):
-                _require_caching(name, getattr(self, name), MultiheadAttention)
+            _cached.require_caching_attentions(self, refusal, "self_attn", "multihead_attn")
         elif refusal is not None:
             step_aside("transformer_decoder_layer", refusal)
             return super().forward(
@@ -224,7 +220,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         cached = {} if cache is None else {"cache": cache}
         _require_tensors(tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask)
         if cache is not None:
-            self._require_caching()
+            _cached.require_caching_layers(self.layers, TransformerDecoderLayer)
         batch_first = self.layers[0].self_attn.batch_first
         length = tgt.shape[1 if batch_first and tgt.dim() == 3 else 0]
         causal = cache is None and causal_by(tgt_mask, tgt_is_causal, length)
@@ -258,12 +254,6 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
         x = run_where_packed(self.layers, tgt, of_tgt, _can_pack, packed, padded)
         return normed(self.norm, x, of_tgt.unpack)
 
-    def _require_caching(self) -> None:
-        for i, layer in enumerate(self.layers):
-            _require_caching(f"layers.{i}", layer, TransformerDecoderLayer)
-        if len({layer.self_attn for layer in self.layers}) < len(self.layers):
-            raise ValueError("cache: layers share a self_attn, and a cache keeps the keys of one layer for each")
-
 
 class PackingTransformerDecoder(TransformerDecoder):
     """TransformerDecoder that removes padding wherever key padding masks allow it; optimize() makes it."""
@@ -293,8 +283,3 @@ def _require_tensors(
         "tgt", tgt, tgt_mask=tgt_mask, memory_mask=memory_mask, tgt_key_padding_mask=tgt_key_padding_mask,
         memory_key_padding_mask=memory_key_padding_mask,
     )  # fmt: skip
-
-
-def _require_caching(name: str, child: torch.nn.Module, wanted: type[torch.nn.Module]) -> None:
-    if not isinstance(child, wanted):
-        raise ValueError(f"cache: {name} is a {type(child).__name__}, not a fasttx.nn.{wanted.__name__}")

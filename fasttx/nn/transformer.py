@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fasttx import checks
 
+from . import _cached
 from ._blocks import (
     NORMS,
     activation_name,
@@ -24,6 +25,7 @@ from ._blocks import (
 from ._padding import Packing, packings_of, run_where_packed, takes_remove_padding, zeroed_by_packing
 from ._plain import adopt, is_plain, refuse_scripting, step_aside, why_patched
 from .attention import MultiheadAttention
+from .cache import KVCache
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -33,6 +35,10 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     hooked or parametrized is called, outside the fusion that it would have been part of. Queries
     with nothing to attend to get zeros from the attention, where torch gives NaN. GELU("tanh") is
     the approximation in inference too, where torch's fast path computes the exact function.
+
+    With a fasttx.nn.KVCache as `cache`, src holds the new tokens alone; they attend causally to all that were, without
+    src_mask or is_causal: a layer of a decoder-only transformer. src_mask and src_key_padding_mask, where given, are
+    over all tokens seen.
     """
 
     __prepare_scriptable__ = refuse_scripting
@@ -48,12 +54,17 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         src_mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
+        *,
+        cache: KVCache | None = None,
     ) -> Tensor:
         if type(src) is not Tensor:
             checks.require_tensor("src", src)
         if src_mask is not None or src_key_padding_mask is not None:
             checks.require_masks("src", src, src_mask=src_mask, src_key_padding_mask=src_key_padding_mask)
         refusal = "src is nested" if src.is_nested else why_patched(self)
+        if cache is not None:
+            _cached.require_caching_attentions(self, refusal, "self_attn")
+            return self._forward_cached(src, cache, attn_mask=src_mask, key_padding_mask=src_key_padding_mask)
         if refusal is not None:
             step_aside("transformer_encoder_layer", refusal)
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
@@ -80,6 +91,20 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
         return self._run(src, attend)
 
+    def _forward_cached(self, src: Tensor, cache: KVCache, **masks: Tensor | None) -> Tensor:
+        _cached.check(self.self_attn, src, None, cache, **masks)
+        half = _cached.self_attention_half(
+            self.self_attn, self.norm1, self.dropout1, src, cache, norm_first=self.norm_first, **masks
+        )
+        decodes = self.self_attn._length(src) == 1
+        if half is not None:
+            return self._feed_forward_half(half, decodes)
+
+        def attend(x: Tensor) -> Tensor:
+            return self.self_attn(x, x, x, need_weights=False, cache=cache, **masks)[0]
+
+        return self._run(src, attend, decodes)
+
     def run_packed(self, x: Tensor, cu_seqlens: Tensor, is_causal: bool) -> Tensor:
         """The layer on packed sequences (tokens, width)."""
         half = self._attention_half(x, cu_seqlens=cu_seqlens, is_causal=is_causal)
@@ -96,16 +121,19 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             self.self_attn, self.norm1, self.dropout1, x, norm_first=self.norm_first, **options
         )
 
-    def _feed_forward_half(self, x: Tensor) -> Tensor:
+    def _feed_forward_half(self, x: Tensor, decodes: bool = False) -> Tensor:
         return feed_forward_half(
             self.linear1, self.activation, self.dropout, self.linear2, self.dropout2, self.norm2, x,
-            activation_name(self.activation), self.norm_first,
+            activation_name(self.activation), self.norm_first, decodes,
         )  # fmt: skip
 
-    def _run(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """The layer on tokens in any layout (..., width), given the self-attention over them."""
+    def _run(self, x: Tensor, attend: Callable[[Tensor], Tensor], decodes: bool = False) -> Tensor:
+        """The layer on tokens in any layout (..., width), given the self-attention over them.
+
+        decodes: tokens come one at a time.
+        """
         if not self.norm_first:
-            return self._feed_forward_half(add_norm(self.norm1, self.dropout1, attend(x), x))
+            return self._feed_forward_half(add_norm(self.norm1, self.dropout1, attend(x), x), decodes)
         normed, x = add_norm_and_sum(self.norm2, self.dropout1, attend(self.norm1(x)), x)
         name = activation_name(self.activation)
         return x + self.dropout2(
@@ -133,6 +161,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
     valid positions get the padded batch's values, padded ones zeros (while torch.compile traces, the layers run padded
     and the zeros are put there). False: never, and padded positions are computed like others, also where torch would
     leave zeros.
+
+    `cache`, a fasttx.nn.KVCache, as in TransformerEncoderLayer; padding is not removed then.
     """
 
     __prepare_scriptable__ = refuse_scripting
@@ -153,9 +183,16 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
+        *,
+        cache: KVCache | None = None,
     ) -> Tensor:
         checks.require_tensor("src", src)
         checks.require_masks("src", src, mask=mask, src_key_padding_mask=src_key_padding_mask)
+        if cache is not None:
+            _cached.require_caching_layers(self.layers, TransformerEncoderLayer)
+            for layer in self.layers:
+                src = layer(src, src_mask=mask, src_key_padding_mask=src_key_padding_mask, cache=cache)
+            return normed(self.norm, src, None)
         refusal = "src is nested" if src.is_nested else _refusal_of_padding(self.layers[0], src, src_key_padding_mask)
         if refusal is not None:
             step_aside("transformer_encoder", refusal)
