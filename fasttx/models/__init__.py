@@ -14,6 +14,7 @@ from .bert_heads import (
     PretrainingLosses,
 )
 from .gpt import GPT, GPTConfig
+from .multimodal import Multimodal, MultimodalConfig
 from .vit import ViT, ViTConfig
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "GPTConfig",
     "Model",
     "ModelFileError",
+    "Multimodal",
+    "MultimodalConfig",
     "PretrainingLosses",
     "TokenizerMismatchError",
     "ViT",
