@@ -4,6 +4,16 @@ Each is made by its config and saved with it: Gpt(GptConfig(...)), model.save(pa
 """
 
 from ._model import Config, Model, ModelFileError, TokenizerMismatchError
+from .encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from .gpt import GPT, GPTConfig
 
-__all__ = ["GPT", "Config", "GPTConfig", "Model", "ModelFileError", "TokenizerMismatchError"]
+__all__ = [
+    "GPT",
+    "Config",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
+    "GPTConfig",
+    "Model",
+    "ModelFileError",
+    "TokenizerMismatchError",
+]
