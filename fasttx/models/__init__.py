@@ -13,6 +13,7 @@ from .bert_heads import (
     BertHeadConfig,
     PretrainingLosses,
 )
+from .encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from .gpt import GPT, GPTConfig
 from .multimodal import Multimodal, MultimodalConfig
 from .vit import ViT, ViTConfig
@@ -26,6 +27,8 @@ __all__ = [
     "BertForTokenClassification",
     "BertHeadConfig",
     "Config",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "GPT",
     "GPTConfig",
     "Model",
