@@ -13,7 +13,9 @@ from .bert_heads import (
     BertHeadConfig,
     PretrainingLosses,
 )
+from .encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from .gpt import GPT, GPTConfig
+from .multimodal import Multimodal, MultimodalConfig
 from .vit import ViT, ViTConfig
 
 __all__ = [
@@ -25,10 +27,14 @@ __all__ = [
     "BertForTokenClassification",
     "BertHeadConfig",
     "Config",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "GPT",
     "GPTConfig",
     "Model",
     "ModelFileError",
+    "Multimodal",
+    "MultimodalConfig",
     "PretrainingLosses",
     "TokenizerMismatchError",
     "ViT",

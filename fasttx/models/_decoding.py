@@ -56,7 +56,7 @@ def next_tokens(
     # The largest becomes 0, so that no temperature makes it infinite.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    logits, tokens = logits.sort(-1, descending=True, stable=True)
+    logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         logits[:, top_k:] = -torch.inf
     probabilities = logits.softmax(-1)
@@ -112,8 +112,8 @@ def beam_search(
 
     The score of `length` tokens, that of `stop` which ends them included, is the sum of their log-probabilities over
     length ** length_penalty. At each step a row keeps the `beams` likeliest sequences that go on. It is done when
-    `beams` have ended, or none that goes on can surpass the best that has; where none has ended after max_new_tokens,
-    the best is the likeliest of those that would go on.
+    `beams` have ended, or none that goes on can surpass the best that has; after max_new_tokens, the likeliest that
+    would go on counts like one that has ended.
 
     reorder(index): what `step` keeps becomes that of the rows index, (B * beams,): first those of start repeated. After
     that step is given the last tokens (B * beams, 1). Raises as `generate`.
@@ -162,9 +162,10 @@ def beam_search(
         reorder((first_beam + parents).flatten())
         logits = step(tokens[..., -1].reshape(-1, 1))
 
-    none = best_score == -torch.inf
-    best[none, :length], best_length[none] = tokens[none, 0], length
-    best_score = torch.where(none, scores[:, 0] / length**length_penalty, best_score)
+    score = scores[:, 0] / length**length_penalty
+    better = ~done & (score > best_score)
+    best[better, :length], best_length[better] = tokens[better, 0], length
+    best_score = torch.where(better, score, best_score)
     return best[:, : best_length.max()], best_score
 
 

@@ -10,14 +10,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fasttx import checks
-from fasttx.nn import KVCache, LinearCrossEntropy, TransformerEmbedding, TransformerEncoder, TransformerEncoderLayer
+from fasttx.nn import (
+    GELU,
+    KVCache,
+    LinearCrossEntropy,
+    TransformerEmbedding,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 from . import _decoding
 from ._layers import draw_weights, require_heads, require_padding, require_sizes
 from ._model import Config, Model, ModelFileError, require_length, require_token_ids
 from ._pretrained import read_pretrained
 
-_ACTIVATIONS = {"gelu": torch.nn.GELU(), "gelu_tanh": torch.nn.GELU("tanh"), "relu": torch.nn.ReLU()}
+_ACTIVATIONS = {"gelu": GELU(), "gelu_tanh": GELU("tanh"), "relu": torch.nn.ReLU()}
 # As Hugging Face calls them.
 _THEIR_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 # Parts of Hugging Face's names of weights, and of these here.
@@ -78,7 +85,7 @@ class GPT(Model):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
         self.embedding = TransformerEmbedding(
-            config.vocab_size, config.width, config.max_positions, norm=False, dropout=config.dropout
+            config.vocab_size, config.width, config.max_positions, norm=False, dropout=float(config.dropout)
         )
         layer = TransformerEncoderLayer(
             config.width, config.heads, config.feed_forward or 4 * config.width, config.dropout,

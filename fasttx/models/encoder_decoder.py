@@ -1,0 +1,256 @@
+"""An encoder and a decoder: the transformer of Vaswani et al. 2017, "Attention is all you need"."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fasttx import checks
+from fasttx.nn import (
+    GELU,
+    KVCache,
+    LinearCrossEntropy,
+    SinusoidalPositionalEncoding,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEmbedding,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
+
+from . import _decoding
+from ._layers import Linear, require_heads, require_padding, require_sizes
+from ._model import Config, Model, require_length, require_token_ids
+
+_ACTIVATIONS = {"gelu": GELU(), "gelu_tanh": GELU("tanh"), "relu": torch.nn.ReLU()}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderConfig(Config):
+    """target_vocab: None where source and target share a vocabulary, and so an embedding.
+
+    feed_forward: 4 * width where None. positions: "sinusoidal", of any number, or "learned", max_positions of them.
+    norm_first: pre-norm layers, and a norm after the last. activation: "relu", "gelu" or "gelu_tanh". embedding_width:
+    where it is not the width, linear layers go from it to the width and back. tied: the output's weight is that of the
+    target's embedding. The ids are the target's.
+    """
+
+    source_vocab: int
+    target_vocab: int | None = None
+    width: int = 512
+    heads: int = 8
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    feed_forward: int | None = None
+    dropout: float = 0.1
+    positions: str = "sinusoidal"
+    max_positions: int = 512
+    norm_first: bool = False
+    activation: str = "relu"
+    embedding_width: int | None = None
+    tied: bool = True
+    pad_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_heads(self.width, self.heads)
+        require_sizes(
+            source_vocab=self.source_vocab, target_vocab=self.target_vocab, encoder_layers=self.encoder_layers,
+            decoder_layers=self.decoder_layers, feed_forward=self.feed_forward, embedding_width=self.embedding_width,
+        )  # fmt: skip
+        if self.positions not in ("sinusoidal", "learned"):
+            raise ValueError(f"positions must be sinusoidal or learned, got {self.positions!r}")
+        if self.activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {self.activation!r}")
+        for name in ("pad_id", "bos_id", "eos_id"):
+            value, tokens = getattr(self, name), self.target_vocab or self.source_vocab
+            if not 0 <= value < tokens:
+                raise ValueError(f"{name} must be a token of the target, below {tokens}, got {value}")
+
+
+class EncoderDecoder(Model):
+    """Reads a source and writes a target, token by token.
+
+    source (B, S) and target (B, T) are token ids, int64 or int32; padding is bool, True where there is no token, and on
+    the right. A row's results do not depend on its padding, which costs nothing.
+
+    Embeddings are drawn from N(0, 1 / sqrt(embedding_width)) and scaled by sqrt(width), matrices from Xavier's uniform
+    distribution (Glorot and Bengio 2010), and biases are 0.
+    """
+
+    Config = EncoderDecoderConfig
+    config: EncoderDecoderConfig
+
+    def __init__(self, config: EncoderDecoderConfig) -> None:
+        super().__init__(config)
+        width, inner = config.width, config.embedding_width or config.width
+        self.source_embedding, self.source_projection = self._make_embedding(config.source_vocab)
+        if config.target_vocab is None:
+            self.target_embedding, self.target_projection = self.source_embedding, self.source_projection
+        else:
+            self.target_embedding, self.target_projection = self._make_embedding(config.target_vocab)
+        self.positions = None
+        if config.positions == "sinusoidal":
+            self.positions = SinusoidalPositionalEncoding(width, config.dropout)
+
+        sizes = (width, config.heads, config.feed_forward or 4 * width, config.dropout, _ACTIVATIONS[config.activation])
+        options = {"batch_first": True, "norm_first": config.norm_first}
+        norms = [torch.nn.LayerNorm(width) if config.norm_first else None for _ in range(2)]
+        self.encoder = TransformerEncoder(
+            TransformerEncoderLayer(*sizes, **options), config.encoder_layers, norms[0], enable_nested_tensor=False,
+            remove_padding=True,
+        )  # fmt: skip
+        self.decoder = TransformerDecoder(
+            TransformerDecoderLayer(*sizes, **options), config.decoder_layers, norms[1], remove_padding=True
+        )
+
+        through = config.tied and inner != width
+        self.output_projection = Linear(width, inner, bias=False) if through else torch.nn.Identity()
+        self.head = LinearCrossEntropy(
+            inner if config.tied else width, config.target_vocab or config.source_vocab, bias=False,
+            label_smoothing=config.label_smoothing,
+        )  # fmt: skip
+        if config.tied:
+            self.head.weight = self.target_embedding.token_weight
+        self._draw_weights()
+
+    def _make_embedding(self, entries: int) -> tuple[TransformerEmbedding, torch.nn.Module]:
+        config = self.config
+        learned, inner = config.positions == "learned", config.embedding_width or config.width
+        embedding = TransformerEmbedding(
+            entries, inner, config.max_positions if learned else None, token_scale=config.width**0.5, norm=False,
+            dropout=float(config.dropout) if learned else 0.0,  # others come after the positions
+        )  # fmt: skip
+        return embedding, torch.nn.Identity() if inner == config.width else Linear(inner, config.width, bias=False)
+
+    def _draw_weights(self) -> None:
+        for name, values in self.named_parameters():
+            if "embedding" in name:
+                torch.nn.init.normal_(values, std=values.shape[1] ** -0.5)
+            elif values.dim() > 1:
+                torch.nn.init.xavier_uniform_(values)
+            elif name.endswith("bias"):
+                torch.nn.init.zeros_(values)
+
+    @torch.no_grad()
+    def load_word_vectors(self, vectors: Tensor, side: str = "source", frozen: bool = False) -> None:
+        """Begins with these embeddings, (vocabulary, embedding_width): row i is token i's.
+
+        side: "source" or "target". frozen: training leaves them as they are, and the tied output's weight with them.
+        They are taken as they are: those that the model draws have a root mean square of 1 / sqrt(embedding_width).
+        """
+        if side not in ("source", "target"):
+            raise ValueError(f"side must be source or target, got {side!r}")
+        weight = getattr(self, f"{side}_embedding").token_weight
+        checks.require_floating("vectors", vectors)
+        if vectors.shape != weight.shape:
+            raise ValueError(f"vectors must be {checks.shape(weight)}, got {checks.shape(vectors)}")
+        weight.copy_(vectors)
+        weight.requires_grad_(not frozen)
+
+    def encode(self, source: Tensor, source_padding: Tensor | None = None) -> Tensor:
+        """What the decoder attends to, the memory: (B, S, width), zeros at padding."""
+        require_token_ids("source", source)
+        require_padding(source_padding, source, "source_padding")
+        return self.encoder(self._embed("source", source), src_key_padding_mask=source_padding)
+
+    def forward(
+        self, source: Tensor, target: Tensor, source_padding: Tensor | None = None, target_padding: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, T, target's vocabulary) of the token after each of the target's, given those up to it."""
+        return self.head.logits(self._hidden(source, target, source_padding, target_padding))
+
+    def loss(
+        self,
+        source: Tensor,
+        target_in: Tensor,
+        target_out: Tensor,
+        source_padding: Tensor | None = None,
+        target_padding: Tensor | None = None,
+    ) -> Tensor:
+        """The mean cross-entropy, with label smoothing, of target_out (B, T): the token after each of target_in (B, T).
+
+        -100 does not count, nor does what stands at target_padding. Teacher forcing: target_in is bos and the target,
+        target_out the target and eos.
+        """
+        hidden = self._hidden(source, target_in, source_padding, target_padding)
+        return self.head(hidden, target_out if target_padding is None else target_out.masked_fill(target_padding, -100))
+
+    def generate(
+        self,
+        source: Tensor,
+        *,
+        source_padding: Tensor | None = None,
+        max_new_tokens: int,
+        beams: int = 1,
+        length_penalty: float = 1.0,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Targets (B, new) of source (B, S), without bos, with eos and then pad_id at the end; new <= max_new_tokens.
+
+        beams above 1: the best sequences that a beam search of this width finds, by the sum of their log-probabilities
+        over length ** length_penalty, eos counted. Otherwise the likeliest token at each step, or with a temperature
+        one that is drawn, as by _decoding.next_tokens. Without dropout, whatever mode the model is in. Raises TypeError
+        or ValueError before anything is computed.
+        """
+        checks.require_size("max_new_tokens", max_new_tokens)
+        checks.require_size("beams", beams)
+        _decoding.check_sampling(temperature, top_k, top_p)
+        if beams > 1 and temperature != 0.0:
+            raise ValueError(f"a beam search draws nothing: temperature must be 0, got {temperature}")
+        self._require_positions("max_new_tokens", max_new_tokens)
+        ends = {"stop": (self.config.eos_id,), "pad_id": self.config.pad_id, "max_new_tokens": max_new_tokens}
+        with _decoding.generating(self):
+            memory, padding = self.encode(source, source_padding), source_padding
+            cache = KVCache(max_length=max_new_tokens)
+
+            def step(tokens: Tensor) -> Tensor:
+                x = self._embed("target", tokens, cache.length())
+                x = self.decoder(x, memory, memory_key_padding_mask=padding, cache=cache)
+                return self.head.logits(self.output_projection(x[:, -1]))
+
+            def reorder(index: Tensor) -> None:
+                nonlocal memory, padding
+                cache.reorder(index)
+                memory, padding = memory[index], None if padding is None else padding[index]
+
+            start = torch.full((len(source), 1), self.config.bos_id, device=source.device)
+            if beams > 1:
+                search = {"beams": beams, "length_penalty": length_penalty}
+                new, _ = _decoding.beam_search(step, reorder, start, **search, **ends)
+            else:
+                sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
+                new = _decoding.generate(step, start, **sampling, **ends)
+        return new.clone()  # training takes no tensor that was made in inference mode
+
+    def _hidden(
+        self, source: Tensor, target: Tensor, source_padding: Tensor | None, target_padding: Tensor | None
+    ) -> Tensor:
+        """What the head reads, at every position of the target: (B, T, embedding_width), or width where untied."""
+        require_token_ids("source", source)
+        require_token_ids("target", target)
+        require_padding(target_padding, target, "target_padding")
+        if len(source) != len(target):
+            raise ValueError(f"source and target differ in sequences: {len(source)} and {len(target)}")
+        x = self._embed("target", target)
+        later = torch.ones(target.shape[1], target.shape[1], dtype=torch.bool, device=target.device).triu_(1)
+        x = self.decoder(
+            x, self.encode(source, source_padding), later, tgt_key_padding_mask=target_padding,
+            memory_key_padding_mask=source_padding, tgt_is_causal=True,
+        )  # fmt: skip
+        return self.output_projection(x)
+
+    def _embed(self, side: str, token_ids: Tensor, offset: int = 0) -> Tensor:
+        self._require_positions(side, offset + token_ids.shape[1])
+        embedding, projection = getattr(self, f"{side}_embedding"), getattr(self, f"{side}_projection")
+        x = projection(embedding(token_ids, offset=offset))
+        return x if self.positions is None else self.positions(x, offset)
+
+    def _require_positions(self, name: str, length: int) -> None:
+        if self.positions is None:
+            require_length(name, length, self.config.max_positions)
