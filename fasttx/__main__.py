@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from fasttx import __version__
-from fasttx.cli import CommandError, compare, demo, doctor, generate, inspect, train
+from fasttx.cli import CommandError, compare, demo, doctor, generate, inspect, train, translate
 
 _COMMANDS = {
     "demo": (demo, "a real BERT on real sentences: PyTorch against fasttx, timed and checked"),
@@ -13,6 +13,7 @@ _COMMANDS = {
     "doctor": (doctor, "what this installation and this machine have, and why what lacks lacks"),
     "train": (train, "a whole system on real data: its loss, its measures, a checkpoint that continues exactly"),
     "generate": (generate, "goes on with a text, by a GPT that `train gpt` made"),
+    "translate": (translate, "French for English, by a model that `train translation` made"),
     "inspect": (inspect, "one word in different sentences, layer by layer, and where attention looks, as plots"),
 }
 

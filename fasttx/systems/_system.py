@@ -1,15 +1,17 @@
 """What `python -m fasttx train` trains: data, a model, and the measures that it is judged by."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from fasttx.models import Model
 from fasttx.train import Recipe
+
+_Batch = TypeVar("_Batch")
 
 
 class System:
@@ -64,16 +66,13 @@ class System:
         return torch.Generator().manual_seed(seed % 2**63)
 
 
-class Epochs:
-    """The batches of one epoch after another: every item once before any comes again.
+class Epochs(Generic[_Batch]):
+    """The batches of one epoch after another, by their number; make: from an epoch's number to its batches."""
 
-    make: from the number of an epoch to its batches, each the indices of its items.
-    """
-
-    def __init__(self, make: Callable[[int], list[list[int]]]) -> None:
+    def __init__(self, make: Callable[[int], Sequence[_Batch]]) -> None:
         self._make, self._made = make, []
 
-    def __getitem__(self, index: int) -> list[int]:
+    def __getitem__(self, index: int) -> _Batch:
         epoch = 0
         while True:
             if epoch == len(self._made):

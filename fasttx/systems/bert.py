@@ -31,9 +31,9 @@ class BertSystem(System):
         texts = [*plays, *(text for text, _ in _sentiment(args.data)[0])]
         self.tokenizer = Tokenizer.train("bpe", texts, vocab_size=args.vocabulary)
         self.tokenizers = {"text": self.tokenizer}
-        self.documents = self._sentences(plays)
-        generator, held_out = torch.Generator().manual_seed(0), self._sentences(held_out)
-        self.held_out = [self._drawn(held_out, 64, generator) for _ in range(16)]
+        plays, held_out = map(self._sentences, (plays, held_out))
+        self.batches = Epochs(lambda epoch: self._paired(plays, 1, epoch))
+        self.held_out = [self._masked(pairs, 3, i) for i, pairs in enumerate(self._paired(held_out, 3))]
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -62,13 +62,19 @@ class BertSystem(System):
             for play in split
         ]
 
-    def _drawn(self, documents: list[list[list[int]]], batch: int, generator: torch.Generator) -> dict[str, Tensor]:
-        return data.pretraining_batch(
-            documents, self.tokenizer, batch=batch, max_length=self.args.length, generator=generator
-        )
+    def _paired(self, documents: list[list[list[int]]], *numbers: int) -> list[list[data.SentencePair]]:
+        """An epoch's batches of pairs, drawn by these numbers."""
+        generator = self.generator(*numbers)
+        pairs = data.next_sentence_pairs(documents, max_length=self.args.length, generator=generator)
+        order = torch.randperm(len(pairs), generator=generator).tolist()
+        batch = self.args.batch
+        return [[pairs[i] for i in order[start : start + batch]] for start in range(0, len(pairs), batch)]
+
+    def _masked(self, pairs: list[data.SentencePair], *numbers: int) -> dict[str, Tensor]:
+        return vars(data.pretraining_batch(pairs, self.tokenizer, generator=self.generator(*numbers)))
 
     def batch(self, index: int) -> dict[str, Tensor]:
-        return self._drawn(self.documents, self.args.batch, self.generator(index))
+        return self._masked(self.batches[index], 2, index)
 
     def size(self, batch: dict[str, Tensor]) -> int:
         return int((~batch["padding"]).sum())
@@ -114,21 +120,19 @@ class SentimentSystem(System):
         parser.add_argument("--tokens", type=int, default=2000, help="in a batch, with padding")
 
     def model(self) -> Model:
-        start = self.args.start
+        start, method = self.args.start, self.args.method
         if _is_ours(start):
-            encoder = BertForPretraining.load(start / "model.safetensors").bert
-            # Its head's fingerprint is the encoder's.
+            pretrained = BertForPretraining.load(start / "model.safetensors")
         else:
-            encoder = Bert.from_pretrained(start)
-            encoder.bind(text=self.tokenizer)
-        encoder.require_tokenizers(text=self.tokenizer)
-        model = BertForSequenceClassification.from_encoder(encoder, labels=2)
-        if self.args.method == "lora":
-            finetune.lora(model, rank=self.args.rank, alpha=2 * self.args.rank)
-        elif self.args.method == "bitfit":
-            finetune.bitfit(model)
-        if self.args.method != "full":
+            pretrained = Bert.from_pretrained(start)
+            pretrained.bind(text=self.tokenizer)
+        pretrained.require_tokenizers(text=self.tokenizer)
+        model = BertForSequenceClassification.from_encoder(pretrained, labels=2)
+        if method == "lora":
+            self.adapted = finetune.lora(model, rank=self.args.rank, alpha=2 * self.args.rank)
             model.classifier.requires_grad_(True)  # it is new
+        elif method == "bitfit":
+            finetune.bitfit(model, heads=["classifier"])
         return model
 
     def _encoded(self, lines: list[tuple[str, int]]) -> list[tuple[list[int], int]]:
@@ -141,7 +145,8 @@ class SentimentSystem(System):
     def _collated(self, lines: list[tuple[list[int], int]]) -> dict[str, Tensor]:
         ids, labels = zip(*lines, strict=True)
         token_ids, padding = data.pad(ids, self.tokenizer.pad_id)
-        return {"token_ids": token_ids, "padding": padding, "labels": torch.tensor(labels)}
+        segments = torch.zeros_like(token_ids)
+        return {"token_ids": token_ids, "segment_ids": segments, "padding": padding, "targets": torch.tensor(labels)}
 
     def size(self, batch: dict[str, Tensor]) -> int:
         return int((~batch["padding"]).sum())
@@ -150,15 +155,18 @@ class SentimentSystem(System):
         lines, right = sorted(self.held_out, key=lambda line: len(line[0])), 0
         for start in range(0, len(lines), 128):
             batch = self._collated(lines[start : start + 128])
-            labels = batch.pop("labels")
+            labels = batch.pop("targets")
             right += (model(**batch).argmax(-1) == labels).sum().item()
         return {"accuracy": right / len(lines)}
 
     def save(self, model: Model, folder: Path) -> None:
-        if self.args.method == "lora":
-            finetune.save_adapter(model, folder / "adapter.safetensors")
-        else:
+        if self.args.method != "lora":
             super().save(model, folder)
+            return
+        finetune.save_adapter(self.adapted, folder / "adapter.safetensors")
+        finetune.merge(self.adapted)
+        super().save(model, folder)
+        finetune.unmerge(self.adapted)
 
 
 def _is_ours(folder: Path) -> bool:

@@ -50,8 +50,8 @@ class GPTSystem(System):
         return GPT(GPTConfig(vocabulary, a.width, a.layers, a.heads, max_positions=a.context, dropout=a.dropout))
 
     def batch(self, index: int) -> dict[str, Tensor]:
-        windows = data.windows(self.train, self.args.context + 1, self.args.batch, generator=self.generator(index))
-        return {"token_ids": windows[:, :-1], "targets": windows[:, 1:]}
+        inputs, targets = data.windows(self.train, self.args.context, self.args.batch, self.generator(index))
+        return {"token_ids": inputs, "targets": targets}
 
     def size(self, batch: dict[str, Tensor]) -> int:
         return batch["token_ids"].numel()
