@@ -290,6 +290,13 @@ def test_saved_and_loaded(tmp_path, options):
     assert (loaded.target_embedding is loaded.source_embedding) == (model.config.target_vocab is None)
 
 
+def test_compiled(needs_extension):
+    model = make(**CONFIGS["projected"])
+    source, target, *padding = batch(model)
+    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(source, target, target, *padding), model.loss(source, target, target, *padding))
+
+
 def test_initialisation():
     config = EncoderDecoderConfig(300, 200, 128, 4, 2, 2, embedding_width=64, positions="learned")
     for name, values in EncoderDecoder(config).named_parameters():
