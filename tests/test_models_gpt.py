@@ -248,6 +248,21 @@ def test_dropout_is_its_seeds_and_not_within_the_feed_forward():
     }
 
 
+def test_compiled(needs_extension):
+    model, token_ids, padding = make(), tokens(), left(T, 1, 7, 16)
+    compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(token_ids, token_ids, padding), model.loss(token_ids, token_ids, padding))
+
+
+@torch.no_grad()
+def test_a_model_in_halves(needs_extension):
+    model, token_ids = make().bfloat16(), tokens().int()
+    eager, truth = plainly(model, token_ids), plainly(copy.deepcopy(model).double(), token_ids)
+    with fasttx.strict():
+        assert_within_budget(actual=model(token_ids), eager=eager, truth=truth)
+        assert model.generate(token_ids, padding=left(T, 1, 7, 16), max_new_tokens=3).shape == (B, T + 3)
+
+
 def test_initialisation():
     model = GPT(GPTConfig(vocab_size=300, width=128, layers=8, heads=4))
     for name, values in model.named_parameters():
