@@ -1,6 +1,5 @@
 """Choosing tokens and searching with a beam, on models small enough to try every sequence."""
 
-import itertools
 import math
 
 import pytest
@@ -39,16 +38,14 @@ def starts(rows=5):
     return torch.arange(10, 10 + rows)[:, None].repeat(1, 2)
 
 
-def sequences(toy, start, length, stop):
-    """Every sequence that can follow start (T,), as (tokens, sum of log-probabilities)."""
-    for tokens in itertools.product(range(VOCABULARY), repeat=length):
-        for end in range(1, length + 1):
-            if (tokens[end - 1] in stop or end == length) and not any(token in stop for token in tokens[: end - 1]) and not any(tokens[end:]):
-                total, history = 0.0, start.tolist()
-                for token in tokens[:end]:
-                    total += toy.logits(torch.tensor([history])).log_softmax(-1)[0, token].item()
-                    history.append(token)
-                yield list(tokens[:end]), total
+def sequences(toy, start, length, stop, tokens=(), total=0.0):
+    """Every sequence that can follow start (T,), with the sum of its log-probabilities."""
+    if len(tokens) == length or tokens[-1:] in [(token,) for token in stop]:
+        yield list(tokens), total
+        return
+    logits = toy.logits(torch.tensor([start.tolist() + list(tokens)]))
+    for token, value in enumerate(logits.log_softmax(-1)[0].tolist()):
+        yield from sequences(toy, start, length, stop, (*tokens, token), total + value)
 
 
 def search_plainly(toy, start, beams, penalty, length, stop):

@@ -393,3 +393,15 @@ def test_compiled_padding_removal_equals_eager_everywhere(batch_first):
     for masks in all_masks[:3] if batch_first else all_masks:
         tensors = [tensor.double() for tensor in inputs(batch_first).values()]
         torch.testing.assert_close(compiled(*tensors, **masks), ours(*tensors, **masks))
+
+
+def test_an_activation_that_is_a_module_stays_it_in_copies():
+    """torch's decoder layers, copied, pickled or cloned by a decoder, compute relu from then on."""
+    layer = fasttx.nn.TransformerDecoderLayer(E, H, 24, 0.0, torch.nn.GELU("tanh"), batch_first=True)
+    given = inputs().values()
+    expected = layer(*given)
+    for twin in (
+        copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), fasttx.nn.TransformerDecoder(layer, 1),
+        copy.deepcopy(fasttx.nn.TransformerDecoder(layer, 1)),
+    ):  # fmt: skip
+        assert torch.equal(twin(*given), expected)

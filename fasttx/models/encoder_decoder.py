@@ -87,13 +87,11 @@ class EncoderDecoder(Model):
         super().__init__(config)
         width, inner = config.width, config.embedding_width or config.width
         self.source_embedding, self.source_projection = self._make_embedding(config.source_vocab)
-        if config.target_vocab is None:
-            self.target_embedding, self.target_projection = self.source_embedding, self.source_projection
-        else:
+        self.target_embedding, self.target_projection = self.source_embedding, self.source_projection
+        if config.target_vocab is not None:
             self.target_embedding, self.target_projection = self._make_embedding(config.target_vocab)
-        self.positions = None
-        if config.positions == "sinusoidal":
-            self.positions = SinusoidalPositionalEncoding(width, config.dropout)
+        sinusoidal = config.positions == "sinusoidal"
+        self.positions = SinusoidalPositionalEncoding(width, config.dropout) if sinusoidal else None
 
         sizes = (width, config.heads, config.feed_forward or 4 * width, config.dropout, _ACTIVATIONS[config.activation])
         options = {"batch_first": True, "norm_first": config.norm_first}
@@ -106,12 +104,9 @@ class EncoderDecoder(Model):
             TransformerDecoderLayer(*sizes, **options), config.decoder_layers, norms[1], remove_padding=True
         )
 
-        through = config.tied and inner != width
-        self.output_projection = Linear(width, inner, bias=False) if through else torch.nn.Identity()
-        self.head = LinearCrossEntropy(
-            inner if config.tied else width, config.target_vocab or config.source_vocab, bias=False,
-            label_smoothing=config.label_smoothing,
-        )  # fmt: skip
+        read, targets = inner if config.tied else width, config.target_vocab or config.source_vocab
+        self.output_projection = _projection(width, read)
+        self.head = LinearCrossEntropy(read, targets, bias=False, label_smoothing=config.label_smoothing)
         if config.tied:
             self.head.weight = self.target_embedding.token_weight
         self._draw_weights()
@@ -123,7 +118,7 @@ class EncoderDecoder(Model):
             entries, inner, config.max_positions if learned else None, token_scale=config.width**0.5, norm=False,
             dropout=float(config.dropout) if learned else 0.0,  # others come after the positions
         )  # fmt: skip
-        return embedding, torch.nn.Identity() if inner == config.width else Linear(inner, config.width, bias=False)
+        return embedding, _projection(inner, config.width)
 
     def _draw_weights(self) -> None:
         for name, values in self.named_parameters():
@@ -138,8 +133,9 @@ class EncoderDecoder(Model):
     def load_word_vectors(self, vectors: Tensor, side: str = "source", frozen: bool = False) -> None:
         """Begins with these embeddings, (vocabulary, embedding_width): row i is token i's.
 
-        side: "source" or "target". frozen: training leaves them as they are, and the tied output's weight with them.
-        They are taken as they are: those that the model draws have a root mean square of 1 / sqrt(embedding_width).
+        side: "source" or "target". frozen: training leaves them as they are, and the tied output's weight with them;
+        `save` does not keep that. The vectors are not scaled: those that the model draws have a root mean square of
+        1 / sqrt(embedding_width).
         """
         if side not in ("source", "target"):
             raise ValueError(f"side must be source or target, got {side!r}")
@@ -163,13 +159,9 @@ class EncoderDecoder(Model):
         return self.head.logits(self._hidden(source, target, source_padding, target_padding))
 
     def loss(
-        self,
-        source: Tensor,
-        target_in: Tensor,
-        target_out: Tensor,
-        source_padding: Tensor | None = None,
+        self, source: Tensor, target_in: Tensor, target_out: Tensor, source_padding: Tensor | None = None,
         target_padding: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The mean cross-entropy, with label smoothing, of target_out (B, T): the token after each of target_in (B, T).
 
         -100 does not count, nor does what stands at target_padding. Teacher forcing: target_in is bos and the target,
@@ -254,3 +246,7 @@ class EncoderDecoder(Model):
     def _require_positions(self, name: str, length: int) -> None:
         if self.positions is None:
             require_length(name, length, self.config.max_positions)
+
+
+def _projection(width: int, to: int) -> torch.nn.Module:
+    return torch.nn.Identity() if width == to else Linear(width, to, bias=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fasttx import checks
 
@@ -38,6 +39,8 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
 
     With a fasttx.nn.KVCache as `cache`, tgt holds the new tokens alone; they attend causally to all that were, without
     tgt_mask or tgt_is_causal. tgt_mask and tgt_key_padding_mask, where given, are over all tokens seen.
+
+    An activation that is a module stays it in copies, and in a TransformerDecoder of them, where torch's become relu.
     """
 
     __prepare_scriptable__ = refuse_scripting
@@ -46,6 +49,12 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         adopt_children(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch's takes an activation that is a module for a missing one, and copies then compute relu instead.
+        torch.nn.Module.__setstate__(self, state)
+        if not hasattr(self, "activation"):
+            self.activation = F.relu
 
     def forward(
         self,
