@@ -286,6 +286,21 @@ def test_everything_runs_on_the_kernels(head, needs_extension):
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_the_reference_path_is_the_same(head):
+    model, targets = heads()[head]
+    model, inputs, results = model.double(), batch(), []
+    for backend in ("auto", "reference"):
+        with fasttx.backend(backend):
+            model.zero_grad()
+            loss = model.loss(*inputs, *targets)
+            loss.backward()
+        results.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None} | {"loss": loss})
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_save_and_load(head, tmp_path):
     model = heads()[head][0].eval()
     model.bind(text=Tokenizer("abc"))
@@ -388,16 +403,17 @@ def test_gradcheck(head):
     assert torch.autograd.gradcheck(loss, values)
 
 
-def test_weights_are_drawn_as_the_paper_has_them():
+@pytest.mark.parametrize("std", [0.02, 0.1])
+def test_weights_are_drawn_from_one_distribution(std):
     torch.manual_seed(1)
-    config = BertConfig(vocab_size=200, width=64, layers=1, heads=2)
+    config = BertConfig(vocab_size=200, width=64, layers=1, heads=2, init_std=std)
     first = BertForPretraining(config)
     torch.manual_seed(1)
     second = BertForPretraining(config)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     for name, values in first.named_parameters():
         if values.dim() > 1:
-            assert 0.9 < values.std() / 0.02 < 1.1 or name.startswith("next_sentence"), name
+            assert 0.9 < values.std() / std < 1.1 or name.startswith("next_sentence"), name
         elif name.endswith("bias"):
             assert not values.any(), name
         else:
@@ -446,6 +462,7 @@ def test_bad_targets():
     inputs = batch()
     (pretraining, (mlm, nsp)), (texts, _), (tokens, _), (answers, (starts, ends)) = heads()
     for call, match in (
+        (lambda: pretraining.loss(inputs[0][:0], None, None, mlm, nsp), "empty batch"),
         (lambda: pretraining.loss(*inputs, mlm[:, :3], nsp), "mlm_targets must have the tokens' shape"),
         (lambda: pretraining.loss(*inputs, mlm + 141, nsp), "target must lie in"),
         (lambda: pretraining.loss(*inputs, mlm, nsp + 1), "target must lie in"),

@@ -153,6 +153,18 @@ def test_gradcheck(pool, shape):
     assert torch.autograd.gradcheck(loss, (images, *values))
 
 
+@POOLS
+def test_the_reference_path_is_the_same(pool):
+    model, images = make(pool=pool).double(), torch.randn(2, 2, 12, 8).double()
+    losses, gradients = [], []
+    for backend in ("auto", "reference"):
+        with fasttx.backend(backend):
+            losses.append(model.loss(images, torch.tensor([1, 2]), label_smoothing=0.1))
+            gradients.append(torch.autograd.grad(losses[-1], list(model.parameters())))
+    torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
 def test_dropout_follows_the_seed():
     model, images = make(dropout=0.3), torch.randn(2, 2, 8, 8)
 

@@ -15,7 +15,10 @@ class Linear(torch.nn.Linear):
 
 
 def draw_weights(model: torch.nn.Module, std: float = 0.02) -> None:
-    """Every matrix anew from N(0, std), every bias 0; the weights of norms stay 1, and entries of padding are 0."""
+    """Every matrix anew from N(0, std), every bias 0; the weights of norms stay 1, and entries of padding are 0.
+
+    0.02 is BERT's, at a width of 768; a model of width 64 trains faster from about width ** -0.5.
+    """
     for name, values in model.named_parameters():
         if values.dim() > 1:
             torch.nn.init.normal_(values, std=std)

@@ -15,7 +15,7 @@ from fasttx import checks, functional
 from fasttx.nn import LayerNorm, LinearCrossEntropy
 
 from ._layers import Linear, draw_weights, require_padding, require_sizes
-from ._model import Config, Model
+from ._model import Config, Model, require_token_ids
 from .bert import Bert, BertConfig
 
 _H = TypeVar("_H", bound="BertHead")
@@ -45,7 +45,7 @@ class BertHead(Model):
         sizes = self.bert.config
         self.dropout = torch.nn.Dropout(sizes.dropout)
         self._make_head(sizes)
-        draw_weights(self)
+        draw_weights(self, sizes.init_std)
 
     def _make_head(self, sizes: BertConfig) -> None:
         raise NotImplementedError
@@ -128,6 +128,7 @@ class BertForPretraining(BertHead):
 
 class _BertClassifier(BertHead):
     Config = BertHeadConfig
+    config: BertHeadConfig
 
     def _make_head(self, sizes: BertConfig) -> None:
         self.classifier = LinearCrossEntropy(sizes.width, self.config.labels)
@@ -179,6 +180,7 @@ class BertForQuestionAnswering(BertHead):
 
         excluded (B, T): bool, True = no part of an answer, as the question. There, and where padded, logits are -inf.
         """
+        require_token_ids("token_ids", token_ids)
         require_padding(excluded, token_ids, "excluded")
         start, end = self.ends(self.bert(token_ids, segment_ids, padding)).unbind(-1)
         for mask in (padding, excluded):
@@ -206,6 +208,7 @@ class BertForQuestionAnswering(BertHead):
 
 
 def _require_targets(name: str, targets: Tensor, token_ids: Tensor) -> None:
+    require_token_ids("token_ids", token_ids)
     checks.require_tensor(name, targets)
     if targets.shape != token_ids.shape:
         raise ValueError(f"{name} must have the tokens' shape {checks.shape(token_ids)}, got {checks.shape(targets)}")

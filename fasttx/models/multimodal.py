@@ -32,7 +32,8 @@ class MultimodalConfig(Config):
     """The two encoders' sizes (image without classes), and those of what joins them.
 
     caption_layers: 0: no captions. Captions have the text's vocabulary, and at most max_caption tokens with their
-    bos_id; eos_id ends one, pad_id fills up behind it. feed_forward: 4 * width where None.
+    bos_id; eos_id ends one, pad_id fills up behind it. feed_forward: 4 * width where None. init_std: as
+    BertConfig's, and of the encoders' weights too.
     """
 
     image: ViTConfig
@@ -50,6 +51,7 @@ class MultimodalConfig(Config):
     bos_id: int = 1
     eos_id: int = 2
     pad_id: int = 0
+    init_std: float = 0.02
 
     def __post_init__(self) -> None:
         require_heads(self.width, self.heads)
@@ -96,7 +98,7 @@ class Multimodal(Model):
             self.caption_decoder = _decoder(config, config.caption_layers)
             self.caption_head = LinearCrossEntropy(config.width, vocabulary, bias=False)
             self.caption_head.weight = self.caption_embedding.token_weight
-        draw_weights(self)
+        draw_weights(self, config.init_std)
 
     def forward(
         self, images: Tensor | None = None, token_ids: Tensor | None = None, padding: Tensor | None = None

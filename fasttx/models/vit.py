@@ -24,6 +24,7 @@ class ViTConfig(Config):
 
     image_size and patch_size: the side of a square, or (height, width), in pixels. classes: 0: no head. feed_forward:
     4 * width where None. pool: what is classified, "class": a token of its own, or "mean": the mean of all patches.
+    init_std: as BertConfig's.
     """
 
     image_size: int | tuple[int, int]
@@ -37,6 +38,7 @@ class ViTConfig(Config):
     dropout: float = 0.0
     pool: str = "class"
     eps: float = 1e-6
+    init_std: float = 0.02
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size"):
@@ -65,6 +67,7 @@ class ViT(Model):
     """
 
     Config = ViTConfig
+    config: ViTConfig
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__(config)
@@ -83,7 +86,7 @@ class ViT(Model):
         norm = LayerNorm(config.width, eps=config.eps)
         self.encoder = TransformerEncoder(layer, config.layers, norm, enable_nested_tensor=False)
         self.head = LinearCrossEntropy(config.width, config.classes) if config.classes else None
-        draw_weights(self)
+        draw_weights(self, config.init_std)
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, C, H, W) in the model's dtype -> the logits (B, classes).
