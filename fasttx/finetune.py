@@ -28,7 +28,8 @@ class Counts:
     total: int
 
     def __str__(self) -> str:
-        return f"{self.trainable:,} of {self.total:,} parameters are trained ({self.trainable / self.total:.2%})"
+        share = self.trainable / max(self.total, 1)
+        return f"{self.trainable:,} of {self.total:,} parameters are trained ({share:.2%})"
 
 
 def trainable(model: Module) -> Counts:
@@ -86,7 +87,8 @@ def lora(
     except ValueError as error:
         if targets is not None:
             raise
-        raise ValueError(f"this {type(model).__name__} has no {', '.join(TARGETS)}: say what the targets are") from error
+        known = ", ".join(TARGETS)
+        raise ValueError(f"this {type(model).__name__} has no {known}: say what the targets are") from error
     _leave_fast_path(model)
     return adapted
 
@@ -159,7 +161,7 @@ def load_adapter(model: Module, path: str | PathLike) -> Module:
         needed_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             adapted = lora(model, **json.loads(metadata["options"]))
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ModelFileError(f"{path}: its adapters do not go around this model's layers: {error}") from error
     else:
         _require_adapters(model)

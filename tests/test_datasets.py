@@ -194,6 +194,20 @@ def test_fetches_each_data_set_once_and_whole(tmp_path, monkeypatch):
     assert len(asked) == 4
 
 
+def test_fetches_the_pinned_version(tmp_path, monkeypatch):
+    requirements, seen = tmp_path / "requirements.txt", []
+    requirements.write_text("# comment\n--no-binary one\none==1.0\none-more==3.0\ntwo==2.0\n")
+
+    def run(command, folder):
+        seen.append(Path(command[-1]).read_text().splitlines())
+        (folder / "one-1.0.tar.gz").touch()
+
+    monkeypatch.setattr(fetch, "_run", run)
+    (tmp_path / "downloads").mkdir()
+    assert fetch._from_pip("one", tmp_path / "downloads", requirements).name == "one-1.0.tar.gz"
+    assert seen == [["--no-binary one", "one==1.0"]]
+
+
 def test_fetch_says_what_failed(tmp_path, monkeypatch, capsys):
     def fails(*arguments):
         raise fetch.FetchError("no network")

@@ -146,6 +146,20 @@ def test_kernels_that_run(needs_extension, norm_first):
     assert {row.kernel for row in merged.rows} == {"attention_block_fwd", "feed_forward_block_fwd"}
 
 
+def test_padding_is_removed_again_once_merged(needs_extension):
+    """Layers with adapters see padded tokens, and the result is that of each row alone, zeros where there is none."""
+    layer = nn.TransformerEncoderLayer(E, H, F, 0.0, activation="gelu", batch_first=True)
+    adapted = adapt(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False, remove_padding=True)).eval()
+    x, padding = torch.randn(2, 5, E), torch.arange(5) >= torch.tensor([[5], [3]])
+    with torch.no_grad():
+        rows = torch.stack([adapted(x[:1])[0], torch.nn.functional.pad(adapted(x[1:, :3])[0], (0, 0, 0, 2))])
+        torch.testing.assert_close(adapted(x, src_key_padding_mask=padding), rows)
+        finetune.merge(adapted)
+        torch.testing.assert_close(adapted(x, src_key_padding_mask=padding), rows, rtol=1e-4, atol=1e-5)
+    explanation = fasttx.explain(adapted, x, src_key_padding_mask=padding)
+    assert "attention_block_varlen" in {row.op for row in explanation.rows} and not explanation.slow
+
+
 def test_adapters_of_bfloat16_weights():
     adapted = adapt(fasttx.optimize(encoder()).bfloat16())
     assert adapted(src=torch.randn(2, 5, E).bfloat16()).dtype == torch.bfloat16
