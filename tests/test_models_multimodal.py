@@ -7,7 +7,6 @@ from torch.func import functional_call
 import fasttx
 from fasttx.models import BertConfig, ModelFileError, Multimodal, MultimodalConfig, ViTConfig
 from fasttx.models._decoding import next_tokens
-from fasttx.models._layers import draw_weights
 
 IMAGE = ViTConfig(image_size=8, patch_size=4, width=8, layers=1, heads=2)
 TEXT = BertConfig(vocab_size=20, width=12, layers=1, heads=2, max_positions=10, dropout=0.0)
@@ -46,10 +45,6 @@ def train(loss, model, steps):
 @GIVEN
 def test_overfits(given):
     model, (images, token_ids, padding), labels = Multimodal(TINY), batch(given), torch.tensor([0, 1, 3, 2])
-<<<<<<< HEAD
-    draw_weights(model, std=0.1)  # at this width 0.02 is so little that training stalls now and then
-=======
->>>>>>> bert
     assert train(lambda: model.loss(images, token_ids, labels, padding), model, 120) < 0.02
     assert torch.equal(model.eval()(images, token_ids, padding).argmax(1), labels)
 
@@ -57,10 +52,6 @@ def test_overfits(given):
 @GIVEN
 def test_captions_overfit_and_are_written(given):
     model, (images, token_ids, padding), (ids, ids_padding) = Multimodal(TINY), batch(given), captions()
-<<<<<<< HEAD
-    draw_weights(model, std=0.1)  # at this width 0.02 is so little that training stalls now and then
-=======
->>>>>>> bert
     loss = train(lambda: model.caption_loss(images, token_ids, ids, padding, ids_padding), model, 150)
     assert loss < 0.02
     written = model.caption(images, token_ids, padding, max_new_tokens=8)
