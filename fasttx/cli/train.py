@@ -9,6 +9,7 @@ import torch
 import fasttx
 from fasttx.cli import CommandError, console, need
 from fasttx.dispatch import BACKENDS
+from fasttx.finetune import trainable
 from fasttx.measure import Measurement
 from fasttx.systems import SYSTEMS, System
 from fasttx.systems._torch import TorchRun
@@ -60,9 +61,8 @@ def run(args: argparse.Namespace) -> int:
     except (CheckpointError, FileNotFoundError, ImportError, ValueError) as error:
         raise CommandError(error) from error
     for name, one in runs.items():
-        counted = sum(p.numel() for p in one.model.parameters() if p.requires_grad)
         goes_on = f", from step {one.steps}" if one.steps else ""
-        screen.print(f"{name}: {type(one.model).__name__}, {counted:,} weights to train, in {one.folder}{goes_on}")
+        screen.print(f"{name}: {type(one.model).__name__} in {one.folder}{goes_on}; {trainable(one.model)}")
 
     _train(screen, runs)
     plot = _plot(runs, args.output / "loss.png")
