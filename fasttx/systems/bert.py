@@ -147,8 +147,7 @@ class SentimentSystem(System):
     def _collated(self, lines: list[tuple[list[int], int]]) -> dict[str, Tensor]:
         ids, labels = zip(*lines, strict=True)
         token_ids, padding = data.pad(ids, self.tokenizer.pad_id)
-        segments = torch.zeros_like(token_ids)
-        return {"token_ids": token_ids, "segment_ids": segments, "padding": padding, "targets": torch.tensor(labels)}
+        return {"token_ids": token_ids, "padding": padding, "targets": torch.tensor(labels)}
 
     def size(self, batch: dict[str, Tensor]) -> int:
         return int((~batch["padding"]).sum())
