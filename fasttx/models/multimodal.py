@@ -115,18 +115,22 @@ class Multimodal(Model):
         return self.decoder(queries, memory, memory_key_padding_mask=memory_padding)
 
     def loss(
-        self,
-        images: Tensor | None,
-        token_ids: Tensor | None,
-        labels: Tensor,
-        padding: Tensor | None = None,
-        label_smoothing: float = 0.0,
-    ) -> Tensor:
-        """The mean cross-entropy; labels (B,) classes, or -100 to ignore a row."""
-        return functional.linear_cross_entropy(
-            self.features(images, token_ids, padding).mean(1), self.classifier.weight, labels, self.classifier.bias,
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
+        self, images: Tensor | None = None, token_ids: Tensor | None = None, labels: Tensor | None = None,
+        padding: Tensor | None = None, label_smoothing: float = 0.0, captions: Tensor | None = None,
+        caption_padding: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The mean cross-entropy; labels (B,) classes, or -100 to ignore a row. With captions, caption_loss beside it.
+
+        Both losses' features are computed once.
+        """
+        checks.require_tensor("labels", labels)
+        shifted = None if captions is None else self._shifted(captions, caption_padding)
+        _require_one_batch(images=images, token_ids=token_ids, captions=captions)
+        features = self.features(images, token_ids, padding)
+        loss = functional.linear_cross_entropy(
+            features.mean(1), self.classifier.weight, labels, self.classifier.bias, label_smoothing=label_smoothing
+        )
+        return loss if shifted is None else loss + self._captions_loss(features, *shifted)
 
     def caption_loss(
         self,
@@ -140,26 +144,9 @@ class Multimodal(Model):
 
         caption_padding (B, L): bool, True = padding.
         """
-        self._require_captions()
-        require_token_ids("captions", captions)
-        require_length("captions", captions.shape[1] - 1, self.config.max_caption)
-        require_padding(caption_padding, captions, "caption_padding")
-        if checks.can_be_read(captions) and bool((captions[:, 0] != self.config.bos_id).any()):
-            raise ValueError(f"captions must each begin with bos_id, {self.config.bos_id}")
-        if captions.shape[1] == 1:
-            raise ValueError("captions must have a token after bos_id")
-        before, targets, before_padding = captions[:, :-1], captions[:, 1:], None
-        if caption_padding is not None:
-            before_padding, targets = caption_padding[:, :-1], targets.masked_fill(caption_padding[:, 1:], -100)
+        shifted = self._shifted(captions, caption_padding)
         _require_one_batch(images=images, token_ids=token_ids, captions=captions)
-        features = self.features(images, token_ids, padding)
-        length = before.shape[1]
-        later = torch.ones(length, length, dtype=torch.bool, device=captions.device).triu_(1)
-        hidden = self.caption_decoder(
-            self.caption_embedding(before), features, tgt_mask=later, tgt_key_padding_mask=before_padding,
-            tgt_is_causal=True,
-        )  # fmt: skip
-        return self.caption_head(hidden, targets)
+        return self._captions_loss(self.features(images, token_ids, padding), *shifted)
 
     def caption(
         self,
@@ -194,6 +181,28 @@ class Multimodal(Model):
                 step, start, max_new_tokens=max_new_tokens, stop=(self.config.eos_id,), pad_id=self.config.pad_id,
                 temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
             )  # fmt: skip
+
+    def _shifted(self, captions: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the caption decoder reads, what it is to predict, and where among what it reads padding stands."""
+        self._require_captions()
+        require_token_ids("captions", captions)
+        require_length("captions", captions.shape[1] - 1, self.config.max_caption)
+        require_padding(padding, captions, "caption_padding")
+        if checks.can_be_read(captions) and bool((captions[:, 0] != self.config.bos_id).any()):
+            raise ValueError(f"captions must each begin with bos_id, {self.config.bos_id}")
+        if captions.shape[1] == 1:
+            raise ValueError("captions must have a token after bos_id")
+        if padding is None:
+            return captions[:, :-1], captions[:, 1:], None
+        return captions[:, :-1], captions[:, 1:].masked_fill(padding[:, 1:], -100), padding[:, :-1]
+
+    def _captions_loss(self, features: Tensor, before: Tensor, targets: Tensor, padding: Tensor | None) -> Tensor:
+        length = before.shape[1]
+        later = torch.ones(length, length, dtype=torch.bool, device=before.device).triu_(1)
+        hidden = self.caption_decoder(
+            self.caption_embedding(before), features, tgt_mask=later, tgt_key_padding_mask=padding, tgt_is_causal=True
+        )
+        return self.caption_head(hidden, targets)
 
     def _memory(
         self, images: Tensor | None, token_ids: Tensor | None, padding: Tensor | None
