@@ -46,8 +46,9 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
+        recipe = SYSTEMS[args.system].recipe
         recipe = dataclasses.replace(
-            SYSTEMS[args.system].recipe, bfloat16=not args.float32, **{name: getattr(args, name) for name in _CHANGES}
+            recipe, bfloat16=recipe.bfloat16 and not args.float32, **{name: getattr(args, name) for name in _CHANGES}
         )
         system = SYSTEMS[args.system](args)
         runs = {args.system: _run(system, recipe, args.output, args.backend)}
