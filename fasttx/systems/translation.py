@@ -1,6 +1,7 @@
 """English into French, learned from the message catalogues of programs."""
 
 import argparse
+import re
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -28,6 +29,7 @@ class TranslationSystem(System):
         self.args = args
         pairs = datasets.translations(args.data, min_words=2)
         pairs, self.held_out = datasets.split(pairs, 0.03, seed=0)
+        pairs = _without(pairs, self.held_out)
         self.tokenizer = Tokenizer.train("bpe", [text for pair in pairs for text in pair], vocab_size=args.vocabulary)
         self.tokenizers = {"source": self.tokenizer, "target": self.tokenizer}
         encoded = [tuple(map(self.tokenizer.encode, pair)) for pair in pairs]
@@ -94,6 +96,16 @@ class TranslationSystem(System):
         for i in long:
             english, french = self.held_out[i]
             yield f"  {english}\n    model:     {translated[i]}\n    catalogue: {french}"
+
+
+def _without(pairs: list[tuple[str, str]], others: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The pairs neither of whose texts is one of the others', case, punctuation and numbers apart."""
+
+    def words(text: str) -> str:
+        return " ".join(re.findall(r"[^\W\d_]+", text.casefold()))
+
+    english, french = ({words(text) for text in texts} for texts in zip(*others, strict=True))
+    return [pair for pair in pairs if words(pair[0]) not in english and words(pair[1]) not in french]
 
 
 def translate(
