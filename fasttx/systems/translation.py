@@ -118,9 +118,14 @@ def translate(
     batch: int = 64,
     max_new_tokens: int = 80,
 ) -> list[str]:
-    """Each text by beam search (greedily with one beam), in batches of texts of like length."""
+    """Each text by beam search (greedily with one beam), in batches of texts of like length.
+
+    Raises ValueError for an empty text, and TokenizerMismatchError for other tokenizers than the model's.
+    """
     model.require_tokenizers(source=source, target=target)
     encoded = [source.encode(text) for text in texts]
+    if not all(encoded):
+        raise ValueError("one of the texts is empty: there is nothing to translate")
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
     translated = [""] * len(texts)
     device = next(model.parameters()).device
