@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     for name in _PLAIN.keys() & runs.keys():
         screen.print(_comparison(runs[args.system], runs[name], name))
     for line in system.report(runs[args.system].model.eval()):
-        screen.print(line, markup=False)
+        screen.print(line, markup=False, soft_wrap=True)
     screen.print(f"Plot: {plot}", soft_wrap=True)
     return 0
 
