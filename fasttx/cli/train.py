@@ -45,12 +45,15 @@ def run(args: argparse.Namespace) -> int:
     screen = console()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if getattr(args, "batch", 1) < 1:
+        raise CommandError(f"--batch must be at least 1, got {args.batch}")
     try:
         recipe = SYSTEMS[args.system].recipe
         recipe = dataclasses.replace(
             recipe, bfloat16=recipe.bfloat16 and not args.float32, **{name: getattr(args, name) for name in _CHANGES}
         )
         system = SYSTEMS[args.system](args)
+        system.batch(0)  # refuses sizes that do not fit the data
         runs = {args.system: _run(system, recipe, args.output, args.backend)}
         for name in args.beside:
             folder = args.output / name
