@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,8 @@ from fasttx.train import CheckpointError, Recipe, Run, measures, train
 
 # Without fasttx's kernels: its reference path, and torch.nn's own modules.
 _PLAIN = {"reference": Run, "torch": TorchRun}
+# Arguments that do not change what is trained, or that the recipe and the run have already.
+_NO_SETTINGS = {"command", "system", "data", "output", "threads", "backend", "beside", "float32"}
 _CHANGES = {"steps": int, "learning_rate": float, "accumulate": int, "interval": int, "seed": int}
 
 
@@ -54,13 +57,17 @@ def run(args: argparse.Namespace) -> int:
         )
         system = SYSTEMS[args.system](args)
         system.batch(0)  # refuses sizes that do not fit the data
-        runs = {args.system: _run(system, recipe, args.output, args.backend)}
+        settings = {
+            name: value if isinstance(value, (bool, int, float)) else str(value)
+            for name, value in vars(args).items() if name not in {*_NO_SETTINGS, *_CHANGES}
+        }  # fmt: skip
+        runs = {args.system: _run(system, recipe, args.output, args.backend, settings)}
         for name in args.beside:
-            folder = args.output / name
+            folder, its_own = args.output / name, settings | {"beside": name}
             if name in _PLAIN:
-                runs[name] = _run(system, recipe, folder, "reference", _PLAIN[name])
+                runs[name] = _run(system, recipe, folder, "reference", its_own, _PLAIN[name])
             else:
-                runs[name] = _run(system.variant(name), recipe, folder, args.backend)
+                runs[name] = _run(system.variant(name), recipe, folder, args.backend, its_own)
     except (CheckpointError, FileNotFoundError, ImportError, ValueError) as error:
         raise CommandError(error) from error
     for name, one in runs.items():
@@ -82,12 +89,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run(system: System, recipe: Recipe, folder: Path, backend: str, kind: type[Run] = Run) -> Run:
+def _run(
+    system: System, recipe: Recipe, folder: Path, backend: str, settings: dict[str, Any], kind: type[Run] = Run
+) -> Run:
     """A run of a model that is the same for every backend."""
     torch.manual_seed(recipe.seed)
     model = system.model()
     model.bind(**system.tokenizers)
-    made = kind(model, system, recipe, folder, backend=backend)  # refuses another run's folder before it is written to
+    # Refuses another run's folder before it is written to.
+    made = kind(model, system, recipe, folder, backend=backend, settings=settings)
     for name, tokenizer in system.tokenizers.items():
         tokenizer.save(folder / f"{name}.json")
     return made
