@@ -9,7 +9,7 @@ import torch
 
 import fasttx
 from fasttx.cli import CommandError, console, need
-from fasttx.dispatch import BACKENDS
+from fasttx.dispatch import BACKENDS, UnsupportedError
 from fasttx.measure import Measurement
 from fasttx.systems import SYSTEMS, System
 from fasttx.systems._torch import TorchRun
@@ -75,7 +75,10 @@ def run(args: argparse.Namespace) -> int:
         goes_on = f", from step {one.steps}" if one.steps else ""
         screen.print(f"{name}: {type(one.model).__name__}, {counted:,} weights to train, in {one.folder}{goes_on}")
 
-    _train(screen, runs)
+    try:
+        _train(screen, runs)
+    except (FloatingPointError, UnsupportedError) as error:
+        raise CommandError(error) from error
     plot = _plot(runs, args.output / "loss.png")
     for name, one in runs.items():
         speed = sum(row["size"] for row in one.rows) / one.seconds
