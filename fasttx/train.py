@@ -9,7 +9,7 @@ import dataclasses
 import io
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,11 +81,16 @@ class Run:
     """A model on its way through a recipe, in a folder of its own: metrics.csv, checkpoint.pt, what the task saves.
 
     Goes on from the folder's checkpoint where there is one, and raises CheckpointError where that is another run's.
-    backend: the one that its kernels come from.
+    backend: the one that its kernels come from. settings: what else makes the run what it is, by name, in numbers and
+    strings: a checkpoint of other settings is another run's.
     """
 
-    def __init__(self, model: Model, task: Task, recipe: Recipe, folder: Path, *, backend: str = "auto") -> None:
+    def __init__(
+        self, model: Model, task: Task, recipe: Recipe, folder: Path, *, backend: str = "auto",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.task, self.recipe, self.backend = model, task, recipe, backend
+        self.settings = dict(settings or {})
         self.folder, self.steps, self.rows, self.seconds = Path(folder), 0, [], 0.0
         trained = [p for p in model.parameters() if p.requires_grad]
         groups = [
@@ -157,6 +162,7 @@ class Run:
         return {
             "architecture": type(model).__name__, "config": model.config.to_dict(), "tokenizers": model.tokenizers,
             "recipe": dataclasses.asdict(self.recipe), "backend": self.backend,
+            "settings": self.settings,
         }  # fmt: skip
 
     def _resume(self) -> None:

@@ -279,3 +279,13 @@ def test_bad_input():
     ):
         with pytest.raises(ValueError, match=match):
             call()
+
+
+def test_the_loss_with_captions_is_the_sum_of_both():
+    model, (images, token_ids, padding) = Multimodal(TINY).eval(), batch()
+    labels, (ids, ids_padding) = torch.tensor([0, 1, 2, 3]), captions()
+    both = model.loss(images, token_ids, labels, padding, captions=ids, caption_padding=ids_padding)
+    apart = model.loss(images, token_ids, labels, padding)
+    torch.testing.assert_close(both, apart + model.caption_loss(images, token_ids, ids, padding, ids_padding))
+    with pytest.raises(TypeError, match="labels"):
+        model.loss(images, token_ids, captions=ids)

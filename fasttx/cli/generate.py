@@ -24,7 +24,10 @@ def run(args: argparse.Namespace) -> int:
     """Prints each prompt with what follows."""
     model, (tokenizer,) = _trained.load(GPT, args.model, "text")
     try:
-        ids, padding = data.pad([tokenizer.encode(text) for text in args.prompts], tokenizer.pad_id, side="left")
+        prompts = [tokenizer.encode(text) for text in args.prompts]
+        if not all(prompts):
+            raise ValueError("one of the prompts is empty: there is nothing to go on with")
+        ids, padding = data.pad(prompts, tokenizer.pad_id, side="left")
         written = model.generate(
             ids, padding=padding, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
             top_p=args.top_p, pad_id=tokenizer.pad_id, generator=torch.Generator().manual_seed(args.seed),

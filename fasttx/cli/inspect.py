@@ -41,6 +41,11 @@ def run(args: argparse.Namespace) -> int:
         folder = args.model or datasets.minilm()
         model, tokenizer = Bert.from_pretrained(folder).eval(), Tokenizer.load(folder / "tokenizer.json")
         batch = tokenizer.batch(list(args.sentences), cls=True)
+        if batch.token_ids.max() >= model.config.vocab_size:
+            raise ValueError(
+                f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: it is "
+                "another model's"
+            )
         places = [_find(tokenizer.encode(args.word), row, args.word) for row in batch.token_ids.tolist()]
         with torch.inference_mode():
             states = model.hidden_states(batch.token_ids, padding=batch.padding)
@@ -71,6 +76,8 @@ def similarities(vectors: Tensor) -> Tensor:
 
 def _find(word: list[int], sentence: list[int], text: str) -> slice:
     """Where the word's tokens stand in the sentence, for the first time."""
+    if not word:
+        raise ValueError("--word is empty")
     for start in range(len(sentence) - len(word) + 1):
         if sentence[start : start + len(word)] == word:
             return slice(start, start + len(word))

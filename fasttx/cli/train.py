@@ -3,12 +3,13 @@
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fasttx
 from fasttx.cli import CommandError, console, need
-from fasttx.dispatch import BACKENDS
+from fasttx.dispatch import BACKENDS, UnsupportedError
 from fasttx.finetune import trainable
 from fasttx.measure import Measurement
 from fasttx.systems import SYSTEMS, System
@@ -17,6 +18,8 @@ from fasttx.train import CheckpointError, Recipe, Run, measures, train
 
 # Without fasttx's kernels: its reference path, and torch.nn's own modules.
 _PLAIN = {"reference": Run, "torch": TorchRun}
+# Arguments that do not change what is trained, or that the recipe and the run have already.
+_NO_SETTINGS = {"command", "system", "data", "output", "threads", "backend", "beside", "float32"}
 _CHANGES = {"steps": int, "learning_rate": float, "accumulate": int, "interval": int, "seed": int}
 
 
@@ -46,25 +49,35 @@ def run(args: argparse.Namespace) -> int:
     screen = console()
     if args.threads:
         torch.set_num_threads(args.threads)
+    if getattr(args, "batch", 1) < 1:
+        raise CommandError(f"--batch must be at least 1, got {args.batch}")
     try:
         recipe = SYSTEMS[args.system].recipe
         changes = {name: getattr(args, name) for name in _CHANGES}
         recipe = dataclasses.replace(recipe, bfloat16=recipe.bfloat16 and not args.float32, **changes)
         system = SYSTEMS[args.system](args)
-        runs = {args.system: _run(system, recipe, args.output, args.backend)}
+        system.batch(0)  # refuses sizes that do not fit the data
+        settings = {
+            name: value if isinstance(value, (bool, int, float)) else str(value)
+            for name, value in vars(args).items() if name not in {*_NO_SETTINGS, *_CHANGES}
+        }  # fmt: skip
+        runs = {args.system: _run(system, recipe, args.output, args.backend, settings)}
         for name in args.beside:
-            folder = args.output / name
+            folder, its_own = args.output / name, settings | {"beside": name}
             if name in _PLAIN:
-                runs[name] = _run(system, recipe, folder, "reference", _PLAIN[name])
+                runs[name] = _run(system, recipe, folder, "reference", its_own, _PLAIN[name])
             else:
-                runs[name] = _run(system.variant(name), recipe, folder, args.backend)
+                runs[name] = _run(system.variant(name), recipe, folder, args.backend, its_own)
     except (CheckpointError, FileNotFoundError, ImportError, ValueError) as error:
         raise CommandError(error) from error
     for name, one in runs.items():
         goes_on = f", from step {one.steps}" if one.steps else ""
         screen.print(f"{name}: {type(one.model).__name__} in {one.folder}{goes_on}; {trainable(one.model)}")
 
-    _train(screen, runs)
+    try:
+        _train(screen, runs)
+    except (FloatingPointError, UnsupportedError) as error:
+        raise CommandError(error) from error
     plot = _plot(runs, args.output / "loss.png")
     for name, one in runs.items():
         speed = sum(row["size"] for row in one.rows) / one.seconds
@@ -73,17 +86,20 @@ def run(args: argparse.Namespace) -> int:
     for name in _PLAIN.keys() & runs.keys():
         screen.print(_comparison(runs[args.system], runs[name], name))
     for line in system.report(runs[args.system].model.eval()):
-        screen.print(line, markup=False)
+        screen.print(line, markup=False, soft_wrap=True)
     screen.print(f"Plot: {plot}", soft_wrap=True)
     return 0
 
 
-def _run(system: System, recipe: Recipe, folder: Path, backend: str, kind: type[Run] = Run) -> Run:
+def _run(
+    system: System, recipe: Recipe, folder: Path, backend: str, settings: dict[str, Any], kind: type[Run] = Run
+) -> Run:
     """A run of a model that is the same for every backend."""
     torch.manual_seed(recipe.seed)
     model = system.model()
     model.bind(**system.tokenizers)
-    made = kind(model, system, recipe, folder, backend=backend)  # refuses another run's folder before it is written to
+    # Refuses another run's folder before it is written to.
+    made = kind(model, system, recipe, folder, backend=backend, settings=settings)
     for name, tokenizer in system.tokenizers.items():
         tokenizer.save(folder / f"{name}.json")
     return made

@@ -19,6 +19,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints a line for each text."""
     model, (source, target) = _trained.load(EncoderDecoder, args.model, "source", "target")
     texts = args.texts or [line.strip() for line in sys.stdin if line.strip()]
+    if not texts:
+        raise CommandError("there is no text to translate: give it as an argument, or by lines on standard input")
     try:
         print("\n".join(translate(model, source, target, texts, beams=args.beams)))
     except ValueError as error:

@@ -106,6 +106,7 @@ class SentimentSystem(System):
         self.start = datasets.minilm() if args.start == _MINILM else args.start
         self.tokenizer = Tokenizer.load(self.start / ("text.json" if _is_ours(self.start) else "tokenizer.json"))
         self.tokenizers = {"text": self.tokenizer}
+        self.adapted: dict[Model, torch.nn.Module] = {}  # by a model, itself with its adapters around
         train, held_out = _sentiment(args.data)
         self.train, self.held_out = map(self._encoded, (train, held_out))
         lengths = [len(ids) for ids, _ in self.train]
@@ -131,7 +132,7 @@ class SentimentSystem(System):
         pretrained.require_tokenizers(text=self.tokenizer)
         model = BertForSequenceClassification.from_encoder(pretrained, labels=2)
         if method == "lora":
-            self.adapted = finetune.lora(model, rank=self.args.rank, alpha=2 * self.args.rank)
+            self.adapted[model] = finetune.lora(model, rank=self.args.rank, alpha=2 * self.args.rank)
             model.classifier.requires_grad_(True)  # it is new
         elif method == "bitfit":
             finetune.bitfit(model, heads=["classifier"])
@@ -164,10 +165,11 @@ class SentimentSystem(System):
         if self.args.method != "lora":
             super().save(model, folder)
             return
-        finetune.save_adapter(self.adapted, folder / "adapter.safetensors")
-        finetune.merge(self.adapted)
+        adapted = self.adapted[model]
+        finetune.save_adapter(adapted, folder / "adapter.safetensors")
+        finetune.merge(adapted)
         super().save(model, folder)
-        finetune.unmerge(self.adapted)
+        finetune.unmerge(adapted)
 
 
 def _is_ours(folder: Path) -> bool:

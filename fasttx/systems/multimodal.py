@@ -47,7 +47,7 @@ class MultimodalSystem(System):
         tokenizer = Tokenizer.train("word", [*_QUESTIONS, *captions], lowercase=True)
         self.tokenizers = {"text": tokenizer}
         self.questions = tokenizer.batch(list(_QUESTIONS), cls=True)
-        self.captions = tokenizer.batch(captions, bos=True, eos=True).token_ids
+        self.captions = tokenizer.batch(captions, bos=True, eos=True)
         generator = torch.Generator().manual_seed(0)
         self.held_out = held_out[0], *self._ask(*held_out, generator)
 
@@ -100,7 +100,8 @@ class MultimodalSystem(System):
         chosen = torch.randint(0, len(self.images), (self.args.batch,), generator=generator)
         images, labels = self.images[chosen], self.labels[chosen]
         questions, answers, captions = self._ask(images, labels, generator)
-        return self._arguments(images, questions) | {"labels": answers, "captions": self.captions[captions]}
+        written = {"captions": self.captions.token_ids[captions], "caption_padding": self.captions.padding[captions]}
+        return self._arguments(images, questions) | written | {"labels": answers}
 
     def size(self, batch: dict[str, Tensor]) -> int:
         return len(batch["labels"])
@@ -116,9 +117,9 @@ class MultimodalSystem(System):
         arguments, tokenizer = self._arguments(images, questions), self.tokenizers["text"]
         with torch.inference_mode():
             told = model(**arguments).argmax(-1).tolist()
-            written = model.caption(**arguments, max_new_tokens=self.captions.shape[1]).tolist()
+            written = model.caption(**arguments, max_new_tokens=self.captions.token_ids.shape[1]).tolist()
         for i, row in enumerate(written):
-            right = tokenizer.decode(self.captions[captions[i]].tolist())
+            right = tokenizer.decode(self.captions.token_ids[captions[i]].tolist())
             yield (
                 f"  {_QUESTIONS[questions[i]]} {_ANSWERS[told[i]]} ({_ANSWERS[answers[i]]}); "
                 f'"{tokenizer.decode(row)}" ("{right}")'

@@ -1,6 +1,7 @@
 """English into French, learned from the message catalogues of programs."""
 
 import argparse
+import re
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -28,6 +29,7 @@ class TranslationSystem(System):
         self.args = args
         pairs = datasets.translations(args.data, min_words=2)
         pairs, self.held_out = datasets.split(pairs, 0.03, seed=0)
+        pairs = _without(pairs, self.held_out)
         self.tokenizer = Tokenizer.train("bpe", [text for pair in pairs for text in pair], vocab_size=args.vocabulary)
         self.tokenizers = {"source": self.tokenizer, "target": self.tokenizer}
         encoded = [tuple(map(self.tokenizer.encode, pair)) for pair in pairs]
@@ -96,6 +98,16 @@ class TranslationSystem(System):
             yield f"  {english}\n    model:     {translated[i]}\n    catalogue: {french}"
 
 
+def _without(pairs: list[tuple[str, str]], others: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The pairs neither of whose texts is one of the others', case, punctuation and numbers apart."""
+
+    def words(text: str) -> str:
+        return " ".join(re.findall(r"[^\W\d_]+", text.casefold()))
+
+    english, french = ({words(text) for text in texts} for texts in zip(*others, strict=True))
+    return [pair for pair in pairs if words(pair[0]) not in english and words(pair[1]) not in french]
+
+
 def translate(
     model: EncoderDecoder,
     source: Tokenizer,
@@ -106,9 +118,14 @@ def translate(
     batch: int = 64,
     max_new_tokens: int = 80,
 ) -> list[str]:
-    """Each text by beam search (greedily with one beam), in batches of texts of like length."""
+    """Each text by beam search (greedily with one beam), in batches of texts of like length.
+
+    Raises ValueError for an empty text, and TokenizerMismatchError for other tokenizers than the model's.
+    """
     model.require_tokenizers(source=source, target=target)
     encoded = [source.encode(text) for text in texts]
+    if not all(encoded):
+        raise ValueError("one of the texts is empty: there is nothing to translate")
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
     translated = [""] * len(texts)
     device = next(model.parameters()).device

@@ -1,0 +1,285 @@
+"""What `python -m fasttx train` trains: batches, what is held out, and measures against written-out ones."""
+
+import collections
+import math
+import re
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import fasttx
+from fasttx import datasets
+from fasttx.models import TokenizerMismatchError
+from fasttx.systems import SYSTEMS, System
+from fasttx.systems import multimodal as clothes
+from fasttx.systems._ngram import bits_per_character
+from fasttx.systems._system import Epochs
+from fasttx.systems.translation import translate
+from fasttx.text import Tokenizer
+from fasttx.train import Recipe, Run, train
+
+for _module in ("safetensors", "tokenizers"):
+    pytest.importorskip(_module)
+from test_datasets import catalogue, write  # noqa: E402
+from tiny_data import TINY, make, modelled, pretrain, system  # noqa: E402
+
+EACH = pytest.mark.parametrize("name", TINY)
+STEPS = Recipe(steps=3, warmup=1, interval=3)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(folder, tmp_path_factory):
+    return pretrain(folder, tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def made(folder, pretrained):
+    """Makes a system by its name."""
+
+    def of(name, *options) -> System:
+        if name == "digits":
+            pytest.importorskip("sklearn")
+        start = ["--start", pretrained] if name == "sentiment" else []
+        return system(name, folder, *start, *options)
+
+    return of
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_every_system_is_tried():
+    assert SYSTEMS.keys() == TINY.keys()
+
+
+@EACH
+def test_a_batch_follows_from_its_number_and_the_seed(name, made):
+    first, again, other = made(name), made(name), made(name, "--seed", 1)
+    forward = [first.batch(i) for i in (0, 7, 3)]
+    backward = [again.batch(i) for i in (3, 7, 0)][::-1]
+    assert all(map(same, forward, backward))
+    assert not any(same(*pair) for pair in zip(forward, forward[1:], strict=False))
+    assert not all(same(first.batch(i), other.batch(i)) for i in range(3))
+
+
+@EACH
+def test_it_trains_on_the_kernels(name, made, tmp_path, needs_extension):
+    task = made(name)
+    with fasttx.strict():
+        for part in (task, *map(task.variant, task.variants)):
+            run = Run(modelled(part), part, STEPS, tmp_path / getattr(part, "modality", ""))
+            assert [math.isfinite(row["loss"]) for _, row in train(run)] == [True] * 3
+        assert all(isinstance(line, str) and line for line in task.report(run.model.eval()))
+    assert (tmp_path / getattr(task, "modality", "") / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["translation", "sentiment", "digits", "fashion"])
+def test_every_example_comes_once_an_epoch(name, made):
+    task = made(name)
+    count = len(task.images if hasattr(task, "images") else task.pairs if name == "translation" else task.train)
+    orders, index = [], 0
+    for _ in range(2):
+        epoch = []
+        while len(epoch) < count:
+            epoch += list(map(int, task.batches[index]))
+            index += 1
+        assert sorted(epoch) == list(range(count))
+        orders.append(epoch)
+    assert orders[0] != orders[1]
+
+
+def test_epochs_are_of_any_lengths():
+    epochs = Epochs(lambda epoch: [f"{epoch}{part}" for part in "abc"[: epoch + 1]])
+    assert [epochs[i] for i in (4, 0, 2, 5, 1, 3)] == ["2b", "0a", "1b", "2c", "1a", "2a"]
+
+
+def test_plays_are_held_out_whole(made, folder):
+    plays = datasets.shakespeare(folder)
+    train_text, held_out = made("gpt").texts
+    assert collections.Counter((play in train_text, play in held_out) for play in plays) == {
+        (True, False): 18, (False, True): 2,
+    }  # fmt: skip
+    bert = made("bert")
+    unseen = [play.split(".")[0] for play in plays if play in held_out]  # "Play 7", which no other play says
+    trained = {bert.tokenizer.decode(side) for batch in (bert.batches[i] for i in range(20)) for pair in batch
+               for side in (pair.first, pair.second)}  # fmt: skip
+    tested = {bert.tokenizer.decode(ids) for batch in bert.held_out for ids in batch["token_ids"]}
+    assert any(play in text for play in unseen for text in tested)
+    assert not any(re.search(rf"{play}\b", text) for play in unseen for text in trained)
+
+
+def test_lines_are_held_out(made, folder):
+    task = made("sentiment")
+    texts = [{task.tokenizer.decode(ids): label for ids, label in lines} for lines in (task.train, task.held_out)]
+    assert not texts[0].keys() & texts[1].keys() and len(texts[1]) == 4
+    scores = {text: int(score > 0) for text, score in datasets.sentiment(folder) if score != 0}
+    assert texts[0] | texts[1] == scores  # nothing without praise and blame
+
+
+def test_no_translation_is_learned_that_is_held_out(folder, tmp_path):
+    """Not in other case, punctuation and numbers either, and not in French alone."""
+
+    def words(text):
+        return " ".join(re.findall(r"[^\W\d]+", text.lower()))
+
+    pairs = datasets.translations(folder)
+    header = {"": "Content-Type: text/plain; charset=UTF-8\n"}
+    nearly = {f"{english.upper()} 2...": f"« {french.title()} »" for english, french in pairs}
+    nearly |= {f"now {english}": french for english, french in pairs}
+    write(tmp_path / "translations/a.mo", catalogue(header | dict(pairs) | nearly))
+    task = system("translation", tmp_path)
+    english, french = ({words(text) for text in texts} for texts in zip(*task.held_out, strict=True))
+    assert len(task.held_out) == 9 and len(task.pairs) >= 300 - 9 * 3
+    for source, target in task.pairs:
+        assert words(task.tokenizer.decode(source)) not in english
+        assert words(task.tokenizer.decode(target)) not in french
+
+
+def test_pictures_are_held_out(made, folder):
+    task = made("fashion")
+    assert torch.equal(task.images, datasets.fashion_mnist(folder, "train")[0])
+    assert torch.equal(task.held_out, datasets.fashion_mnist(folder, "test")[0])
+    digits, (images, _) = made("digits"), datasets.digits()
+    rows = collections.Counter(map(tuple, torch.cat((digits.images, digits.held_out)).flatten(1).tolist()))
+    assert rows == collections.Counter(map(tuple, images.flatten(1).tolist())) and len(digits.held_out) == 359
+
+
+def test_pictures_move_and_are_mirrored(made):
+    """Each by a pixel at most, and every way that there is."""
+    task = made("fashion", "--batch", 40)
+    ways = collections.Counter()
+    for index in range(12):
+        for moved, original in zip(task.batch(index)["images"], task.images[task.batches[index]], strict=True):
+            padded = F.pad(original, (1, 1, 1, 1))
+            options = {(y, x, m): (padded.flip(2) if m else padded)[:, y : y + 28, x : x + 28]
+                       for y in range(3) for x in range(3) for m in (False, True)}  # fmt: skip
+            (way,) = (way for way, option in options.items() if torch.equal(moved, option))
+            ways[way] += 1
+    assert len(ways) == 18 and max(ways.values()) < 80
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion", "sentiment", "multimodal"])
+def test_accuracy(name, made):
+    """Asked one by one."""
+    task = made(name)
+    model = modelled(task).eval()
+    right = []
+    with torch.inference_mode():
+        for parameter in model.parameters():  # answers that differ
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+        if name == "sentiment":
+            right = [int(model(torch.tensor([ids])).argmax()) == label for ids, label in task.held_out]
+        elif name == "multimodal":
+            for image, question, answer, _ in zip(*task.held_out, strict=True):
+                ids = task.tokenizers["text"].batch([clothes._QUESTIONS[question]], cls=True).token_ids
+                right.append(int(model(image[None], ids).argmax()) == int(answer))
+        else:
+            labels = task.held_out_labels.tolist()
+            right = [int(model(x[None]).argmax()) == y for x, y in zip(task.held_out, labels, strict=True)]
+        assert task.evaluate(model) == {"accuracy": pytest.approx(sum(right) / len(right))}
+    assert len(right) == {"digits": 359, "sentiment": 4}.get(name, 20)
+
+
+def test_questions_have_their_answers(made, folder):
+    task = made("multimodal")
+    images, labels = datasets.fashion_mnist(folder, "test")
+    light = [float(x[x > 0].mean()) for x in datasets.fashion_mnist(folder, "train")[0]]
+    middle = sorted(light)[(len(light) - 1) // 2]
+    asked = collections.Counter()
+    for _ in range(10):
+        drawn = task._ask(images, labels, None)
+        for image, label, question, answer, caption in zip(images, labels, *drawn, strict=True):
+            thing, bright = clothes._NAMES[label], float(image[image > 0].mean()) > middle
+            kind = min(int(question), 3)
+            right = (thing, clothes._PLACES[thing], "yes" if bright else "no",
+                     "yes" if clothes._QUESTIONS[question] == f"is it a {thing} ?" else "no")[kind]  # fmt: skip
+            assert clothes._ANSWERS[answer] == right
+            words = f"a {'bright' if bright else 'dark'} {thing} for the {clothes._PLACES[thing]}"
+            encoded = task.tokenizers["text"].encode(words, bos=True, eos=True)
+            assert task.captions.token_ids[caption][~task.captions.padding[caption]].tolist() == encoded
+            asked[kind, right] += 1
+    assert min(sum(n for (k, _), n in asked.items() if k == kind) for kind in range(4)) > 25
+    assert asked[3, "yes"] > 10 and asked[3, "no"] > 10
+    batch = task.batch(0)
+    assert batch.keys() == {"images", "token_ids", "padding", "captions", "caption_padding", "labels"}
+    alone = [{*task.variant(kind).batch(0)} & {"images", "token_ids", "padding"} for kind in ("image", "text")]
+    assert alone == [{"images"}, {"token_ids", "padding"}]
+
+
+@pytest.mark.parametrize("name", ["gpt", "lstm"])
+def test_bits_per_character(name, made):
+    task, tokenizer = made(name), made(name).tokenizers["text"]
+    model, ids, bits = modelled(task).eval(), task.held_out, 0.0
+    starts = range(0, len(ids) - 16, 16)
+    with torch.inference_mode():
+        for start in starts:
+            window = ids[None, start : start + 17]
+            hidden = model.hidden(window[:, :-1]) if name == "gpt" else model.lstm(model.embedding(window[:, :-1]))[0]
+            weight = model.embedding.token_weight if name == "gpt" else model.embedding.weight
+            chances = (hidden @ weight.T).double().log_softmax(-1)[0]
+            bits -= sum(float(chances[i, token]) for i, token in enumerate(window[0, 1:])) / math.log(2)
+        characters = len(tokenizer.decode(ids[1 : 1 + 16 * len(starts)]))
+        assert task.evaluate(model) == {"bits_per_character": pytest.approx(bits / characters, rel=1e-5)}
+        for parameter in model.parameters():
+            parameter.zero_()
+        uniform = math.log2(len(tokenizer)) * 16 * len(starts) / characters
+        assert task.evaluate(model) == {"bits_per_character": pytest.approx(uniform, rel=1e-5)}
+        (line,) = task.report(model)
+    best = min((bits_per_character(*task.texts, order), order) for order in range(3, 8))
+    assert f"(order {best[1]}): {best[0]:.3f} bits" in line
+
+
+def test_masked_and_following(made, tmp_path):
+    task = made("bert")
+    model, masked, following = modelled(task), [], []
+    list(train(Run(model, task, Recipe(steps=30, learning_rate=1e-2, interval=30), tmp_path)))
+    model.eval()
+    with torch.inference_mode():
+        for batch in task.held_out:
+            for i in range(len(batch["token_ids"])):
+                length = int((~batch["padding"][i]).sum())
+                told, order = model(batch["token_ids"][i : i + 1, :length], batch["segment_ids"][i : i + 1, :length])
+                following.append(int(order.argmax()) == int(batch["nsp_targets"][i]))
+                targets = enumerate(batch["mlm_targets"][i].tolist())
+                masked += [int(told[0, place].argmax()) == token for place, token in targets if token != -100]
+        expected = {"masked_accuracy": sum(masked) / len(masked), "next_accuracy": sum(following) / len(following)}
+        assert expected["masked_accuracy"] > 0 and task.evaluate(model) == pytest.approx(expected)
+    assert same(task.held_out[0], made("bert").held_out[0])
+
+
+def test_bleu(made, monkeypatch):
+    pytest.importorskip("sacrebleu")
+    task = made("translation", "--beams", 2)
+    model, french = modelled(task).eval(), [text for _, text in task.held_out]
+    assert task._bleu(french) == pytest.approx(100)
+    assert task._bleu(["autre chose"] * len(french)) < 1
+    one_by_one = [translate(model, task.tokenizer, task.tokenizer, [text])[0] for text, _ in task.held_out]
+    assert task.translate(model, beams=1) == one_by_one
+    monkeypatch.setattr(task, "translate", lambda model, beams: french if beams == 2 else one_by_one)
+    assert task.evaluate(model) == {"bleu": task._bleu(one_by_one)}
+    assert next(task.report(model)) == f"BLEU of {len(french)} held-out texts with 2 beams: 100.0"
+
+
+def test_another_tokenizer_is_refused(made, pretrained, tmp_path, folder):
+    other = Tokenizer.train("bpe", ["another text"], vocab_size=270)
+    task = made("translation")
+    with pytest.raises(TokenizerMismatchError):
+        translate(modelled(task), task.tokenizer, other, ["open the file"])
+    with pytest.raises(ValueError, match="empty"):
+        translate(modelled(task), task.tokenizer, task.tokenizer, ["open the file", ""])
+    (tmp_path / "model.safetensors").write_bytes((pretrained / "model.safetensors").read_bytes())
+    other.save(tmp_path / "text.json")
+    with pytest.raises(TokenizerMismatchError):
+        system("sentiment", folder, "--start", tmp_path).model()
