@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains, and prints what was reached."""
     screen = console()
+    say = functools.partial(screen.print, markup=False, soft_wrap=True)
     if args.threads:
         torch.set_num_threads(args.threads)
     if getattr(args, "batch", 1) < 1:
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     for name, one in runs.items():
         counted = sum(p.numel() for p in one.model.parameters() if p.requires_grad)
         goes_on = f", from step {one.steps}" if one.steps else ""
-        screen.print(f"{name}: {type(one.model).__name__}, {counted:,} weights to train, in {one.folder}{goes_on}")
+        say(f"{name}: {type(one.model).__name__}, {counted:,} weights to train, in {one.folder}{goes_on}")
 
     try:
         _train(screen, runs)
@@ -83,12 +85,12 @@ def run(args: argparse.Namespace) -> int:
     for name, one in runs.items():
         speed = sum(row["size"] for row in one.rows) / one.seconds
         took = f"{one.steps} steps in {one.seconds:.0f} s, {speed:,.0f} a second"
-        screen.print(f"{name}: {_words(one.evaluate())}; {took}")
+        say(f"{name}: {_words(one.evaluate())}; {took}")
     for name in _PLAIN.keys() & runs.keys():
-        screen.print(_comparison(runs[args.system], runs[name], name))
+        say(_comparison(runs[args.system], runs[name], name))
     for line in system.report(runs[args.system].model.eval()):
-        screen.print(line, markup=False, soft_wrap=True)
-    screen.print(f"Plot: {plot}", soft_wrap=True)
+        say(line)
+    say(f"Plot: {plot}")
     return 0
 
 
