@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains, and prints what was reached."""
     screen = console()
+    say = functools.partial(screen.print, markup=False, soft_wrap=True)
     if args.threads:
         torch.set_num_threads(args.threads)
     if getattr(args, "batch", 1) < 1:
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(error) from error
     for name, one in runs.items():
         goes_on = f", from step {one.steps}" if one.steps else ""
-        screen.print(f"{name}: {type(one.model).__name__} in {one.folder}{goes_on}; {trainable(one.model)}")
+        say(f"{name}: {type(one.model).__name__} in {one.folder}{goes_on}; {trainable(one.model)}")
 
     try:
         _train(screen, runs)
@@ -82,12 +84,12 @@ def run(args: argparse.Namespace) -> int:
     for name, one in runs.items():
         speed = sum(row["size"] for row in one.rows) / one.seconds
         took = f"{one.steps} steps in {one.seconds:.0f} s, {speed:,.0f} a second"
-        screen.print(f"{name}: {_words(one.evaluate())}; {took}")
+        say(f"{name}: {_words(one.evaluate())}; {took}")
     for name in _PLAIN.keys() & runs.keys():
-        screen.print(_comparison(runs[args.system], runs[name], name))
+        say(_comparison(runs[args.system], runs[name], name))
     for line in system.report(runs[args.system].model.eval()):
-        screen.print(line, markup=False, soft_wrap=True)
-    screen.print(f"Plot: {plot}", soft_wrap=True)
+        say(line)
+    say(f"Plot: {plot}")
     return 0
 
 

@@ -1,0 +1,248 @@
+"""`python -m fasttx train` on a tiny folder of data: what it prints, writes and refuses."""
+
+import csv
+import re
+
+import pytest
+import torch
+
+from fasttx import finetune
+from fasttx.__main__ import main
+from fasttx.models import BertForPretraining, BertForSequenceClassification
+from fasttx.models._model import read_safetensors
+from fasttx.systems import SYSTEMS
+from fasttx.text import Tokenizer
+from fasttx.train import Run
+
+for _module in ("matplotlib", "rich", "safetensors", "sacrebleu", "tokenizers"):
+    pytest.importorskip(_module)
+from tiny_data import TINY, make, pretrain  # noqa: E402
+
+STEPS = ("--steps", 3, "--interval", 2)
+RUN = ["checkpoint.pt", "metrics.csv", "model.safetensors"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def start(data, tmp_path_factory):
+    return pretrain(data, tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def command(data, start, capsys):
+    """Trains a tiny system: the exit code, output and errors."""
+
+    def run(name, output, *options):
+        if name == "digits":
+            pytest.importorskip("sklearn")
+        options = [*TINY[name], *(["--start", start] if name == "sentiment" else []), *options]
+        code = main(list(map(str, ["train", name, "--data", data, "--output", output, *options])))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def contents(folder):
+    """Every file's bytes by its path, but for the plot, which is drawn again."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".png")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def identity(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["identity"]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_what_is_trained_and_written(name, command, tmp_path):
+    beside = ["reference", "torch", *SYSTEMS[name].variants]
+    code, output, errors = command(name, tmp_path, *STEPS, "--beside", *beside)
+    assert code == 0, errors
+    saved = read_safetensors(tmp_path / "model.safetensors")[1]["fasttx"]
+    tokenizers = sorted(path.name for path in tmp_path.glob("*.json"))
+    assert all(Tokenizer.load(tmp_path / name).fingerprint in saved for name in tokenizers)
+    for run, folder in {name: tmp_path, **{other: tmp_path / other for other in beside}}.items():
+        files = {path.name for path in folder.iterdir() if path.is_file()} - {"loss.png"}
+        assert sorted(files) == sorted([*RUN, *tokenizers])
+        measured = list(rows(folder)[0])[6:]
+        assert [[row[key] != "" for key in measured] for row in rows(folder)] == [
+            [False] * len(measured), [True] * len(measured), [True] * len(measured),
+        ]  # fmt: skip
+        last = ", ".join(f"{key.replace('_', ' ')} {float(rows(folder)[-1][key]):.4f}" for key in measured)
+        assert re.search(rf"^{run}: {last}; 3 steps in \d+ s, [\d,]+ a second$", output, re.M)
+        assert re.search(rf"^{run}: step 2, loss ", output, re.M) and f" in {folder}; " in output
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(re.findall(r"fasttx took its steps at [\d.]+.* times the speed of (?:reference|torch) ", output)) == 2
+    fast, slow = ([float(row["loss"]) for row in rows(folder)] for folder in (tmp_path, tmp_path / "reference"))
+    assert fast == pytest.approx(slow, rel=1e-2)
+
+    before = contents(tmp_path)
+    code, output, _ = command(name, tmp_path, *STEPS, "--beside", *beside)  # there is nothing left to do
+    assert code == 0 and output.count("from step 3") == 1 + len(beside) and "step 2" not in output
+    assert contents(tmp_path) == before
+
+
+def test_what_does_not_fit_a_folders_run_changes_nothing(command, tmp_path):
+    assert command("gpt", tmp_path, *STEPS)[0] == 0
+    before = contents(tmp_path)
+    for options in (
+        ("--seed", 1), ("--steps", 4), ("--learning-rate", 1), ("--accumulate", 2), ("--batch", 5), ("--float32",),
+        ("--backend", "reference"), ("--vocabulary", 280), ("--width", 32), ("--dropout", 0.2),
+    ):  # fmt: skip
+        code, _, errors = command("gpt", tmp_path, *STEPS, *options)
+        assert code == 2 and "is of another run" in errors and str(tmp_path) in errors, options
+    assert command("lstm", tmp_path, *STEPS)[0] == 2
+    assert contents(tmp_path) == before
+    (tmp_path / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:1000])
+    code, _, errors = command("gpt", tmp_path, *STEPS)
+    assert code == 2 and "no whole checkpoint" in errors
+
+
+@pytest.mark.parametrize("name", ["gpt", "multimodal", "sentiment"])
+def test_it_goes_on_where_it_was_interrupted(name, command, tmp_path, monkeypatch):
+    options = ("--steps", 5, "--interval", 2)
+    assert command(name, tmp_path / "whole", *options)[0] == 0
+    step = Run.step
+
+    def interrupted(run):
+        if run.steps == 3:
+            raise KeyboardInterrupt
+        return step(run)
+
+    monkeypatch.setattr(Run, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command(name, tmp_path / "broken", *options)
+    monkeypatch.undo()
+    code, output, _ = command(name, tmp_path / "broken", *options)
+    assert code == 0 and "from step 2" in output
+    whole, broken = (tmp_path / kind for kind in ("whole", "broken"))
+    assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
+    assert [row["loss"] for row in rows(whole)] == [row["loss"] for row in rows(broken)]
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name != "digits"])
+def test_missing_data(name, command, tmp_path):
+    code, _, errors = command(name, tmp_path / "out", "--data", tmp_path)
+    assert code == 2 and "run `make data`" in errors and not (tmp_path / "out").exists()
+
+
+def test_what_sentiment_starts_from_is_missing(command, tmp_path):
+    code, _, errors = command("sentiment", tmp_path / "out", "--start", tmp_path / "bert")
+    assert code == 2 and str(tmp_path / "bert") in errors and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("gpt", ("--steps", 0), "steps must be at least 1"),
+        ("gpt", ("--learning-rate", -1), "learning_rate must be positive"),
+        ("gpt", ("--batch", 0), "--batch must be at least 1"),
+        ("bert", ("--batch", -1), "--batch must be at least 1"),
+        ("digits", ("--batch", 0), "--batch must be at least 1"),
+        ("gpt", ("--context", 10**6), "windows of 1000000 tokens"),
+        ("gpt", ("--vocabulary", 10), "vocab_size must be at least"),
+        ("gpt", ("--heads", 3), "heads"),
+        ("fashion", ("--patch", 5), "no whole number of patches"),
+        ("sentiment", ("--tokens", 5), "a batch at most 5"),
+        ("translation", ("--tokens", 5), "a batch at most 5"),
+        ("bert", ("--length", 4), "at least 5"),
+        ("multimodal", ("--layers", 0), "layers must be at least 1"),
+    ],
+)
+def test_sizes_that_do_not_fit(name, options, message, command, tmp_path):
+    code, _, errors = command(name, tmp_path / "out", *options)
+    assert code == 2 and errors.startswith("fasttx train: ") and message in errors
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_backend_that_is_not_there(command, tmp_path):
+    code, _, errors = command("gpt", tmp_path, "--backend", "cuda")
+    assert code == 2 and "cannot run on the backend 'cuda'" in errors
+
+
+def test_a_loss_that_is_nan(command, tmp_path):
+    code, _, errors = command("gpt", tmp_path, "--steps", 9, "--learning-rate", 1e30)
+    assert code == 2 and "the loss is nan" in errors
+
+
+def test_digits_are_trained_in_float32_and_others_on_request(command, tmp_path):
+    for name, options, bfloat16 in (("digits", (), False), ("gpt", (), True), ("bert", ("--float32",), False)):
+        assert command(name, tmp_path / name, "--steps", 1, *options)[0] == 0
+        assert identity(tmp_path / name)["recipe"]["bfloat16"] is bfloat16
+        assert identity(tmp_path / name)["recipe"]["steps"] == 1
+
+
+def test_the_options_of_the_command_reach_the_run(command, tmp_path):
+    options = ("--seed", 3, "--accumulate", 2, "--learning-rate", 0.5, "--backend", "reference", "--threads", 1)
+    assert command("gpt", tmp_path, *STEPS, *options)[0] == 0
+    made = identity(tmp_path)
+    assert made["backend"] == "reference" and made["settings"]["batch"] == 4
+    expected = {"seed": 3, "accumulate": 2, "learning_rate": 0.5, "interval": 2, "warmup": SYSTEMS["gpt"].recipe.warmup}
+    assert made["recipe"].items() >= expected.items()
+    assert [float(row["size"]) for row in rows(tmp_path)] == [2 * 4 * 16] * 3
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "bitfit"])
+def test_fine_tuning(method, command, start, tmp_path):
+    """Beside torch.nn, whose weights are others: each folder has its own run's."""
+    if method == "lora":
+        pytest.importorskip("peft")
+    options = (*STEPS, "--learning-rate", 0.05, "--method", method, "--rank", 3, "--beside", "torch")
+    code, output, errors = command("sentiment", tmp_path, *options)
+    assert code == 0, errors
+    first = BertForSequenceClassification.from_encoder(BertForPretraining.load(start / "model.safetensors"), labels=2)
+    width, (weights, trained) = 16, (dict(model.named_parameters()) for model in (first, first))
+    if method == "bitfit":
+        trained = {name: p for name, p in weights.items() if name.endswith("bias") or name.startswith("classifier")}
+    count = sum(p.numel() for p in trained.values())
+    if method == "lora":  # of attention's two projections, and of the two layers of the feed-forward
+        count = 3 * (4 * width + 2 * width + 2 * 5 * width) + 2 * width + 2
+    total = sum(p.numel() for p in weights.values()) + (count - 2 * width - 2 if method == "lora" else 0)
+    told = f"BertForSequenceClassification in {tmp_path}; {count:,} of {total:,} parameters are trained"
+    assert f"sentiment: {told} ({count / total:.2%})" in output
+
+    models = [BertForSequenceClassification.load(folder / "model.safetensors").eval()
+              for folder in (tmp_path, tmp_path / "torch")]  # fmt: skip
+    changed = {name for name, p in models[0].named_parameters() if not torch.equal(p, weights[name])}
+    matrices = {f"bert.encoder.layers.0.{name}" for name in (
+        "self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")}  # fmt: skip
+    if method == "lora":
+        assert changed == matrices | {"classifier.weight", "classifier.bias"}
+    else:
+        assert changed <= trained.keys() and bool(changed & matrices) == (method == "full")
+    ids = torch.tensor([[4, 20, 30, 5], [4, 40, 50, 5]])
+    logits = [model(ids) for model in models]
+    assert not torch.allclose(*logits, rtol=1e-5)
+    if method == "lora":
+        for model, folder, merged in zip(models, (tmp_path, tmp_path / "torch"), logits, strict=True):
+            alone = BertForSequenceClassification.from_encoder(
+                BertForPretraining.load(start / "model.safetensors"), labels=2
+            )
+            alone.classifier.load_state_dict(model.classifier.state_dict())
+            finetune.load_adapter(alone, folder / "adapter.safetensors")
+            torch.testing.assert_close(alone.eval()(ids), merged)
+
+
+def test_a_system_has_to_be_named(capsys):
+    for arguments in (["train"], ["train", "dance"], ["train", "gpt", "--beside", "image"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2 and "usage: python -m fasttx train" in capsys.readouterr().err
+    for name, system in SYSTEMS.items():
+        with pytest.raises(SystemExit) as stop:
+            main(["train", name, "--help"])
+        assert stop.value.code == 0 and " ".join(capsys.readouterr().out.split()).count(system.summary) == 1

