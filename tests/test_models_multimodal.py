@@ -56,6 +56,8 @@ def test_captions_overfit_and_are_written(given):
     assert loss < 0.02
     written = model.caption(images, token_ids, padding, max_new_tokens=8)
     assert torch.equal(written, ids[:, 1:])
+    again = torch.cat((ids[:, :1], written), 1)
+    model.loss(images, token_ids, padding, captions=again).backward()  # what was written can be trained on
     assert model.training  # as it was
 
 
@@ -241,7 +243,7 @@ def test_save_and_load(tmp_path):
         ({"image": ViTConfig(image_size=8, patch_size=4, width=8, layers=1, heads=2, classes=2)}, "without a head"),
         ({"width": 15}, "multiple of heads"),
         ({"queries": 0}, "queries must be at least 1"),
-        ({"caption_layers": -1}, "caption_layers must be at least 1"),
+        ({"caption_layers": -1}, "caption_layers must be finite and not negative"),
         ({"bos_id": 20}, "bos_id must lie in"),
     ],
 )
