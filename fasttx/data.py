@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-IGNORED = -100
+from fasttx import checks
+from fasttx.models._layers import IGNORED, require_padding
+
 Sentence = Sequence[int]
 
 
@@ -61,6 +63,7 @@ def shift(token_ids: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Ten
     """
     if token_ids.dim() != 2 or token_ids.shape[0] == 0 or token_ids.shape[1] < 2:
         raise ValueError(f"token_ids must be (sequences, two tokens or more), got the shape {tuple(token_ids.shape)}")
+    require_padding(padding, token_ids)
     inputs, targets = token_ids[:, :-1], token_ids[:, 1:]
     if padding is not None:
         targets = targets.masked_fill(padding[:, 1:] | padding[:, :-1], IGNORED)
@@ -70,12 +73,15 @@ def shift(token_ids: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Ten
 def mask_tokens(
     token_ids: Tensor, tokenizer: Any, *, generator: Generator, probability: float = 0.15
 ) -> tuple[Tensor, Tensor]:
-    """(inputs, targets) of a masked language model: Devlin et al., BERT (2019), section 3.1.
+    """(inputs, targets) of a masked language model, of token_ids' shape: Devlin et al., BERT (2019), section 3.1.
 
     Each token is chosen with `probability`, and one at least; special tokens, padding among them, never are. Of those
     chosen 80 % become [MASK], 10 % a random ordinary token, and 10 % stay. targets: the chosen tokens.
-    tokenizer: a fasttx.text.Tokenizer, or what has its mask_id, special_ids and len.
+    tokenizer: a fasttx.text.Tokenizer, or what has its mask_id, special_ids and len. Raises TypeError for token_ids
+    that are no integers, ValueError for those that are none of its ids, and where there is nothing to mask.
     """
+    checks.require_integers("token_ids", token_ids)
+    checks.require_below("token_ids", token_ids, len(tokenizer))
     if not 0 < probability <= 1:
         raise ValueError(f"probability must be above 0 and at most 1, got {probability}")
     if tokenizer.mask_id is None:

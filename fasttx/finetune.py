@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from typing import Any
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.nn import Module
 
+from fasttx import checks
 from fasttx._optional import import_optional
-from fasttx.checks import shape
 from fasttx.models._model import ModelFileError, read_safetensors, write_atomically
 
 # The layers that adapters go around by default, by the names that torch.nn's and fasttx.nn's layers have for them.
@@ -39,13 +40,13 @@ def trainable(model: Module) -> Counts:
     return Counts(wanted, sum(parameter.numel() for parameter in parameters))
 
 
-def bitfit(model: Module, *, heads: Iterable[str] = ()) -> Counts:
+def bitfit(model: Module, *, heads: str | Iterable[str] = ()) -> Counts:
     """From now on only biases are trained: Ben Zaken et al., BitFit (2022). Returns how many.
 
     heads: names of modules or parameters that are trained as a whole beside them. Raises ValueError for a name that the
     model does not have, and a model without biases.
     """
-    parameters, heads = dict(model.named_parameters()), tuple(heads)
+    parameters, heads = dict(model.named_parameters()), [heads] if isinstance(heads, str) else list(heads)
     of_heads = {head: [name for name in parameters if name == head or name.startswith(f"{head}.")] for head in heads}
     for head, names in of_heads.items():
         if not names:
@@ -73,12 +74,12 @@ def lora(
     peft = import_optional("peft", "lora")
     from fasttx._lora_attention import LoraMultiheadAttention
 
-    if isinstance(model, peft.PeftModel):
-        raise TypeError("this model has adapters already: it is a PeftModel")
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if isinstance(model, peft.PeftModel) or any(_adapter_layers(model)):
+        raise TypeError("this model has adapters already: go on with them, or unload() them")
+    checks.require_size("rank", rank)
+    checks.require_probability("dropout", dropout)
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be positive and finite, got {alpha}")
     targets = _own_targets(model) if targets is None else _require_targets(model, targets)
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
     config._register_custom_module({torch.nn.MultiheadAttention: LoraMultiheadAttention})
@@ -231,7 +232,7 @@ def _state(peft: Any, model: Module) -> dict[str, Tensor]:
 def _difference(own: dict[str, Tensor], theirs: dict[str, Tensor]) -> str | None:
     """What first tells two sets of named tensors apart in name or shape, in words."""
     for name in sorted(own.keys() | theirs.keys()):
-        of_theirs, of_own = (shape(tensors[name]) if name in tensors else "missing" for tensors in (theirs, own))
+        of_theirs, of_own = (checks.shape(tensors[name]) if name in tensors else "missing" for tensors in (theirs, own))
         if of_theirs != of_own:
             return f"{name} is {of_theirs} in the file, and {of_own} in the model"
     return None

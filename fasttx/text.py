@@ -65,7 +65,7 @@ class Tokenizer:
     def train(
         cls, kind: str, texts: Iterable[str], *, vocab_size: int | None = None, lowercase: bool = False,
         min_frequency: int = 1,
-    ) -> "Tokenizer":
+    ) -> "Tokenizer":  # fmt: skip
         """A tokenizer of these texts; the same texts give the same one. Ids 0 to 6 are SPECIAL_TOKENS.
 
         kind: "word" (words and runs of punctuation, in decoded text with spaces between), "character", or "bpe": byte
@@ -126,7 +126,7 @@ class Tokenizer:
 
     def token(self, id: int) -> str:
         """Raises ValueError for an id that it does not have."""
-        token = self._tokenizer.id_to_token(id) if id >= 0 else None
+        token = self._tokenizer.id_to_token(id) if 0 <= id < 2**32 else None
         if token is None:
             raise ValueError(f"there is no token {id}: the ids are 0 to {len(self) - 1}")
         return token
@@ -157,7 +157,7 @@ class Tokenizer:
     def batch(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, bos: bool = False, eos: bool = False,
         cls: bool = False, max_length: int | None = None, side: str = "right",
-    ) -> Batch:
+    ) -> Batch:  # fmt: skip
         """Texts, or pairs of them, beside each other.
 
         cls: as BERT takes them, [CLS] text [SEP], or [CLS] text [SEP] pair [SEP]. max_length: the end of a text is
@@ -209,7 +209,7 @@ def read_word_vectors(path: str | PathLike, tokenizer: Tokenizer) -> tuple[Tenso
     vectors, found = torch.zeros(len(tokenizer), width), torch.zeros(len(tokenizer), dtype=torch.bool)
     for number, line in enumerate(lines[has_header:], start=1 + has_header):
         try:
-            word, *fields = line.decode().strip().rsplit(" ", width)
+            word, *fields = line.decode().rstrip(" ").rsplit(" ", width)
             values = [float(field) for field in fields]
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error

@@ -67,6 +67,27 @@ def test_mask_tokens():
     assert not torch.equal(data.mask_tokens(ids, VOCABULARY, generator=generator(1))[1], targets)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (torch.Tensor.float, TypeError, "token_ids must be int64 or int32, got torch.float32"),
+        (torch.neg, ValueError, r"token_ids must lie in \[0, 49\], got -8"),
+        (lambda ids: ids + 42, ValueError, r"token_ids must lie in \[0, 49\], got 50"),
+    ],
+)
+def test_masks_tokens_alone(change, error, message):
+    with pytest.raises(error, match=message):
+        data.mask_tokens(change(torch.full((2, 3), 8)), VOCABULARY, generator=generator())
+
+
+def test_shift_wants_padding_for_each_token():
+    ids = torch.full((2, 3), 8)
+    with pytest.raises(ValueError, match="padding must have the tokens' shape"):
+        data.shift(ids, torch.zeros(1, 3, dtype=torch.bool))
+    with pytest.raises(TypeError, match="padding must be bool"):
+        data.shift(ids, torch.zeros(2, 3))
+
+
 def test_one_token_at_least_is_chosen():
     for seed in range(20):
         _, targets = data.mask_tokens(torch.tensor([[1, 5, 2, 0]]), VOCABULARY, generator=generator(seed))

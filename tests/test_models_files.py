@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from fasttx import finetune
 from fasttx.models import (
     GPT,
     Bert,
@@ -127,3 +128,36 @@ def test_a_gpt_is_drawn_from_its_std():
         (model.transformer.layers[1].linear2.weight, 0.05),
     ):  # fmt: skip
         assert abs(values.std() / wanted - 1) < 0.05
+
+
+def test_a_model_with_adapters_is_not_saved(tmp_path):
+    """Its file would have names that no model has."""
+    pytest.importorskip("peft")
+    model = Bert(BERT)
+    adapted = finetune.lora(model)
+    with pytest.raises(ValueError, match="has adapters: fasttx.finetune.merge them"):
+        model.save(tmp_path / "model.safetensors")
+    assert not any(tmp_path.iterdir())
+    finetune.merge(adapted)
+    model.save(tmp_path / "model.safetensors")
+    assert Bert.load(tmp_path / "model.safetensors").state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "config, state, match",
+    [
+        ({"is_decoder": True}, {}, "it is a decoder"),
+        ({"hidden_size": "8"}, {}, "width must be int, got str"),
+        ({}, {1: torch.ones(2)}, "holds no weights by name"),
+        ({}, [torch.ones(2)], "holds no weights by name"),
+    ],
+)
+def test_folders_of_hugging_faces_that_hold_no_bert(tmp_path, config, state, match):
+    sizes = {
+        "model_type": "bert", "vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 16, "max_position_embeddings": 6, "type_vocab_size": 2,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(sizes | config))
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelFileError, match=match):
+        Bert.from_pretrained(tmp_path)

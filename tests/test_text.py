@@ -203,6 +203,7 @@ def test_the_longer_text_of_a_pair_is_cut(first, second):
         (lambda t: t.encode("a\ud800"), ValueError, "valid Unicode"),
         (lambda t: t.decode([0, 300]), ValueError, "no token 300"),
         (lambda t: t.decode([-1]), ValueError, "no token -1"),
+        (lambda t: t.decode([2**40]), ValueError, "no token 1099511627776"),
     ],
 )
 def test_refuses(call, error, message):
@@ -212,8 +213,9 @@ def test_refuses(call, error, message):
 
 def test_word_vectors(tmp_path):
     tokenizer, path = Tokenizer.train("word", ["to be or not"]), tmp_path / "vectors.txt"
-    lines = ["to 1 2 3", "be 0.5 -1e-2 0", "unheard 9 9 9", "new york 4 4 4", "to 8 8 8", ""][:-1]
-    for text in ("\n".join(lines) + "\n", "\n".join(["5 3", *lines])):
+    # GloVe's words have spaces in them, and some are nothing else; word2vec ends its lines with one.
+    lines = ["to 1 2 3 ", "be 0.5 -1e-2 0", "unheard 9 9 9", "new york 4 4 4", "\x85 5 5 5", "\xa0 6 6 6", "to 8 8 8"]
+    for text in ("\n".join(lines) + "\n", "\n".join(["7 3", *lines])):
         path.write_text(text, encoding="utf-8")
         vectors, found = read_word_vectors(path, tokenizer)
         assert vectors.shape == (len(tokenizer), 3) and vectors.dtype == torch.float32

@@ -65,7 +65,12 @@ class Model(torch.nn.Module):
                 )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Weights, config and fingerprints as one safetensors file, which replaces `path` only once it is whole."""
+        """Weights, config and fingerprints as one safetensors file, which replaces `path` only once it is whole.
+
+        Raises ValueError for a model with adapters around its layers, whose file would not load: merge them before.
+        """
+        if any(".base_layer." in name for name in self.state_dict()):
+            raise ValueError(f"this {type(self).__name__} has adapters: fasttx.finetune.merge them before it is saved")
         what = {"architecture": type(self).__name__, "config": self.config.to_dict(), "tokenizers": self.tokenizers}
         # One entry: safetensors writes several in any order, and equal models are to make equal files.
         metadata = {"fasttx": json.dumps(what)}

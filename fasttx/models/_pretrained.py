@@ -39,7 +39,8 @@ def read_pretrained(folder: str | os.PathLike, model_type: str) -> tuple[dict[st
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ModelFileError(f"{path} holds no weights, or more than weights: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise ModelFileError(f"{path} holds no weights by name")
     return config, state
 

@@ -15,15 +15,7 @@ from torch import Tensor
 from fasttx.nn import TransformerEmbedding, TransformerEncoder, TransformerEncoderLayer
 
 from ._config import Config
-from ._layers import (
-    ACTIVATIONS,
-    Linear,
-    draw_weights,
-    require_entries,
-    require_layer,
-    require_padding,
-    require_sizes,
-)
+from ._layers import ACTIVATIONS, Linear, draw_weights, require_entries, require_layer, require_padding, require_sizes
 from ._model import Model, making, require_length, require_token_ids
 from ._pretrained import own_activation, read_pretrained, renamed
 
@@ -100,7 +92,8 @@ class Bert(Model):
     def forward(self, token_ids: Tensor, segment_ids: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
         """token_ids (B, T) -> the hidden states (B, T, width).
 
-        segment_ids (B, T): 0 where None. padding (B, T): bool, True = padding. Raises TypeError and ValueError for what
+        segment_ids (B, T): 0 where None. padding (B, T): bool, True = padding, on the right: positions are counted from
+        a row's beginning, whatever stands there. Raises TypeError and ValueError for what
         is not so, an empty batch, more tokens than positions, and ids that the embeddings do not have.
         """
         embedded = self._embed(token_ids, segment_ids, padding)
@@ -159,6 +152,8 @@ def _config_of(theirs: dict[str, Any]) -> BertConfig:
     kind = theirs.get("position_embedding_type", "absolute")
     if kind != "absolute":
         raise ValueError(f"its positions are {kind}, not absolute")
+    if theirs.get("is_decoder"):
+        raise ValueError("it is a decoder, whose attention is causal")
     return BertConfig(
         vocab_size=theirs["vocab_size"],
         width=theirs["hidden_size"],

@@ -217,8 +217,7 @@ class EncoderDecoder(Model):
 
             start = torch.full((len(source), 1), self.config.bos_id, device=source.device)
             if beams > 1:
-                search = {"beams": beams, "length_penalty": length_penalty}
-                new, _ = _decoding.beam_search(step, reorder, start, **search, **ends)
+                new, _ = _decoding.beam_search(step, reorder, start, beams=beams, length_penalty=length_penalty, **ends)
             else:
                 sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
                 new = _decoding.generate(step, start, **sampling, **ends)
