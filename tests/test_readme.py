@@ -30,7 +30,8 @@ def block(marker: str) -> str:
 
 
 def test_every_block_is_run_here():
-    assert len({block("fasttx.optimize("), block("KVCache("), block("linear_cross_entropy(")}) == len(BLOCKS)
+    markers = "fasttx.optimize(", "KVCache(", "linear_cross_entropy(", "finetune.lora("
+    assert len({block(marker) for marker in markers}) == len(BLOCKS)
 
 
 def test_optimize_explain_restore(tmp_path, capsys):
@@ -98,6 +99,27 @@ def test_operations():
     assert all(leaf.grad.isfinite().all() and leaf.grad.any() for leaf in leaves.values())
     imported = re.findall(r"import (.+)", block("linear_cross_entropy("))
     assert {name for line in imported for name in line.split(", ")} <= set(fasttx.functional.__all__)
+
+
+def test_fine_tuning(tmp_path, capsys):
+    pytest.importorskip("peft")
+    import hf_models as models
+
+    models.make("bert").save_pretrained(tmp_path)
+    inputs = models.batch("bert")
+    padding = inputs["attention_mask"] == 0
+    labels = torch.arange(len(padding)) % 3
+    names = {"token_ids": inputs["input_ids"], "padding": padding, "labels": labels, "path": tmp_path / "adapter"}
+    found = run(block("finetune.lora("), folder=tmp_path, **names)
+    assert "parameters are trained" in capsys.readouterr().out
+    loaded = found["finetune"].load_adapter(
+        found["BertForSequenceClassification"].from_encoder(found["bert"], labels=3), names["path"]
+    )
+    found["finetune"].unmerge(found["adapted"])
+    saved, own = loaded.state_dict(), found["adapted"].state_dict()
+    adapters = [name for name in own if "lora_" in name]
+    assert adapters and all(torch.equal(saved[name], own[name]) for name in adapters)
+    assert all(values.grad is not None for name, values in found["adapted"].named_parameters() if "lora_" in name)
 
 
 def test_commands_are_there():
