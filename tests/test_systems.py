@@ -85,6 +85,12 @@ def test_it_trains_on_the_kernels(name, made, tmp_path, needs_extension):
     assert (tmp_path / getattr(task, "modality", "") / "model.safetensors").exists()
 
 
+def test_every_batch_has_its_own_masks(made):
+    task = made("bert")
+    chosen = {tuple((task.batch(i)["mlm_targets"][:, :9] != -100).flatten().tolist()) for i in range(6)}
+    assert len(chosen) == 6
+
+
 @pytest.mark.parametrize("name", ["translation", "sentiment", "digits", "fashion"])
 def test_every_example_comes_once_an_epoch(name, made):
     task = made(name)
