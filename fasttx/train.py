@@ -21,6 +21,7 @@ from fasttx.models import Model
 from fasttx.models._model import write_atomically
 
 COLUMNS = ("step", "loss", "rate", "gradient_norm", "size", "seconds")  # of metrics.csv, before the task's measures
+_PARTS = ("model", "optimizer", "schedule")  # of a run, whose states make a checkpoint
 
 
 class CheckpointError(ValueError):
@@ -142,11 +143,8 @@ class Run:
         table.writerows(self.rows)
         self.task.save(self.model, self.folder)
         write_atomically(self.folder / "metrics.csv", out.getvalue().encode())
-        state = {
-            "identity": self._identity(), "steps": self.steps, "rows": self.rows, "seconds": self.seconds,
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-        }  # fmt: skip
+        state = {"identity": self._identity(), "steps": self.steps, "rows": self.rows, "seconds": self.seconds}
+        state |= {name: getattr(self, name).state_dict() for name in _PARTS}
         data = io.BytesIO()
         torch.save(state, data)
         write_atomically(self.folder / "checkpoint.pt", data.getvalue())
@@ -161,8 +159,7 @@ class Run:
         model = self.model
         return {
             "architecture": type(model).__name__, "config": model.config.to_dict(), "tokenizers": model.tokenizers,
-            "recipe": dataclasses.asdict(self.recipe), "backend": self.backend,
-            "settings": self.settings,
+            "recipe": dataclasses.asdict(self.recipe), "backend": self.backend, "settings": self.settings,
         }  # fmt: skip
 
     def _resume(self) -> None:
@@ -174,13 +171,10 @@ class Run:
             raise CheckpointError(f"{path} is no whole checkpoint: {error}; remove it to begin anew") from error
         for name, mine in self._identity().items():
             if found.get(name) != mine:
-                raise CheckpointError(
-                    f"{path} is of another run, whose {name} is {found.get(name)}, not {mine}: choose another "
-                    "folder, or remove this one"
-                )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+                what = f"whose {name} is {found.get(name)}, not {mine}"
+                raise CheckpointError(f"{path} is of another run, {what}: choose another folder, or remove this one")
+        for name in _PARTS:
+            getattr(self, name).load_state_dict(state[name])
         self.steps, self.rows, self.seconds = state["steps"], state["rows"], state["seconds"]
 
 

@@ -429,7 +429,7 @@ def test_weights_are_drawn_from_one_distribution(std):
         ({"layers": 0}, "layers must be at least 1"),
         ({"activation": "swish"}, "activation must be one of"),
         ({"feed_forward": -1}, "feed_forward"),
-        ({"pad_id": 40}, "padding_idx"),
+        ({"pad_id": 40}, r"pad_id must lie in \[0, 39\], got 40"),
         ({"dropout": 1.0}, "dropout"),
     ],
 )

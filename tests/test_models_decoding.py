@@ -191,8 +191,8 @@ def test_a_generator_decides_and_the_default_one_is_left_alone():
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"temperature": -0.1}, ValueError, "temperature must not be negative, got -0.1"),
-        ({"temperature": math.nan}, ValueError, "temperature must not be negative, got nan"),
+        ({"temperature": -0.1}, ValueError, "temperature must be 0 or more, got -0.1"),
+        ({"temperature": math.nan}, ValueError, "temperature must be 0 or more, got nan"),
         ({"temperature": "1"}, TypeError, "temperature must be a number, got str"),
         ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
         ({"top_k": 2.0}, TypeError, "top_k must be an integer, got float"),

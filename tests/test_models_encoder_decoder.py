@@ -367,6 +367,13 @@ def test_bad_input(given):
         model.loss(*given[:2], ONES, *given[2:])
 
 
+def test_targets_of_another_shape():
+    """A row of targets is no batch of them, though it would broadcast over the padding."""
+    for padding in (None, MASK):
+        with pytest.raises(ValueError, match=r"target_out must have the tokens' shape \(2, 3\), got \(3,\)"):
+            make().loss(ONES, ONES, ONES[0], None, padding)
+
+
 @pytest.mark.parametrize(
     "options, error, message",
     [
@@ -375,6 +382,7 @@ def test_bad_input(given):
         ({"beams": 0}, ValueError, "beams must be at least 1"),
         ({"beams": 2, "temperature": 1.0}, ValueError, "temperature must be 0, got 1.0"),
         ({"beams": 2, "length_penalty": "1"}, TypeError, "length_penalty must be a number"),
+        ({"beams": 2, "length_penalty": float("nan")}, ValueError, "length_penalty must be finite, got nan"),
         ({"temperature": -1.0}, ValueError, "temperature"),
         ({"top_k": 0}, ValueError, "top_k"),
         ({"top_p": 2.0}, ValueError, "top_p"),
@@ -397,8 +405,8 @@ def test_generations_that_are_none_are_refused_before_the_decoder_runs(options, 
         ({"embedding_width": 0}, "embedding_width must be at least 1"),
         ({"positions": "rotary"}, "positions must be sinusoidal or learned, got 'rotary'"),
         ({"activation": "swish"}, "activation must be one of gelu, gelu_tanh, relu, got 'swish'"),
-        ({"eos_id": 50}, "eos_id must be a token of the target, below 50, got 50"),
-        ({"target_vocab": 2}, "eos_id must be a token of the target, below 2, got 2"),
+        ({"eos_id": 50}, r"eos_id must lie in \[0, 49\], got 50"),
+        ({"target_vocab": 2}, r"eos_id must lie in \[0, 1\], got 2"),
         ({"label_smoothing": 2.0}, "label_smoothing must be in"),
     ],
     ids=str,

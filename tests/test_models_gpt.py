@@ -312,6 +312,17 @@ def test_bad_input(given):
         model.generate(token_ids, padding=padding, max_new_tokens=1)
 
 
+@pytest.mark.parametrize("padding", [None, torch.zeros(2, 3, dtype=torch.bool)], ids=["whole", "padded"])
+def test_bad_targets(padding):
+    """A row of targets is no batch of them, though it would broadcast."""
+    for targets in (ONES[0], ONES[:1], ONES[:, :2]):
+        with pytest.raises(ValueError, match=r"targets must have the tokens' shape \(2, 3\)"):
+            make().loss(ONES, targets, padding)
+    for targets in (None, ONES.float()):
+        with pytest.raises(TypeError, match="targets must be"):
+            make().loss(ONES, targets, padding)
+
+
 @pytest.mark.parametrize(
     "options, error, message",
     [
@@ -320,7 +331,9 @@ def test_bad_input(given):
         ({"top_p": 0.0}, ValueError, "top_p"),
         ({"top_k": 0}, ValueError, "top_k"),
         ({"temperature": -1.0}, ValueError, "temperature"),
-        ({"pad_id": VOCABULARY}, ValueError, "pad_id must be a token id below 50, got 50"),
+        ({"pad_id": VOCABULARY}, ValueError, r"pad_id must lie in \[0, 49\], got 50"),
+        ({"pad_id": 1.0}, TypeError, "pad_id must be an int, got float"),
+        ({"stop": {3, -1}}, ValueError, r"stop must lie in \[0, 49\], got -1"),
         ({"padding": torch.tensor([[False] * 4 + [True]])}, ValueError, "padding must be on the left of prompts"),
         ({"padding": torch.tensor([[True] * 5])}, ValueError, "each must have a token"),
         ({"padding": torch.tensor([[True, False, True, False, False]])}, ValueError, "on the left"),
@@ -351,7 +364,7 @@ def test_a_cache_that_is_full_of_positions_and_padding_of_another_length():
         ({"heads": 5}, "width must be a multiple of heads"),
         ({"layers": 0}, "layers must be at least 1"),
         ({"activation": "swish"}, "activation must be one of gelu, gelu_tanh, relu, got 'swish'"),
-        ({"vocab_size": 0}, "num_embeddings must be at least 1"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1"),
         ({"dropout": 1.0}, "dropout must be in"),
     ],
     ids=str,
@@ -428,7 +441,7 @@ def test_folders_as_hugging_face_saves_them(transformers, tmp_path, tied, form):
     "changes, message",
     [
         ({"model_type": "bert"}, "type bert, not gpt2"),
-        ({"activation_function": "silu"}, "activation_function=silu"),
+        ({"activation_function": "silu"}, "activation is silu"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ({"scale_attn_weights": False}, "scale_attn_weights=False"),
         ({"n_layer": 3}, "it lacks transformer.layers.2"),

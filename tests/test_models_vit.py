@@ -225,7 +225,7 @@ def test_a_model_without_a_head():
         ({"patch_size": 2.0}, TypeError, "patch_size must be an int or"),
         ({"width": 15}, ValueError, "multiple of heads"),
         ({"pool": "max"}, ValueError, "pool must be one of"),
-        ({"classes": -1}, ValueError, "classes must be at least 1"),
+        ({"classes": -1}, ValueError, "classes must be finite and not negative"),
         ({"dropout": 1.0}, ValueError, "dropout"),
     ],
 )

@@ -3,7 +3,8 @@
 Each is made by its config and saved with it: GPT(GPTConfig(...)), model.save(path), GPT.load(path).
 """
 
-from ._model import Config, Model, ModelFileError, TokenizerMismatchError
+from ._config import Config
+from ._model import Model, ModelFileError, TokenizerMismatchError
 from .bert import Bert, BertConfig
 from .bert_heads import (
     BertForPretraining,

@@ -1,6 +1,7 @@
 """What every generating model shares: the choice of the next token, and the loops that choose one after another."""
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterator
 
 import torch
@@ -29,13 +30,20 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     """Raises TypeError or ValueError for options of `next_tokens` that are none."""
     _require_number("temperature", temperature)
     if not temperature >= 0.0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
+        raise ValueError(f"temperature must be 0 or more, got {temperature}")
     if top_k is not None:
         checks.require_size("top_k", top_k)
     if top_p is not None:
         _require_number("top_p", top_p)
         if not 0.0 < top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+
+
+def check_length_penalty(length_penalty: float) -> None:
+    """Raises TypeError or ValueError unless it is a number and finite."""
+    _require_number("length_penalty", length_penalty)
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty must be finite, got {length_penalty}")
 
 
 def next_tokens(
@@ -120,7 +128,7 @@ def beam_search(
     """
     checks.require_size("beams", beams)
     checks.require_size("max_new_tokens", max_new_tokens)
-    _require_number("length_penalty", length_penalty)
+    check_length_penalty(length_penalty)
     stops = torch.tensor(sorted(stop), dtype=torch.int64, device=start.device)
     first_beam = torch.arange(0, len(start) * beams, beams, device=start.device)[:, None]
     logits = step(start)

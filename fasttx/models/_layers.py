@@ -1,10 +1,17 @@
-"""What several architectures share: a linear layer, how weights are drawn, and what a batch has to be."""
+"""What several architectures share: a linear layer, how weights are drawn, and what sizes and batches have to be."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fasttx import checks, functional
-from fasttx.nn import TransformerEmbedding
+from fasttx.nn import GELU, TransformerEmbedding
+
+from ._config import Config
+
+ACTIVATIONS = {"gelu": GELU(), "gelu_tanh": GELU("tanh"), "relu": torch.nn.ReLU()}
+IGNORED = -100  # a target that has no part in a loss
 
 
 class Linear(torch.nn.Linear):
@@ -30,18 +37,36 @@ def draw_weights(model: torch.nn.Module, std: float = 0.02) -> None:
                 module.token_weight[module.padding_idx].zero_()
 
 
-def require_sizes(**sizes: int | None) -> None:
-    """Raises unless each is a positive integer, or None."""
-    for name, size in sizes.items():
-        if size is not None:
-            checks.require_size(name, size)
+def require_sizes(config: Config, *names: str) -> None:
+    """Raises unless each of these is a positive integer, or None."""
+    for name in names:
+        if getattr(config, name) is not None:
+            checks.require_size(name, getattr(config, name))
 
 
-def require_heads(width: int, heads: int) -> None:
-    """Raises unless the width is that of so many heads."""
-    require_sizes(width=width, heads=heads)
-    if width % heads:
-        raise ValueError(f"width must be a multiple of heads, got {width} and {heads}")
+def require_layer(config: Any) -> None:
+    """Raises unless its width, heads, feed_forward, dropout, and activation if it has one, are those of a layer."""
+    require_sizes(config, "width", "heads", "feed_forward")
+    if config.width % config.heads:
+        raise ValueError(f"width must be a multiple of heads, got {config.width} and {config.heads}")
+    checks.require_probability("dropout", config.dropout)
+    activation = getattr(config, "activation", "gelu")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def require_entries(vocabulary: int, **ids: int | None) -> None:
+    """Raises unless each is a token's id, or None."""
+    for name, id in ids.items():
+        if id is not None and (isinstance(id, bool) or not isinstance(id, int)):
+            raise TypeError(f"{name} must be an int, got {type(id).__name__}")
+        if id is not None and not 0 <= id < vocabulary:
+            raise ValueError(f"{name} must lie in [0, {vocabulary - 1}], got {id}")
+
+
+def causal_mask(length: int, device: torch.device) -> Tensor:
+    """(length, length) bool, True where a query must not see a key, as torch.nn's attn_mask."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).triu_(1)
 
 
 def require_padding(padding: Tensor | None, token_ids: Tensor, name: str = "padding") -> None:
@@ -53,3 +78,11 @@ def require_padding(padding: Tensor | None, token_ids: Tensor, name: str = "padd
         raise TypeError(f"{name} must be bool, True = padding, got {padding.dtype}")
     if padding.shape != token_ids.shape:
         raise ValueError(f"{name} must have the tokens' shape {checks.shape(token_ids)}, got {checks.shape(padding)}")
+
+
+def valid_targets(name: str, targets: Tensor, token_ids: Tensor, padding: Tensor | None) -> Tensor:
+    """The targets, ignored where padded; raises unless there is one for each token."""
+    checks.require_integers(name, targets)
+    if targets.shape != token_ids.shape:
+        raise ValueError(f"{name} must have the tokens' shape {checks.shape(token_ids)}, got {checks.shape(targets)}")
+    return targets if padding is None else targets.masked_fill(padding, IGNORED)

@@ -1,9 +1,10 @@
 """What every architecture has: a config that makes it, and one safetensors file that holds both."""
 
-import dataclasses
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -13,8 +14,11 @@ from torch import Tensor
 from fasttx import checks
 from fasttx._optional import import_optional
 
+from ._config import Config
+
 _M = TypeVar("_M", bound="Model")
-_C = TypeVar("_C", bound="Config")
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class ModelFileError(ValueError):
@@ -23,32 +27,6 @@ class ModelFileError(ValueError):
 
 class TokenizerMismatchError(ValueError):
     """A model met another tokenizer than the one that it was trained with."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The sizes of an architecture: a frozen dataclass of numbers, strings and further configs."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls: type[_C], values: dict[str, Any]) -> _C:
-        """Raises ValueError for names that this config does not have, and lacks of those that it needs."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(values.keys() - fields.keys())
-        if unknown:
-            raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; it has {', '.join(fields)}")
-        made = {}
-        for name, value in values.items():
-            kind = fields[name].type
-            nested = isinstance(kind, type) and issubclass(kind, Config) and isinstance(value, dict)
-            made[name] = kind.from_dict(value) if nested else value
-        try:
-            return cls(**made)
-        except TypeError as error:
-            raise ValueError(f"{cls.__name__}: {error}") from error
 
 
 class Model(torch.nn.Module):
@@ -104,14 +82,12 @@ class Model(torch.nn.Module):
         state, metadata = read_safetensors(path)
         if "fasttx" not in metadata:
             raise ModelFileError(f"{path} holds weights without their architecture: it is none of Model.save's")
-        try:
+        with making(cls, path):
             what = json.loads(metadata["fasttx"])
             made_by = what["architecture"]
             if made_by == cls.__name__:
                 model = cls(cls.Config.from_dict(what["config"]))
                 model.tokenizers = dict(what["tokenizers"])
-        except (KeyError, ValueError, TypeError) as error:
-            raise ModelFileError(f"{path}: its config makes no {cls.__name__}: {error}") from error
         if made_by != cls.__name__:
             raise ModelFileError(f"{path} holds a {made_by}, not a {cls.__name__}")
         model.load_weights(state, str(path))
@@ -120,7 +96,8 @@ class Model(torch.nn.Module):
     def load_weights(self, state: dict[str, Tensor], source: str) -> None:
         """Takes every weight from `state`, in its dtype. All or nothing: raises ModelFileError where one does not fit.
 
-        Of weights that are one tensor under several names, one name is enough. source: what messages call it.
+        Of weights that are one tensor under several names, one name is enough, and several must be equal. source: what
+        messages call it.
         """
         own = self.state_dict()
         aliases: dict[tuple, list[str]] = {}
@@ -139,10 +116,29 @@ class Model(torch.nn.Module):
                     f"{source}: {name} is {checks.shape(tensor)}, and this {type(self).__name__} has "
                     f"{checks.shape(own[name])}"
                 )
-        dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+            if tensor.dtype not in _DTYPES:
+                raise ModelFileError(f"{source}: {name} is {tensor.dtype}, and no model calculates in that")
+            first = next(alias for alias in aliases[_place(own[name])] if alias in state)
+            if first != name and not torch.equal(tensor, state[first]):
+                raise ModelFileError(f"{source}: {first} and {name} differ, and are one in this {type(self).__name__}")
+        dtypes = {tensor.dtype for tensor in state.values()}
         if len(dtypes) == 1:
             self.to(dtypes.pop())
+        else:
+            for name, values in self.named_parameters(remove_duplicate=False):
+                if name in state:
+                    values.data = values.data.to(state[name].dtype)
         self.load_state_dict(state, strict=False)
+
+
+@contextlib.contextmanager
+def making(kind: type[Model], source: str | os.PathLike) -> Iterator[None]:
+    """What goes wrong while a file's config is read becomes a ModelFileError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # RuntimeError: no memory for such sizes
+        what = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ModelFileError(f"{source}: its config makes no {kind.__name__}: {what}") from error
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:

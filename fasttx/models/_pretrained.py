@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from ._model import ModelFileError, read_safetensors
+
+# Hugging Face's names of activations, and those of _layers.ACTIVATIONS.
+_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
 
 def read_pretrained(folder: str | os.PathLike, model_type: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -38,3 +42,17 @@ def read_pretrained(folder: str | os.PathLike, model_type: str) -> tuple[dict[st
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ModelFileError(f"{path} holds no weights by name")
     return config, state
+
+
+def own_activation(theirs: str) -> str:
+    """Of Hugging Face's name of an activation ours; ValueError where a model here has it not."""
+    if theirs not in _ACTIVATIONS:
+        raise ValueError(f"its activation is {theirs}, not one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[theirs]
+
+
+def renamed(name: str, parts: Sequence[tuple[str, str]]) -> str:
+    """The name with each of their parts replaced by ours, in this order."""
+    for part, replacement in parts:
+        name = name.replace(part, replacement)
+    return name

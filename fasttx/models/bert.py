@@ -12,17 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasttx.nn import GELU, TransformerEmbedding, TransformerEncoder, TransformerEncoderLayer
+from fasttx.nn import TransformerEmbedding, TransformerEncoder, TransformerEncoderLayer
 
-from ._layers import Linear, draw_weights, require_heads, require_padding, require_sizes
-from ._model import Config, Model, ModelFileError, require_length, require_token_ids
-from ._pretrained import read_pretrained
+from ._config import Config
+from ._layers import (
+    ACTIVATIONS,
+    Linear,
+    draw_weights,
+    require_entries,
+    require_layer,
+    require_padding,
+    require_sizes,
+)
+from ._model import Model, making, require_length, require_token_ids
+from ._pretrained import own_activation, read_pretrained, renamed
 
-_ACTIVATIONS = {"gelu": GELU(), "gelu_tanh": GELU("tanh"), "relu": torch.nn.ReLU()}
-# Hugging Face's names of them.
-_THEIR_ACTIVATIONS = {
-    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
-}  # fmt: skip
 # Parts of Hugging Face's names of weights, and of these here, to be replaced in this order.
 _THEIR_NAMES = (
     ("LayerNorm.gamma", "LayerNorm.weight"),
@@ -63,10 +67,10 @@ class BertConfig(Config):
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        require_heads(self.width, self.heads)
-        require_sizes(layers=self.layers, feed_forward=self.feed_forward)
-        if self.activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {self.activation!r}")
+        super().__post_init__()
+        require_layer(self)
+        require_sizes(self, "vocab_size", "layers", "max_positions", "segments")
+        require_entries(self.vocab_size, pad_id=self.pad_id)
 
 
 class Bert(Model):
@@ -87,7 +91,7 @@ class Bert(Model):
         )  # fmt: skip
         layer = TransformerEncoderLayer(
             config.width, config.heads, config.feed_forward or 4 * config.width, config.dropout,
-            _ACTIVATIONS[config.activation], layer_norm_eps=config.eps, batch_first=True,
+            ACTIVATIONS[config.activation], layer_norm_eps=config.eps, batch_first=True,
         )  # fmt: skip
         self.encoder = TransformerEncoder(layer, config.layers, enable_nested_tensor=False, remove_padding=True)
         self.pooler = Linear(config.width, config.width)
@@ -133,10 +137,8 @@ class Bert(Model):
         FileNotFoundError, or ModelFileError for a folder that holds no whole BERT.
         """
         theirs, state = read_pretrained(folder, "bert")
-        try:
+        with making(cls, folder):
             model = cls(_config_of(theirs))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelFileError(f"{folder}: its config makes no Bert: {error}") from error
         state = _by_own_names(state)
         if not any(name.startswith("pooler.") for name in state):
             warnings.warn(f"{folder} has no pooler: it is drawn anew and has to be trained", stacklevel=2)
@@ -157,9 +159,6 @@ def _config_of(theirs: dict[str, Any]) -> BertConfig:
     kind = theirs.get("position_embedding_type", "absolute")
     if kind != "absolute":
         raise ValueError(f"its positions are {kind}, not absolute")
-    activation = theirs.get("hidden_act", "gelu")
-    if activation not in _THEIR_ACTIVATIONS:
-        raise ValueError(f"its activation is {activation}, not one of {', '.join(_THEIR_ACTIVATIONS)}")
     return BertConfig(
         vocab_size=theirs["vocab_size"],
         width=theirs["hidden_size"],
@@ -169,7 +168,7 @@ def _config_of(theirs: dict[str, Any]) -> BertConfig:
         max_positions=theirs["max_position_embeddings"],
         segments=theirs["type_vocab_size"],
         dropout=theirs.get("hidden_dropout_prob", 0.1),
-        activation=_THEIR_ACTIVATIONS[activation],
+        activation=own_activation(theirs.get("hidden_act", "gelu")),
         eps=theirs.get("layer_norm_eps", 1e-12),
         pad_id=theirs.get("pad_token_id", 0),
     )
@@ -182,9 +181,7 @@ def _by_own_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         name = name.removeprefix("bert.")
         if name.startswith("cls.") or name == "embeddings.position_ids":
             continue
-        for part, replacement in _THEIR_NAMES:
-            name = name.replace(part, replacement)
-        own[name] = tensor
+        own[renamed(name, _THEIR_NAMES)] = tensor
     for name in [name for name in own if ".attention.self.query." in name]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         if all(part in own for part in parts):

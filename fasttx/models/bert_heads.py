@@ -14,13 +14,12 @@ from torch.nn.functional import cross_entropy
 from fasttx import checks, functional
 from fasttx.nn import LayerNorm, LinearCrossEntropy
 
-from ._layers import Linear, draw_weights, require_padding, require_sizes
-from ._model import Config, Model, require_token_ids
+from ._config import Config
+from ._layers import IGNORED, Linear, draw_weights, require_padding, require_sizes, valid_targets
+from ._model import Model, require_token_ids
 from .bert import Bert, BertConfig
 
 _H = TypeVar("_H", bound="BertHead")
-
-_IGNORED = -100  # a target that has no part in a loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,8 @@ class BertHeadConfig(Config):
     labels: int
 
     def __post_init__(self) -> None:
-        require_sizes(labels=self.labels)
+        super().__post_init__()
+        require_sizes(self, "labels")
 
 
 class BertHead(Model):
@@ -100,17 +100,14 @@ class BertForPretraining(BertHead):
 
         Only masked positions reach the head. Without any, or without nsp_targets, that part is 0.
         """
-        _require_targets("mlm_targets", mlm_targets, token_ids)
         hidden = self.bert(token_ids, segment_ids, padding)
-        targets = _where_valid(mlm_targets, padding).flatten()
-        masked = (targets != _IGNORED).nonzero().squeeze(1)
-        mlm = nsp = hidden[:0].sum()  # 0, and backward() may be called
-        if len(masked):
-            chosen = self._transformed(hidden.flatten(0, 1).index_select(0, masked))
-            mlm = self.decoder(chosen, targets[masked]) / len(masked)
-        if nsp_targets is not None:
-            nsp = self.next_sentence(self.bert.pooled(hidden), nsp_targets)
-        return PretrainingLosses(mlm, nsp)
+        targets = valid_targets("mlm_targets", mlm_targets, token_ids, padding).flatten()
+        masked = (targets != IGNORED).nonzero().squeeze(1)
+        chosen = self._transformed(hidden.flatten(0, 1).index_select(0, masked))
+        mlm = self.decoder(chosen, targets[masked]) / max(len(masked), 1)
+        if nsp_targets is None:
+            return PretrainingLosses(mlm, torch.zeros_like(mlm))
+        return PretrainingLosses(mlm, self.next_sentence(self.bert.pooled(hidden), nsp_targets))
 
     def loss(
         self,
@@ -165,9 +162,8 @@ class BertForTokenClassification(_BertClassifier):
         self, token_ids: Tensor, segment_ids: Tensor | None = None, padding: Tensor | None = None, *, targets: Tensor
     ) -> Tensor:
         """The mean cross-entropy; targets (B, T) labels, or -100 to ignore a token. Padded ones are ignored."""
-        _require_targets("targets", targets, token_ids)
         hidden = self.dropout(self.bert(token_ids, segment_ids, padding))
-        return self.classifier(hidden, _where_valid(targets, padding))
+        return self.classifier(hidden, valid_targets("targets", targets, token_ids, padding))
 
 
 class BertForQuestionAnswering(BertHead):
@@ -215,23 +211,12 @@ class BertForQuestionAnswering(BertHead):
         return (cross_entropy(start, starts.long()) + cross_entropy(end, ends.long())) / 2
 
 
-def _require_targets(name: str, targets: Tensor, token_ids: Tensor) -> None:
-    require_token_ids("token_ids", token_ids)
-    checks.require_tensor(name, targets)
-    if targets.shape != token_ids.shape:
-        raise ValueError(f"{name} must have the tokens' shape {checks.shape(token_ids)}, got {checks.shape(targets)}")
-
-
-def _where_valid(targets: Tensor, padding: Tensor | None) -> Tensor:
-    return targets if padding is None else targets.masked_fill(padding, _IGNORED)
-
-
 def _require_answers(name: str, targets: Tensor, logits: Tensor) -> None:
     """Raises unless there is one for each text, -100 or where its logits (B, T) are finite."""
     targets = checks.require_integers(name, targets)
     if targets.shape != logits.shape[:1]:
         raise ValueError(f"{name} must have the shape {tuple(logits.shape[:1])}, got {checks.shape(targets)}")
-    given = targets != _IGNORED
+    given = targets != IGNORED
     checks.require_below(name, targets[given], logits.shape[1])
     if checks.can_be_read(targets) and bool(logits[given, targets[given]].isneginf().any()):
         raise ValueError(f"{name} must not lie where a text is padded or excluded")

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fasttx import checks
 from fasttx.nn import (
-    GELU,
     KVCache,
     LinearCrossEntropy,
     SinusoidalPositionalEncoding,
@@ -19,10 +18,18 @@ from fasttx.nn import (
 )
 
 from . import _decoding
-from ._layers import Linear, require_heads, require_padding, require_sizes
-from ._model import Config, Model, require_length, require_token_ids
-
-_ACTIVATIONS = {"gelu": GELU(), "gelu_tanh": GELU("tanh"), "relu": torch.nn.ReLU()}
+from ._config import Config
+from ._layers import (
+    ACTIVATIONS,
+    Linear,
+    causal_mask,
+    require_entries,
+    require_layer,
+    require_padding,
+    require_sizes,
+    valid_targets,
+)
+from ._model import Model, require_length, require_token_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +62,15 @@ class EncoderDecoderConfig(Config):
     label_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
-        require_heads(self.width, self.heads)
+        super().__post_init__()
+        require_layer(self)
         require_sizes(
-            source_vocab=self.source_vocab, target_vocab=self.target_vocab, encoder_layers=self.encoder_layers,
-            decoder_layers=self.decoder_layers, feed_forward=self.feed_forward, embedding_width=self.embedding_width,
-        )  # fmt: skip
+            self, "source_vocab", "target_vocab", "encoder_layers", "decoder_layers", "max_positions", "embedding_width"
+        )
         if self.positions not in ("sinusoidal", "learned"):
             raise ValueError(f"positions must be sinusoidal or learned, got {self.positions!r}")
-        if self.activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {self.activation!r}")
-        for name in ("pad_id", "bos_id", "eos_id"):
-            value, tokens = getattr(self, name), self.target_vocab or self.source_vocab
-            if not 0 <= value < tokens:
-                raise ValueError(f"{name} must be a token of the target, below {tokens}, got {value}")
+        ids = {"pad_id": self.pad_id, "bos_id": self.bos_id, "eos_id": self.eos_id}
+        require_entries(self.target_vocab or self.source_vocab, **ids)
 
 
 class EncoderDecoder(Model):
@@ -93,7 +96,7 @@ class EncoderDecoder(Model):
         sinusoidal = config.positions == "sinusoidal"
         self.positions = SinusoidalPositionalEncoding(width, config.dropout) if sinusoidal else None
 
-        sizes = (width, config.heads, config.feed_forward or 4 * width, config.dropout, _ACTIVATIONS[config.activation])
+        sizes = (width, config.heads, config.feed_forward or 4 * width, config.dropout, ACTIVATIONS[config.activation])
         options = {"batch_first": True, "norm_first": config.norm_first}
         norms = [torch.nn.LayerNorm(width) if config.norm_first else None for _ in range(2)]
         self.encoder = TransformerEncoder(
@@ -116,7 +119,7 @@ class EncoderDecoder(Model):
         learned, inner = config.positions == "learned", config.embedding_width or config.width
         embedding = TransformerEmbedding(
             entries, inner, config.max_positions if learned else None, token_scale=config.width**0.5, norm=False,
-            dropout=float(config.dropout) if learned else 0.0,  # others come after the positions
+            dropout=config.dropout if learned else 0.0,  # others come after the positions
         )  # fmt: skip
         return embedding, _projection(inner, config.width)
 
@@ -168,7 +171,7 @@ class EncoderDecoder(Model):
         target_out the target and eos.
         """
         hidden = self._hidden(source, target_in, source_padding, target_padding)
-        return self.head(hidden, target_out if target_padding is None else target_out.masked_fill(target_padding, -100))
+        return self.head(hidden, valid_targets("target_out", target_out, target_in, target_padding))
 
     def generate(
         self,
@@ -193,6 +196,7 @@ class EncoderDecoder(Model):
         checks.require_size("max_new_tokens", max_new_tokens)
         checks.require_size("beams", beams)
         _decoding.check_sampling(temperature, top_k, top_p)
+        _decoding.check_length_penalty(length_penalty)
         if beams > 1 and temperature != 0.0:
             raise ValueError(f"a beam search draws nothing: temperature must be 0, got {temperature}")
         self._require_positions("max_new_tokens", max_new_tokens)
@@ -230,10 +234,9 @@ class EncoderDecoder(Model):
         if len(source) != len(target):
             raise ValueError(f"source and target differ in sequences: {len(source)} and {len(target)}")
         x = self._embed("target", target)
-        later = torch.ones(target.shape[1], target.shape[1], dtype=torch.bool, device=target.device).triu_(1)
         x = self.decoder(
-            x, self.encode(source, source_padding), later, tgt_key_padding_mask=target_padding,
-            memory_key_padding_mask=source_padding, tgt_is_causal=True,
+            x, self.encode(source, source_padding), causal_mask(target.shape[1], target.device),
+            tgt_key_padding_mask=target_padding, memory_key_padding_mask=source_padding, tgt_is_causal=True,
         )  # fmt: skip
         return self.output_projection(x)
 

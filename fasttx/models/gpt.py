@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from fasttx import checks
 from fasttx.nn import (
-    GELU,
     KVCache,
     LinearCrossEntropy,
     TransformerEmbedding,
@@ -20,13 +19,20 @@ from fasttx.nn import (
 )
 
 from . import _decoding
-from ._layers import draw_weights, require_heads, require_padding, require_sizes
-from ._model import Config, Model, ModelFileError, require_length, require_token_ids
-from ._pretrained import read_pretrained
+from ._config import Config
+from ._layers import (
+    ACTIVATIONS,
+    causal_mask,
+    draw_weights,
+    require_entries,
+    require_layer,
+    require_padding,
+    require_sizes,
+    valid_targets,
+)
+from ._model import Model, making, require_length, require_token_ids
+from ._pretrained import own_activation, read_pretrained, renamed
 
-_ACTIVATIONS = {"gelu": GELU(), "gelu_tanh": GELU("tanh"), "relu": torch.nn.ReLU()}
-# As Hugging Face calls them.
-_THEIR_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 # Parts of Hugging Face's names of weights, and of these here.
 _THEIR_NAMES = (
     ("wte.", "embedding.token_"),
@@ -48,7 +54,7 @@ class GPTConfig(Config):
     """feed_forward: None for 4 * width. activation: "gelu", "gelu_tanh" (GPT-2's) or "relu".
 
     dropout: of the embedding, of the attention's weights, and of what each half of a layer adds; as in GPT-2 there is
-    none within the feed-forward. tied: the head's weight is the tokens'.
+    none within the feed-forward. tied: the head's weight is the tokens'. init_std: as BertConfig's.
     """
 
     vocab_size: int
@@ -61,12 +67,12 @@ class GPTConfig(Config):
     activation: str = "gelu"
     eps: float = 1e-5
     tied: bool = True
+    init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        require_heads(self.width, self.heads)
-        require_sizes(layers=self.layers, feed_forward=self.feed_forward)
-        if self.activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {self.activation!r}")
+        super().__post_init__()
+        require_layer(self)
+        require_sizes(self, "vocab_size", "layers", "max_positions")
 
 
 class GPT(Model):
@@ -75,8 +81,8 @@ class GPT(Model):
     token_ids (B, T) int64 or int32; padding (B, T) bool, True where there is no token, on either side of a row: tokens
     have the positions that they would have without it. A row's results do not depend on its padding.
 
-    Matrices and embeddings are drawn from N(0, 0.02), those that end in a residual from N(0, 0.02 / sqrt(2 * layers)),
-    biases are 0.
+    Matrices and embeddings are drawn from N(0, init_std), those that end in a residual from
+    N(0, init_std / sqrt(2 * layers)), and biases are 0.
     """
 
     Config = GPTConfig
@@ -85,11 +91,11 @@ class GPT(Model):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
         self.embedding = TransformerEmbedding(
-            config.vocab_size, config.width, config.max_positions, norm=False, dropout=float(config.dropout)
+            config.vocab_size, config.width, config.max_positions, norm=False, dropout=config.dropout
         )
         layer = TransformerEncoderLayer(
             config.width, config.heads, config.feed_forward or 4 * config.width, config.dropout,
-            _ACTIVATIONS[config.activation], config.eps, batch_first=True, norm_first=True,
+            ACTIVATIONS[config.activation], config.eps, batch_first=True, norm_first=True,
         )  # fmt: skip
         layer.dropout.p = 0.0
         norm = torch.nn.LayerNorm(config.width, config.eps)
@@ -99,10 +105,10 @@ class GPT(Model):
         self.head = LinearCrossEntropy(config.width, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embedding.token_weight
-        draw_weights(self)
+        draw_weights(self, config.init_std)
         for layer in self.transformer.layers:
             for ending in (layer.self_attn.out_proj, layer.linear2):
-                torch.nn.init.normal_(ending.weight, std=0.02 / (2 * config.layers) ** 0.5)
+                torch.nn.init.normal_(ending.weight, std=config.init_std / (2 * config.layers) ** 0.5)
 
     def hidden(
         self,
@@ -128,8 +134,7 @@ class GPT(Model):
         x = self.embedding(token_ids, position_ids=position_ids, offset=before)
         if cache is not None:
             return self.transformer(x, src_key_padding_mask=padding, cache=cache)
-        later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu_(1)
-        return self.transformer(x, later, padding, is_causal=True)
+        return self.transformer(x, causal_mask(length, x.device), padding, is_causal=True)
 
     def forward(
         self,
@@ -148,7 +153,7 @@ class GPT(Model):
         What stands at padding does not count either.
         """
         hidden = self.hidden(token_ids, padding=padding)
-        return self.head(hidden, targets if padding is None else targets.masked_fill(padding, -100))
+        return self.head(hidden, valid_targets("targets", targets, token_ids, padding))
 
     def generate(
         self,
@@ -172,8 +177,9 @@ class GPT(Model):
         require_token_ids("prompts", prompts)
         checks.require_size("max_new_tokens", max_new_tokens)
         require_padding(padding, prompts)
-        if not 0 <= pad_id < self.config.vocab_size:
-            raise ValueError(f"pad_id must be a token id below {self.config.vocab_size}, got {pad_id}")
+        require_entries(self.config.vocab_size, pad_id=pad_id)
+        for id in stop:
+            require_entries(self.config.vocab_size, stop=id)
         if padding is not None and bool((padding[:, 1:] & ~padding[:, :-1]).any() or padding[:, -1].any()):
             raise ValueError("padding must be on the left of prompts, and each must have a token")
         length = prompts.shape[1] + max_new_tokens
@@ -201,10 +207,8 @@ class GPT(Model):
         GPT-2, and for options of Hugging Face's that a GPT has not.
         """
         theirs, weights = read_pretrained(folder, "gpt2")
-        try:
+        with making(cls, folder):
             model = cls(_config_of(theirs))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelFileError(f"{folder}: its config makes no GPT: {error}") from error
         model.load_weights(_by_own_names(weights, model.config.tied), str(folder))
         return model
 
@@ -213,9 +217,6 @@ def _config_of(theirs: dict[str, Any]) -> GPTConfig:
     """Of the values of Hugging Face's config.json; what is left out is as it is there."""
     usual = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     unusual = [f"{name}={theirs[name]}" for name, value in usual.items() if theirs.get(name, value) != value]
-    activation = theirs.get("activation_function", "gelu_new")
-    if activation not in _THEIR_ACTIVATIONS:
-        unusual.append(f"activation_function={activation}")
     if unusual:
         raise ValueError(f"it has {', '.join(unusual)}")
     return GPTConfig(
@@ -226,7 +227,7 @@ def _config_of(theirs: dict[str, Any]) -> GPTConfig:
         feed_forward=theirs.get("n_inner"),
         max_positions=theirs["n_positions"],
         dropout=theirs.get("resid_pdrop", 0.1),
-        activation=_THEIR_ACTIVATIONS[activation],
+        activation=own_activation(theirs.get("activation_function", "gelu_new")),
         eps=theirs.get("layer_norm_epsilon", 1e-5),
         tied=theirs.get("tie_word_embeddings", True),
     )
@@ -241,7 +242,5 @@ def _by_own_names(theirs: dict[str, Tensor], tied: bool) -> dict[str, Tensor]:
             continue  # a causal mask, and the tokens' weight once more
         if ".c_" in name and tensor.dim() == 2:
             tensor = tensor.t().contiguous()  # their Conv1D keeps it as (in, out)
-        for part, replacement in _THEIR_NAMES:
-            name = name.replace(part, replacement)
-        own[name] = tensor
+        own[renamed(name, _THEIR_NAMES)] = tensor
     return own

@@ -20,9 +20,19 @@ from fasttx.nn import (
     TransformerEmbedding,
 )
 
+from ._config import Config
 from ._decoding import generate, generating
-from ._layers import Linear, draw_weights, require_heads, require_padding, require_sizes
-from ._model import Config, Model, require_length, require_token_ids
+from ._layers import (
+    IGNORED,
+    Linear,
+    causal_mask,
+    draw_weights,
+    require_entries,
+    require_layer,
+    require_padding,
+    require_sizes,
+)
+from ._model import Model, require_length, require_token_ids
 from .bert import Bert, BertConfig
 from .vit import ViT, ViTConfig
 
@@ -54,16 +64,12 @@ class MultimodalConfig(Config):
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        require_heads(self.width, self.heads)
-        require_sizes(
-            layers=self.layers, queries=self.queries, classes=self.classes, feed_forward=self.feed_forward,
-            caption_layers=self.caption_layers or None, max_caption=self.max_caption,
-        )  # fmt: skip
+        super().__post_init__()
+        require_layer(self)
+        require_sizes(self, "layers", "queries", "classes", "max_caption")
         if self.image.classes:
             raise ValueError(f"image must be a ViT without a head, got classes={self.image.classes}")
-        for name in ("bos_id", "eos_id", "pad_id"):
-            if not 0 <= getattr(self, name) < self.text.vocab_size:
-                raise ValueError(f"{name} must lie in [0, {self.text.vocab_size - 1}], got {getattr(self, name)}")
+        require_entries(self.text.vocab_size, bos_id=self.bos_id, eos_id=self.eos_id, pad_id=self.pad_id)
 
 
 class Multimodal(Model):
@@ -172,10 +178,11 @@ class Multimodal(Model):
                 embedded = self.caption_embedding(tokens, offset=cache.length())
                 return self.caption_head.logits(self.caption_decoder(embedded, features, cache=cache)[:, -1])
 
-            return generate(
+            new = generate(
                 step, start, max_new_tokens=max_new_tokens, stop=(self.config.eos_id,), pad_id=self.config.pad_id,
                 temperature=temperature, top_k=top_k, top_p=top_p, generator=generator,
             )  # fmt: skip
+        return new.clone()  # training takes no tensor that was made in inference mode
 
     def _memory(
         self, images: Tensor | None, token_ids: Tensor | None, padding: Tensor | None
@@ -198,15 +205,13 @@ class Multimodal(Model):
         return memory, padding
 
     def _caption_loss(self, features: Tensor, captions: Tensor, padding: Tensor | None) -> Tensor:
-        before, targets, before_padding = captions[:, :-1], captions[:, 1:], None
+        before, targets = captions[:, :-1], captions[:, 1:]
         if padding is not None:
-            before_padding, targets = padding[:, :-1], targets.masked_fill(padding[:, 1:], -100)
-        length = before.shape[1]
-        later = torch.ones(length, length, dtype=torch.bool, device=captions.device).triu_(1)
+            padding, targets = padding[:, :-1], targets.masked_fill(padding[:, 1:], IGNORED)
+        later = causal_mask(before.shape[1], before.device)
         hidden = self.caption_decoder(
-            self.caption_embedding(before), features, tgt_mask=later, tgt_key_padding_mask=before_padding,
-            tgt_is_causal=True,
-        )  # fmt: skip
+            self.caption_embedding(before), features, later, tgt_key_padding_mask=padding, tgt_is_causal=True
+        )
         return self.caption_head(hidden, targets)
 
     def _require_caption_decoder(self) -> None:

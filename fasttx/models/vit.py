@@ -12,8 +12,9 @@ from torch import Tensor
 from fasttx import autocast, checks, functional
 from fasttx.nn import LayerNorm, LinearCrossEntropy, TransformerEncoder, TransformerEncoderLayer
 
-from ._layers import Linear, draw_weights, require_heads, require_sizes
-from ._model import Config, Model
+from ._config import Config
+from ._layers import Linear, draw_weights, require_layer, require_sizes
+from ._model import Model
 
 POOLS = ("class", "mean")
 
@@ -43,11 +44,9 @@ class ViTConfig(Config):
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size"):
             object.__setattr__(self, name, _sides(name, getattr(self, name)))
-        require_heads(self.width, self.heads)
-        require_sizes(
-            layers=self.layers, channels=self.channels, feed_forward=self.feed_forward, classes=self.classes or None
-        )
-        checks.require_probability("dropout", self.dropout)
+        super().__post_init__()
+        require_layer(self)
+        require_sizes(self, "layers", "channels")
         if self.pool not in POOLS:
             raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {self.pool!r}")
         self.grid_of(*self.image_size)

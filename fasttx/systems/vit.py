@@ -97,8 +97,8 @@ class FashionSystem(ImageSystem):
     """Fashion-MNIST's own split: 60,000 images of clothes to train with, 10,000 to test."""
 
     summary = "ViT on Fashion-MNIST: accuracy on its test images"
-    recipe = Recipe(steps=1400, learning_rate=2e-3, interval=350)
-    patch = 4
+    recipe = Recipe(steps=3500, learning_rate=1e-3, warmup=200, interval=700)
+    patch = 7
     mirror = True
 
     def read(self, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,129 @@
+"""What all architectures share: configs of the right types, and files that hold a model or are refused."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from fasttx.models import (
+    GPT,
+    Bert,
+    BertConfig,
+    BertForPretraining,
+    EncoderDecoderConfig,
+    GPTConfig,
+    ModelFileError,
+    MultimodalConfig,
+    ViTConfig,
+)
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+SIZES = {"width": 8, "layers": 1, "heads": 2}
+BERT = BertConfig(vocab_size=20, max_positions=6, **SIZES)
+IMAGE = ViTConfig(image_size=8, patch_size=4, **SIZES)
+CONFIGS = [
+    BERT,
+    GPTConfig(vocab_size=20, max_positions=6, **SIZES),
+    EncoderDecoderConfig(source_vocab=20, width=8, heads=2, encoder_layers=1, decoder_layers=1),
+    IMAGE,
+    MultimodalConfig(IMAGE, BERT, queries=2, classes=3, **SIZES),
+]
+# Values that a field must not have, by the type of the one that it has.
+WRONG = {
+    int: ("x", 1.5, True), float: ("x", [1.0], True), bool: ("x", 1), str: (1, ["gelu"]), dict: ("x", 1),
+    tuple: ("x", 1.5, True), type(None): ("x", 1.5, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+def test_a_config_has_values_of_its_fields_types_alone(config):
+    assert type(config).from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert hash(config) == hash(dataclasses.replace(config))
+    for name, value in dataclasses.asdict(config).items():
+        for wrong in WRONG[type(value)]:
+            with pytest.raises((TypeError, ValueError), match=name):
+                dataclasses.replace(config, **{name: wrong})
+        if isinstance(value, float):
+            assert type(getattr(dataclasses.replace(config, **{name: 0}), name)) is float
+            for wrong in (float("nan"), float("inf"), -0.1):
+                with pytest.raises(ValueError, match=f"{name} must be finite and not negative"):
+                    dataclasses.replace(config, **{name: wrong})
+
+
+def test_configs_within_configs_are_of_their_kind():
+    with pytest.raises(TypeError, match="image must be ViTConfig, got BertConfig"):
+        MultimodalConfig(BERT, BERT, queries=2, classes=3, **SIZES)
+    values = CONFIGS[-1].to_dict()
+    with pytest.raises(ValueError, match="ViTConfig is made of a dict, got list"):
+        MultimodalConfig.from_dict(values | {"image": [1]})
+    for wrong in ([1], None, "x"):
+        with pytest.raises(ValueError, match="BertConfig is made of a dict"):
+            BertConfig.from_dict(wrong)
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Whether a file of a Bert with these changes is refused."""
+    model, path = Bert(BERT), tmp_path / "model.safetensors"
+
+    def check(match, state=None, **changes):
+        what = {"architecture": "Bert", "config": BERT.to_dict(), "tokenizers": {}} | changes
+        state = model.state_dict() if state is None else state(model.state_dict())
+        path.write_bytes(safetensors.save(state, {"fasttx": json.dumps(what)}))
+        with pytest.raises(ModelFileError, match=match):
+            Bert.load(path)
+
+    return check
+
+
+def test_files_with_another_config_are_refused(refused):
+    values = BERT.to_dict()
+    for wrong in ([], "x", None):
+        refused("its config makes no Bert: BertConfig is made of a dict", config=wrong)
+    refused("init_std must be finite", config=values | {"init_std": -1.0})
+    refused("eps must be float, got str", config=values | {"eps": "x"})
+    refused("activation must be str, got list", config=values | {"activation": ["gelu"]})
+    refused("its config makes no Bert", config=values | {"width": 2**40})  # no memory holds it
+    refused("its config makes no Bert", tokenizers=None)
+
+
+def test_files_with_weights_of_another_kind_are_refused(refused):
+    refused("is torch.int64, and no model", lambda state: {name: x.long() for name, x in state.items()})
+    refused("pooler.bias is torch.int64", lambda state: state | {"pooler.bias": torch.ones(8, dtype=torch.int64)})
+    refused("is torch.float8_e5m2", lambda state: {name: x.to(torch.float8_e5m2) for name, x in state.items()})
+
+
+def test_names_of_one_tensor_must_agree(tmp_path):
+    model = BertForPretraining(BERT)
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    model.load_weights(state, "both names")
+    before = [x.clone() for x in model.state_dict().values()]
+    with pytest.raises(ModelFileError, match="bert.embedding.token_weight and decoder.weight differ"):
+        model.load_weights(state | {"decoder.weight": state["decoder.weight"] + 1}, "two tensors")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_each_weight_keeps_its_dtype(tmp_path, dtype):
+    model, path = BertForPretraining(BERT).to(dtype), tmp_path / "model.safetensors"
+    for mixed in (False, True):
+        if mixed:
+            model.norm.float()
+            model.next_sentence.bias.data[0] = torch.nan  # what is broken is kept as it is
+        model.save(path)
+        loaded = BertForPretraining.load(path)
+        assert loaded.decoder.weight is loaded.bert.embedding.token_weight
+        for name, values in model.state_dict().items():
+            assert values.dtype == loaded.state_dict()[name].dtype
+            assert torch.equal(values.nan_to_num(7), loaded.state_dict()[name].nan_to_num(7)), name
+
+
+def test_a_gpt_is_drawn_from_its_std():
+    model = GPT(GPTConfig(vocab_size=300, width=128, layers=2, heads=4, init_std=0.1))
+    for values, wanted in (
+        (model.embedding.token_weight, 0.1), (model.transformer.layers[0].linear1.weight, 0.1),
+        (model.transformer.layers[1].linear2.weight, 0.05),
+    ):  # fmt: skip
+        assert abs(values.std() / wanted - 1) < 0.05
