@@ -237,6 +237,22 @@ def test_fine_tuning(method, command, start, tmp_path):
             torch.testing.assert_close(alone.eval()(ids), merged)
 
 
+def test_fine_tuning_begins_with_hugging_faces_bert_too(command, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = Tokenizer.train("word", ["a good picture number", "a bad one"])
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    theirs = transformers.BertModel(transformers.BertConfig(**sizes, num_attention_heads=2))
+    theirs.save_pretrained(tmp_path / "start")
+    tokenizer.save(tmp_path / "start/tokenizer.json")
+    options = ("--start", tmp_path / "start", "--method", "bitfit")
+    code, _, errors = command("sentiment", tmp_path / "out", *STEPS, *options)
+    assert code == 0, errors
+    model = BertForSequenceClassification.load(tmp_path / "out/model.safetensors")
+    model.require_tokenizers(text=Tokenizer.load(tmp_path / "out/text.json"))
+    words = theirs.embeddings.word_embeddings.weight
+    assert torch.equal(model.bert.embedding.token_weight, words) and model.tokenizers["text"] == tokenizer.fingerprint
+
+
 def test_a_system_has_to_be_named(capsys):
     for arguments in (["train"], ["train", "dance"], ["train", "gpt", "--beside", "image"]):
         with pytest.raises(SystemExit) as stop:
