@@ -72,8 +72,8 @@ def test_what_is_trained_and_written(name, command, tmp_path):
     code, output, errors = command(name, tmp_path, *STEPS, "--beside", *beside)
     assert code == 0, errors
     saved = read_safetensors(tmp_path / "model.safetensors")[1]["fasttx"]
-    tokenizers = sorted(path.name for path in tmp_path.glob("*.json"))
-    assert all(Tokenizer.load(tmp_path / name).fingerprint in saved for name in tokenizers)
+    tokenizers = {"translation": ["source.json", "target.json"], "digits": [], "fashion": []}.get(name, ["text.json"])
+    assert all(Tokenizer.load(tmp_path / file).fingerprint in saved for file in tokenizers)
     for run, folder in {name: tmp_path, **{other: tmp_path / other for other in beside}}.items():
         files = {path.name for path in folder.iterdir() if path.is_file()} - {"loss.png"}
         assert sorted(files) == sorted([*RUN, *tokenizers])
@@ -235,6 +235,22 @@ def test_fine_tuning(method, command, start, tmp_path):
             alone.classifier.load_state_dict(model.classifier.state_dict())
             finetune.load_adapter(alone, folder / "adapter.safetensors")
             torch.testing.assert_close(alone.eval()(ids), merged)
+
+
+def test_fine_tuning_begins_with_hugging_faces_bert_too(command, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = Tokenizer.train("word", ["a good picture number", "a bad one"])
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    theirs = transformers.BertModel(transformers.BertConfig(**sizes, num_attention_heads=2))
+    theirs.save_pretrained(tmp_path / "start")
+    tokenizer.save(tmp_path / "start/tokenizer.json")
+    options = ("--start", tmp_path / "start", "--method", "bitfit")
+    code, _, errors = command("sentiment", tmp_path / "out", *STEPS, *options)
+    assert code == 0, errors
+    model = BertForSequenceClassification.load(tmp_path / "out/model.safetensors")
+    model.require_tokenizers(text=Tokenizer.load(tmp_path / "out/text.json"))
+    words = theirs.embeddings.word_embeddings.weight
+    assert torch.equal(model.bert.embedding.token_weight, words) and model.tokenizers["text"] == tokenizer.fingerprint
 
 
 def test_a_system_has_to_be_named(capsys):

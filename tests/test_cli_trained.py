@@ -109,7 +109,7 @@ def test_translate(trained, command, monkeypatch):
         (("generate", "Romeo " * 90), "positions for 64: shorten it"),
         (("generate", "Romeo", "--max-new-tokens", 64), "positions for 64: shorten it"),
         (("generate", "Romeo", "--max-new-tokens", 0), "max_new_tokens must be at least 1"),
-        (("generate", "Romeo", "--max-new-tokens", 5, "--temperature", -1), "temperature must not be negative"),
+        (("generate", "Romeo", "--max-new-tokens", 5, "--temperature", -1), "temperature must be 0 or more"),
         (("generate", "Romeo", "--max-new-tokens", 5, "--top-p", 2), "top_p"),
         (("generate", "Romeo", "--max-new-tokens", 5, "--top-k", 0), "top_k"),
         (("translate", ""), "one of the texts is empty"),

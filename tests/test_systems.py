@@ -85,6 +85,12 @@ def test_it_trains_on_the_kernels(name, made, tmp_path, needs_extension):
     assert (tmp_path / getattr(task, "modality", "") / "model.safetensors").exists()
 
 
+def test_every_batch_has_its_own_masks(made):
+    task = made("bert")
+    chosen = {tuple((task.batch(i)["mlm_targets"][:, :9] != -100).flatten().tolist()) for i in range(6)}
+    assert len(chosen) == 6
+
+
 @pytest.mark.parametrize("name", ["translation", "sentiment", "digits", "fashion"])
 def test_every_example_comes_once_an_epoch(name, made):
     task = made(name)
@@ -103,6 +109,8 @@ def test_every_example_comes_once_an_epoch(name, made):
 def test_epochs_are_of_any_lengths():
     epochs = Epochs(lambda epoch: [f"{epoch}{part}" for part in "abc"[: epoch + 1]])
     assert [epochs[i] for i in (4, 0, 2, 5, 1, 3)] == ["2b", "0a", "1b", "2c", "1a", "2a"]
+    with pytest.raises(ValueError, match="no batches"):
+        Epochs(lambda epoch: [])[0]
 
 
 def test_plays_are_held_out_whole(made, folder):

@@ -77,6 +77,8 @@ class Epochs(Generic[_Batch]):
         while True:
             if epoch == len(self._made):
                 self._made.append(self._make(epoch))
+                if not len(self._made[-1]):
+                    raise ValueError("there is nothing to learn from: an epoch has no batches")
             if index < len(self._made[epoch]):
                 return self._made[epoch][index]
             index -= len(self._made[epoch])
