@@ -33,8 +33,9 @@ class BertSystem(System):
         self.tokenizer = Tokenizer.train("bpe", texts, vocab_size=args.vocabulary)
         self.tokenizers = {"text": self.tokenizer}
         plays, held_out = map(self._sentences, (plays, held_out))
-        self.batches = Epochs(lambda epoch: self._paired(plays, 1, epoch))
-        self.held_out = [self._masked(pairs, 3, i) for i, pairs in enumerate(self._paired(held_out, 3))]
+        self.batches = Epochs(lambda epoch: self._paired(plays, self.generator(1, epoch)))
+        always = torch.Generator().manual_seed(0)  # whatever the run's seed
+        self.held_out = [self._masked(pairs, always) for pairs in self._paired(held_out, always)]
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -63,19 +64,18 @@ class BertSystem(System):
             for play in split
         ]
 
-    def _paired(self, documents: list[list[list[int]]], *numbers: int) -> list[list[data.SentencePair]]:
-        """An epoch's batches of pairs, drawn by these numbers."""
-        generator = self.generator(*numbers)
+    def _paired(self, documents: list[list[list[int]]], generator: torch.Generator) -> list[list[data.SentencePair]]:
+        """An epoch's batches of pairs."""
         pairs = data.next_sentence_pairs(documents, max_length=self.args.length, generator=generator)
         order = torch.randperm(len(pairs), generator=generator).tolist()
         batch = self.args.batch
         return [[pairs[i] for i in order[start : start + batch]] for start in range(0, len(pairs), batch)]
 
-    def _masked(self, pairs: list[data.SentencePair], *numbers: int) -> dict[str, Tensor]:
-        return vars(data.pretraining_batch(pairs, self.tokenizer, generator=self.generator(*numbers)))
+    def _masked(self, pairs: list[data.SentencePair], generator: torch.Generator) -> dict[str, Tensor]:
+        return vars(data.pretraining_batch(pairs, self.tokenizer, generator=generator))
 
     def batch(self, index: int) -> dict[str, Tensor]:
-        return self._masked(self.batches[index], 2, index)
+        return self._masked(self.batches[index], self.generator(2, index))
 
     def size(self, batch: dict[str, Tensor]) -> int:
         return int((~batch["padding"]).sum())
