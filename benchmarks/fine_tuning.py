@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def step(model: torch.nn.Module) -> Callable[[], None]:
         def run() -> None:
-            model.loss(token_ids, None, None, targets, of_pairs).backward()
+            model.loss(token_ids, mlm_targets=targets, nsp_targets=of_pairs).backward()
             model.zero_grad()
 
         return run

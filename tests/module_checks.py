@@ -117,3 +117,14 @@ def assert_gradients_within_budget(
     assert_within_budget(
         actual=joined(actual), eager=joined(eager), truth=joined(truth), name="gradients"
     )
+
+
+class Loss(torch.nn.Module):
+    """model.loss as a forward, for functional_call."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *given, **targets):
+        return self.model.loss(*given, **targets)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from budget import assert_within_budget
+from module_checks import Loss
 from torch.func import functional_call
 
 import fasttx
@@ -390,16 +391,9 @@ def test_gradcheck(head):
     named = dict(model.named_parameters())
     values = [torch.randn_like(p).requires_grad_() for p in named.values()]
 
-    class Loss(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self):
-            return self.model.loss(token_ids, None, padding, **targets)
-
     def loss(*values):
-        return functional_call(Loss(), {f"model.{n}": v for n, v in zip(named, values, strict=True)}, ())
+        weights = {f"model.{n}": v for n, v in zip(named, values, strict=True)}
+        return functional_call(Loss(model), weights, (token_ids, None, padding), targets)
 
     assert torch.autograd.gradcheck(loss, values)
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from budget import assert_within_budget
-from module_checks import assert_gradients_within_budget
+from module_checks import Loss, assert_gradients_within_budget
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -255,17 +255,6 @@ def test_gradcheck(options):
         return functional_call(Loss(model), {f"model.{n}": v for n, v in zip(names, values, strict=True)}, given)
 
     assert torch.autograd.gradcheck(loss, values)
-
-
-class Loss(torch.nn.Module):
-    """model.loss as a forward, for functional_call."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *given):
-        return self.model.loss(*given)
 
 
 def test_dropout_is_its_seeds():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from budget import assert_within_budget
+from module_checks import Loss
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -222,17 +223,6 @@ def test_gradcheck(padded):
         return torch.func.functional_call(Loss(model), {f"model.{n}": v for n, v in zip(names, values)}, given)  # noqa: B905
 
     assert torch.autograd.gradcheck(loss, values)
-
-
-class Loss(torch.nn.Module):
-    """model.loss as a forward, for functional_call."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, *given):
-        return self.model.loss(*given)
 
 
 def test_dropout_is_its_seeds_and_not_within_the_feed_forward():

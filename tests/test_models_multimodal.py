@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from module_checks import Loss
 from torch.func import functional_call
 
 import fasttx
@@ -204,18 +205,11 @@ def test_gradcheck(captions_too):
     images, token_ids = torch.randn(2, 1, 4, 4).double(), torch.tensor([[3, 4, 5], [6, 1, 0]])
     padding, ids = torch.tensor([[False] * 3, [False, False, True]]), torch.tensor([[1, 4, 2], [1, 2, 0]])
 
-    class Loss(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self):
-            if captions_too:
-                return self.model.loss(images, token_ids, padding, captions=ids, caption_padding=padding)
-            return self.model.loss(images, token_ids, padding, labels=torch.tensor([1, 0]))
+    targets = {"captions": ids, "caption_padding": padding} if captions_too else {"labels": torch.tensor([1, 0])}
 
     def loss(*values):
-        return functional_call(Loss(), {f"model.{n}": v for n, v in zip(named, values, strict=True)}, ())
+        weights = {f"model.{n}": v for n, v in zip(named, values, strict=True)}
+        return functional_call(Loss(model), weights, (images, token_ids, padding), targets)
 
     named = {n: p for n, p in model.named_parameters() if captions_too or "caption" not in n}
     named = {n: p for n, p in named.items() if "pooler" not in n and (not captions_too or "classifier" not in n)}
