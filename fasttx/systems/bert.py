@@ -22,7 +22,7 @@ class BertSystem(System):
     """Masked tokens and next sentences of plays; measured on plays held out, always on the same examples."""
 
     summary = "BERT on Shakespeare: masked tokens and next sentences"
-    recipe = Recipe(steps=2000, learning_rate=1e-3, warmup=200, interval=500)
+    recipe = Recipe(steps=1200, learning_rate=1e-3, warmup=120, interval=300)
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)

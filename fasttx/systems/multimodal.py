@@ -69,7 +69,7 @@ class MultimodalSystem(System):
         sizes = {"width": a.width, "heads": 4, "dropout": a.dropout, "init_std": a.width**-0.5}
         return Multimodal(
             MultimodalConfig(
-                image=ViTConfig(image_size=28, patch_size=4, layers=a.layers, **sizes),
+                image=ViTConfig(image_size=28, patch_size=7, layers=a.layers, **sizes),
                 text=BertConfig(vocab_size=len(t), layers=2, max_positions=16, pad_id=t.pad_id, **sizes),
                 layers=2, queries=4, classes=len(_ANSWERS), caption_layers=2, bos_id=t.bos_id, eos_id=t.eos_id,
                 pad_id=t.pad_id, **sizes,
