@@ -5,17 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fasttx import checks
-from fasttx.nn import (
-    KVCache,
-    LinearCrossEntropy,
-    SinusoidalPositionalEncoding,
-    TransformerDecoder,
-    TransformerDecoderLayer,
-    TransformerEmbedding,
-    TransformerEncoder,
-    TransformerEncoderLayer,
-)
+from fasttx import checks, nn
 
 from . import _decoding
 from ._config import Config
@@ -94,30 +84,30 @@ class EncoderDecoder(Model):
         if config.target_vocab is not None:
             self.target_embedding, self.target_projection = self._make_embedding(config.target_vocab)
         sinusoidal = config.positions == "sinusoidal"
-        self.positions = SinusoidalPositionalEncoding(width, config.dropout) if sinusoidal else None
+        self.positions = nn.SinusoidalPositionalEncoding(width, config.dropout) if sinusoidal else None
 
         sizes = (width, config.heads, config.feed_forward or 4 * width, config.dropout, ACTIVATIONS[config.activation])
         options = {"batch_first": True, "norm_first": config.norm_first}
         norms = [torch.nn.LayerNorm(width) if config.norm_first else None for _ in range(2)]
-        self.encoder = TransformerEncoder(
-            TransformerEncoderLayer(*sizes, **options), config.encoder_layers, norms[0], enable_nested_tensor=False,
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(*sizes, **options), config.encoder_layers, norms[0], enable_nested_tensor=False,
             remove_padding=True,
         )  # fmt: skip
-        self.decoder = TransformerDecoder(
-            TransformerDecoderLayer(*sizes, **options), config.decoder_layers, norms[1], remove_padding=True
+        self.decoder = nn.TransformerDecoder(
+            nn.TransformerDecoderLayer(*sizes, **options), config.decoder_layers, norms[1], remove_padding=True
         )
 
         read, targets = inner if config.tied else width, config.target_vocab or config.source_vocab
         self.output_projection = _projection(width, read)
-        self.head = LinearCrossEntropy(read, targets, bias=False, label_smoothing=config.label_smoothing)
+        self.head = nn.LinearCrossEntropy(read, targets, bias=False, label_smoothing=config.label_smoothing)
         if config.tied:
             self.head.weight = self.target_embedding.token_weight
         self._draw_weights()
 
-    def _make_embedding(self, entries: int) -> tuple[TransformerEmbedding, torch.nn.Module]:
+    def _make_embedding(self, entries: int) -> tuple[nn.TransformerEmbedding, torch.nn.Module]:
         config = self.config
         learned, inner = config.positions == "learned", config.embedding_width or config.width
-        embedding = TransformerEmbedding(
+        embedding = nn.TransformerEmbedding(
             entries, inner, config.max_positions if learned else None, token_scale=config.width**0.5, norm=False,
             dropout=config.dropout if learned else 0.0,  # others come after the positions
         )  # fmt: skip
@@ -203,7 +193,7 @@ class EncoderDecoder(Model):
         ends = {"stop": (self.config.eos_id,), "pad_id": self.config.pad_id, "max_new_tokens": max_new_tokens}
         with _decoding.generating(self):
             memory, padding = self.encode(source, source_padding), source_padding
-            cache = KVCache(max_length=max_new_tokens)
+            cache = nn.KVCache(max_length=max_new_tokens)
 
             def step(tokens: Tensor) -> Tensor:
                 x = self._embed("target", tokens, cache.length())
