@@ -17,7 +17,7 @@ class ImageSystem(System):
     """Images and their classes; each is shifted by up to `shift` pixels, and mirrored with `mirror`, in training."""
 
     patch: int
-    shift = 1
+    shift = 0
     mirror = False
     width, layers, heads = 128, 4, 4
 
