@@ -6,12 +6,13 @@ import gzip
 import importlib
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fasttx
-from fasttx import finetune
+from fasttx import dispatch, finetune
 from fasttx.__main__ import main
 from fasttx.cli import train
 from fasttx.models import BertForPretraining, BertForSequenceClassification
@@ -22,6 +23,7 @@ from fasttx.train import Run
 
 for _module in ("matplotlib", "rich", "safetensors", "sacrebleu", "tokenizers"):
     pytest.importorskip(_module)
+from matplotlib import pyplot  # noqa: E402
 from test_datasets import idx  # noqa: E402
 from tiny_data import TINY, make, pretrain  # noqa: E402
 
@@ -296,6 +298,34 @@ def test_what_was_trained_is_kept_where_measuring_it_fails(where, error, command
     assert [row["bits_per_character"] for row in rows(tmp_path / "out")] == [
         row["bits_per_character"] for row in rows(tmp_path / "whole")
     ]
+
+
+def test_what_is_told_at_the_end(command, tmp_path, monkeypatch):
+    """Measured at the intervals' ends alone; examples by the backend that was asked for."""
+    system, measured = SYSTEMS["gpt"], []
+    evaluate = system.evaluate
+    monkeypatch.setattr(system, "evaluate", lambda self, model: measured.append(1) or evaluate(self, model))
+    monkeypatch.setattr(system, "report", lambda self, model: iter([f"told by {dispatch.requested_backend()}"]))
+    code, output, _ = command("gpt", tmp_path, *STEPS, "--backend", "reference")
+    assert code == 0 and len(measured) == 2 and "\ntold by reference\n" in output
+    assert identity(tmp_path)["settings"]["device"] == "cpu"
+
+
+def test_the_plot_names_what_each_line_is_a_mean_of(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    runs = {}
+    for name, steps in (("long", 500), ("short", 3)):
+        history = [{"step": i + 1, "loss": 1.0} for i in range(steps)]
+        history[-1]["accuracy"] = 0.5
+        runs[name] = SimpleNamespace(rows=history)
+    train._plot(runs, tmp_path / "loss.png")
+    (figure,) = drawn
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["long: mean of 5 steps", "short: mean of 1 steps"]
+    assert [len(line.get_xdata()) for line in figure.axes[0].get_lines()] == [496, 3]
+    monkeypatch.undo()
+    pyplot.close(figure)
 
 
 def test_only_what_is_trained_in_turn_is_compared(command, tmp_path):

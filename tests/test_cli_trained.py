@@ -97,7 +97,8 @@ def test_generate_ends_at_stops_and_at_the_last_position(trained, command):
     ids = model.generate(prompt, max_new_tokens=64 - prompt.shape[1])[0].tolist()  # all that it has positions for
     assert whole == tokenizer.decode(ids) + "\n\n"
     new = ids[prompt.shape[1] :]
-    chosen = {tokenizer.decode([token]): token for token in new[3:] if tokenizer.encode(tokenizer.decode([token])) == [token]}
+    texts = {token: tokenizer.decode([token]) for token in new}
+    chosen = {text: token for token, text in texts.items() if tokenizer.encode(text) == [token]}
     stops = sorted(chosen, key=lambda text: new.index(chosen[text]))[-2:]
     first = prompt.shape[1] + min(new.index(chosen[text]) for text in stops)
     code, output, errors = command(*arguments, "--stop", stops[1], "--stop", stops[0])
