@@ -217,6 +217,11 @@ def backend(name: str) -> Iterator[None]:
         _requested.name = previous
 
 
+def requested_backend() -> str:
+    """What the innermost `backend` context of this thread names, else FASTTX_BACKEND, else "auto"."""
+    return _requested.name
+
+
 @contextlib.contextmanager
 def strict(enabled: bool = True) -> Iterator[None]:
     """Within this context, a call of this thread that would leave the kernels raises FallbackError with the reason.

@@ -1,7 +1,8 @@
 """Training: one loop for every model, from a drawn batch to a checkpoint that continues bit for bit.
 
 All that is random in a step follows from the seed and the number of the step, so a checkpoint holds no generator, and a
-run that was killed goes on exactly as if it had not been.
+run that was killed goes on exactly as if it had not been: on the same device, with as many threads, the same
+instruction set and the same version of torch, as sums are added in another order by others.
 """
 
 import csv
@@ -10,22 +11,24 @@ import io
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fasttx.dispatch import backend
+from fasttx import _checkpoint
+from fasttx._checkpoint import CheckpointError
+from fasttx._recipe import Recipe
+from fasttx.dispatch import backend, requested_backend
 from fasttx.models import Model
 from fasttx.models._model import write_atomically
 
+__all__ = ["COLUMNS", "CheckpointError", "Recipe", "Run", "Task", "measures", "moved", "train"]
+
 COLUMNS = ("step", "loss", "rate", "gradient_norm", "size", "seconds")  # of metrics.csv, before the task's measures
 _PARTS = ("model", "optimizer", "schedule")  # of a run, whose states make a checkpoint
-
-
-class CheckpointError(ValueError):
-    """A folder whose checkpoint is of another run, or is not whole."""
 
 
 class Task(Protocol):
@@ -44,50 +47,17 @@ class Task(Protocol):
         """Puts the model where those who use it find it, whole or not at all."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a model is trained: AdamW with a linear warm-up and a cosine down to a tenth of the learning rate.
-
-    Weight decay acts on matrices alone. A step's gradient is the mean over `accumulate` batches, scaled down to the
-    norm `clip` where it is longer. bfloat16: under torch.autocast, with weights in float32. Every `interval` steps the
-    model is evaluated and kept.
-    """
-
-    steps: int
-    learning_rate: float = 1e-3
-    warmup: int = 50
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    accumulate: int = 1
-    bfloat16: bool = True
-    interval: int = 200
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("warmup", 0), ("accumulate", 1), ("interval", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-
-    def rate_at(self, step: int) -> float:
-        """The share of the learning rate that step `step` takes."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        return 0.55 + 0.45 * math.cos(math.pi * (step - self.warmup) / max(1, self.steps - self.warmup))
-
-
 class Run:
     """A model on its way through a recipe, in a folder of its own: metrics.csv, checkpoint.pt, what the task saves.
 
     Goes on from the folder's checkpoint where there is one, and raises CheckpointError where that is another run's.
-    backend: the one that its kernels come from. settings: what else makes the run what it is, by name, in numbers and
-    strings: a checkpoint of other settings is another run's.
+    It runs where the model is. backend: the one that its kernels come from; None leaves that to fasttx.backend and
+    FASTTX_BACKEND. settings: what else makes the run what it is, by name, in numbers and strings: a checkpoint of other
+    settings is another run's.
     """
 
     def __init__(
-        self, model: Model, task: Task, recipe: Recipe, folder: Path, *, backend: str = "auto",
+        self, model: Model, task: Task, recipe: Recipe, folder: Path, *, backend: str | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.task, self.recipe, self.backend = model, task, recipe, backend
@@ -101,23 +71,33 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, recipe.learning_rate, betas=(0.9, 0.98), fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, recipe.rate_at)
         if (self.folder / "checkpoint.pt").exists():
-            self._resume()
+            state = _checkpoint.read(self.folder / "checkpoint.pt", self._identity())
+            for name in _PARTS:
+                getattr(self, name).load_state_dict(state[name])
+            self.steps, self.rows, self.seconds = state["steps"], state["rows"], state["seconds"]
 
     @property
     def done(self) -> bool:
         return self.steps >= self.recipe.steps
 
+    @property
+    def due(self) -> bool:
+        """Whether it is at the end of an interval, or its own, and was not evaluated there."""
+        at_end = self.done or self.steps % self.recipe.interval == 0
+        return self.steps > 0 and at_end and not measures(self.rows[-1])
+
     def step(self) -> dict[str, float]:
         """One step of the optimizer; returns its row of the metrics. Raises FloatingPointError for a loss of NaN."""
-        started, recipe, device = time.perf_counter(), self.recipe, next(self.model.parameters()).device
+        started, recipe = time.perf_counter(), self.recipe
         self.model.train()
         torch.manual_seed(recipe.seed * 1_000_003 + self.steps)
         loss, size = 0.0, 0
-        with backend(self.backend):
+        with self._context():
             for part in range(recipe.accumulate):
-                batch = self.task.batch(self.steps * recipe.accumulate + part)
-                with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
-                    share = self.model.loss(**{k: v.to(device) for k, v in batch.items()}) / recipe.accumulate
+                batch = moved(self.model, self.task.batch(self.steps * recipe.accumulate + part))
+                device = next(iter(batch.values())).device.type
+                with torch.autocast(device, torch.bfloat16, enabled=recipe.bfloat16):
+                    share = self.model.loss(**batch) / recipe.accumulate
                 share.backward()
                 loss, size = loss + share.item(), size + self.task.size(batch)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip).item()
@@ -135,52 +115,54 @@ class Run:
         return row
 
     def keep(self) -> None:
-        """Evaluates, and writes metrics, model and checkpoint, each of them whole or not at all."""
-        self.rows[-1] |= self.evaluate()
+        """Evaluates, and writes metrics, model and checkpoint, each of them whole or not at all.
+
+        Where the evaluation fails they are written without it, and the run's next start evaluates again.
+        """
+        try:
+            self.rows[-1] |= self.evaluate()
+        finally:
+            self._write()
+
+    def evaluate(self) -> dict[str, float]:
+        """The task's measures now."""
+        self.model.eval()
+        with torch.inference_mode(), self._context():
+            return self.task.evaluate(self.model)
+
+    def _context(self) -> AbstractContextManager[None]:
+        return backend(self.backend or requested_backend())
+
+    def _write(self) -> None:
         out = io.StringIO()
-        table = csv.DictWriter(out, list(dict.fromkeys(name for row in self.rows for name in row)))
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        table = csv.DictWriter(out, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(self.rows)
         self.task.save(self.model, self.folder)
         write_atomically(self.folder / "metrics.csv", out.getvalue().encode())
         state = {"identity": self._identity(), "steps": self.steps, "rows": self.rows, "seconds": self.seconds}
         state |= {name: getattr(self, name).state_dict() for name in _PARTS}
-        data = io.BytesIO()
-        torch.save(state, data)
-        write_atomically(self.folder / "checkpoint.pt", data.getvalue())
-
-    def evaluate(self) -> dict[str, float]:
-        """The task's measures now."""
-        self.model.eval()
-        with torch.inference_mode(), backend(self.backend):
-            return self.task.evaluate(self.model)
+        _checkpoint.write(self.folder / "checkpoint.pt", state)
 
     def _identity(self) -> dict[str, Any]:
         model = self.model
         return {
             "architecture": type(model).__name__, "config": model.config.to_dict(), "tokenizers": model.tokenizers,
-            "recipe": dataclasses.asdict(self.recipe), "backend": self.backend, "settings": self.settings,
+            "recipe": dataclasses.asdict(self.recipe), "backend": self.backend or requested_backend(),
+            "settings": self.settings,
         }  # fmt: skip
-
-    def _resume(self) -> None:
-        path = self.folder / "checkpoint.pt"
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            found = state["identity"]
-        except Exception as error:  # torch.load has many kinds for a file that is not whole
-            raise CheckpointError(f"{path} is no whole checkpoint: {error}; remove it to begin anew") from error
-        for name, mine in self._identity().items():
-            if found.get(name) != mine:
-                what = f"whose {name} is {found.get(name)}, not {mine}"
-                raise CheckpointError(f"{path} is of another run, {what}: choose another folder, or remove this one")
-        for name in _PARTS:
-            getattr(self, name).load_state_dict(state[name])
-        self.steps, self.rows, self.seconds = state["steps"], state["rows"], state["seconds"]
 
 
 def measures(row: dict[str, float]) -> dict[str, float]:
     """Of a row of the metrics, what the task measured; empty between evaluations."""
     return {name: value for name, value in row.items() if name not in COLUMNS}
+
+
+def moved(model: Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, by name, where the model is."""
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def train(*runs: Run) -> Iterator[tuple[Run, dict[str, float]]]:
@@ -189,12 +171,15 @@ def train(*runs: Run) -> Iterator[tuple[Run, dict[str, float]]]:
     Yields each step's run and row: with the task's measures where the run was evaluated and kept, at every interval and
     at its end.
     """
-    while not all(run.done for run in runs):
-        behind = min(run.steps for run in runs)
-        for run in runs:
-            if run.steps > behind or run.done:
+    for run in runs:
+        if run.due:
+            run.keep()
+    while going := [run for run in runs if not run.done]:
+        behind = min(run.steps for run in going)
+        for run in going:
+            if run.steps > behind:
                 continue
             row = run.step()
-            if run.steps % run.recipe.interval == 0 or run.done:
+            if run.due:
                 run.keep()
             yield run, row

@@ -87,6 +87,25 @@ def test_generate(trained, command):
     assert command(*arguments)[1].startswith("ROMEO.")
 
 
+def test_generate_ends_at_stops_and_at_the_last_position(trained, command):
+    arguments = ("generate", "--model", trained["gpt"], "--temperature", 0, "Romeo")
+    code, whole, errors = command(*arguments)
+    assert code == 0, errors
+    tokenizer = Tokenizer.load(trained["gpt"] / "text.json")
+    model = GPT.load(trained["gpt"] / "model.safetensors")
+    prompt = torch.tensor([tokenizer.encode("Romeo")])
+    ids = model.generate(prompt, max_new_tokens=64 - prompt.shape[1])[0].tolist()  # all that it has positions for
+    assert whole == tokenizer.decode(ids) + "\n\n"
+    new = ids[prompt.shape[1] :]
+    texts = {token: tokenizer.decode([token]) for token in new}
+    chosen = {text: token for token, text in texts.items() if tokenizer.encode(text) == [token]}
+    stops = sorted(chosen, key=lambda text: new.index(chosen[text]))[-2:]
+    first = prompt.shape[1] + min(new.index(chosen[text]) for text in stops)
+    code, output, errors = command(*arguments, "--stop", stops[1], "--stop", stops[0])
+    assert code == 0 and output == tokenizer.decode(ids[: first + 1]) + "\n\n", errors
+    assert output != whole
+
+
 def test_translate(trained, command, monkeypatch):
     folder, texts = trained["translation"], ["please open the file", "please hide it"]
     code, output, _ = command("translate", "--model", folder, "--beams", 2, *texts)
@@ -112,6 +131,12 @@ def test_translate(trained, command, monkeypatch):
         (("generate", "Romeo", "--max-new-tokens", 5, "--temperature", -1), "temperature must be 0 or more"),
         (("generate", "Romeo", "--max-new-tokens", 5, "--top-p", 2), "top_p"),
         (("generate", "Romeo", "--max-new-tokens", 5, "--top-k", 0), "top_k"),
+        (("generate", "Romeo", "--seed", -1), "--seed must be from 0"),
+        (("generate", "Romeo", "--seed", 2**64), "--seed must be from 0"),
+        (("generate", "Romeo", "--stop", "Romeo and Juliet"), "--stop 'Romeo and Juliet' is "),
+        (("generate", "Romeo", "--stop", ""), "--stop '' is 0 tokens"),
+        (("generate", "Romeo", "--device", "nowhere"), "--device nowhere: "),
+        (("translate", "please", "--device", "meta"), "--device meta: "),
         (("translate", ""), "one of the texts is empty"),
         (("translate", "please", ""), "one of the texts is empty"),
         (("translate", "please", "--beams", 0), "beams must be at least 1"),
@@ -132,7 +157,8 @@ def test_folders_that_are_not_whole(name, texts, trained, command, tmp_path):
         code, output, errors = command(verb, "--model", folder, "please")
         assert code == 2 and output == "" and errors.startswith(f"fasttx {verb}: ") and message in errors, errors
 
-    refused("there is no file", tmp_path / "missing")
+    missing = tmp_path / "missing"
+    refused(f"there is no model in {missing}: run `python -m fasttx train {name}` first", missing)
     refused("holds a ", trained["translation" if name == "gpt" else "gpt"])
     for text in texts:
         shutil.copytree(trained[name], tmp_path, dirs_exist_ok=True)
@@ -143,6 +169,9 @@ def test_folders_that_are_not_whole(name, texts, trained, command, tmp_path):
         refused("no whole tokenizer")
         (tmp_path / f"{text}.json").unlink()
         refused(f"{text}.json")
+        (tmp_path / f"{text}.json").mkdir()
+        refused(f"{text}.json")
+        (tmp_path / f"{text}.json").rmdir()
     shutil.copytree(trained[name], tmp_path, dirs_exist_ok=True)
     whole = (tmp_path / "model.safetensors").read_bytes()
     for length in (0, 5, len(whole) // 2, len(whole) - 1):

@@ -3,6 +3,8 @@
 import collections
 import math
 import re
+import shutil
+import weakref
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from fasttx.models import TokenizerMismatchError
 from fasttx.systems import SYSTEMS, System
 from fasttx.systems import multimodal as clothes
 from fasttx.systems._ngram import bits_per_character
-from fasttx.systems._system import Epochs
+from fasttx.systems._system import Epochs, described
 from fasttx.systems.translation import translate
 from fasttx.text import Tokenizer
 from fasttx.train import Recipe, Run, train
@@ -113,6 +115,74 @@ def test_epochs_are_of_any_lengths():
         Epochs(lambda epoch: [])[0]
 
 
+def test_epochs_keep_one_epoch():
+    made = []
+
+    class Batches(list):
+        pass
+
+    def make(number):
+        batches = Batches([number] * 3)
+        made.append(weakref.ref(batches))
+        return batches
+
+    epochs = Epochs(make)
+    assert [epochs[i] for i in range(30)] == [i // 3 for i in range(30)] and len(made) == 10
+    assert [reference() is not None for reference in made] == [False] * 9 + [True]
+    assert epochs[0] == 0 and len(made) == 11  # an earlier one is made again
+
+
+@EACH
+def test_everything_that_is_measured_goes_where_the_model_is(name, made, monkeypatch):
+    """To a device whose tensors hold nothing: as soon as a model is asked there is no more to see."""
+
+    class Asked(Exception):
+        pass
+
+    task = made(name)
+    model = modelled(task).eval().to("meta")
+
+    def asked(*arguments, **named):
+        assert {x.device.type for x in (*arguments, *named.values()) if isinstance(x, torch.Tensor)} == {"meta"}
+        raise Asked
+
+    for method in ("forward", "loss", "generate", "caption"):
+        if hasattr(model, method):
+            monkeypatch.setattr(model, method, asked)
+    with pytest.raises(Asked):
+        task.evaluate(model)
+    if name in ("translation", "multimodal"):
+        with pytest.raises(Asked):
+            list(task.report(model))
+
+
+@EACH
+def test_a_smaller_folder_is_seen(name, made, folder, tmp_path, pretrained):
+    """By how much there is, and by its checksum."""
+    task = made(name)
+    assert re.fullmatch(r"[\d,]+ (plays|lines|pairs|images) to learn from, \d+ held out \(checksum \w{8}\)", task.data)
+    assert task.data == made(name).data
+    if name in ("digits", "fashion", "multimodal"):  # of one folder, or of sizes that are given
+        return
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "shakespeare/03.txt").unlink()
+    lines = tmp_path / "sentiment/movieReviewSnippets_GroundTruth.txt"
+    lines.write_text("\n".join(lines.read_text().splitlines()[:-9]))
+    few = {f"please {word} it all": f"veuillez {word}" for word in ("open", "close", "print", "save") * 9}
+    few |= {f"now {word} number {i}": f"autre {word} {i}" for word in ("open", "close") for i in range(30)}
+    header = {"": "Content-Type: text/plain; charset=UTF-8\n"}
+    write(tmp_path / "translations/a/fr/LC_MESSAGES/a.mo", catalogue(header | few))
+    start = ["--start", pretrained] if name == "sentiment" else []
+    other = system(name, tmp_path, *start)
+    assert int(other.data.split()[0]) < int(task.data.split()[0])
+    assert other.data.split()[-1] != task.data.split()[-1]
+
+
+def test_a_checksum_is_of_the_data():
+    assert described("lines", ["a", "b"], ["c"]) != described("lines", ["a", "d"], ["c"])
+    assert described("lines", list("ab") * 600, ["c"]).startswith("1,200 lines to learn from, 1 held out (checksum ")
+
+
 def test_plays_are_held_out_whole(made, folder):
     plays = datasets.shakespeare(folder)
     train_text, held_out = made("gpt").texts
@@ -123,7 +193,10 @@ def test_plays_are_held_out_whole(made, folder):
     unseen = [play.split(".")[0] for play in plays if play in held_out]  # "Play 7", which no other play says
     trained = {bert.tokenizer.decode(side) for batch in (bert.batches[i] for i in range(20)) for pair in batch
                for side in (pair.first, pair.second)}  # fmt: skip
-    tested = {bert.tokenizer.decode(ids) for batch in bert.held_out for ids in batch["token_ids"]}
+    tested = set()
+    for batch in bert.held_out:
+        masked = batch["mlm_targets"] != -100
+        tested |= set(map(bert.tokenizer.decode, torch.where(masked, batch["mlm_targets"], batch["token_ids"])))
     assert any(play in text for play in unseen for text in tested)
     assert not any(re.search(rf"{play}\b", text) for play in unseen for text in trained)
 

@@ -1,18 +1,18 @@
 """The training loop: what a step does, and that a run which was killed goes on as if it had not been."""
 
 import csv
+import dataclasses
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 import fasttx
+from fasttx import dispatch
 from fasttx.models import BertConfig, BertForSequenceClassification, BertHeadConfig
-from fasttx.train import COLUMNS, CheckpointError, Recipe, Run, measures, train
+from fasttx.train import COLUMNS, CheckpointError, Recipe, Run, measures, moved, train
 
 pytest.importorskip("safetensors")
 
@@ -65,6 +65,7 @@ def test_the_files_of_a_run(tmp_path):
     assert evaluated == [4, 8, 12]
     written = rows(tmp_path)
     assert list(written[0]) == [name for name in COLUMNS if name != "seconds"] + ["held_out"]
+    assert b"\r" not in (tmp_path / "metrics.csv").read_bytes()
     assert [float(row["loss"]) for row in written] == [row["loss"] for _, row in yielded]
     assert [row["held_out"] != "" for row in written] == [step % 4 == 0 for step in range(1, 13)]
     loaded = BertForSequenceClassification.load(tmp_path / "model.safetensors")
@@ -107,34 +108,142 @@ def test_it_goes_on_bit_for_bit(tmp_path, bfloat16, accumulate):
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")
-def test_it_goes_on_after_kill_9(tmp_path):
-    """Killed again and again, at whatever moment, until it is done."""
-    code = (
-        "import sys, test_train as t; from pathlib import Path; from fasttx.train import Recipe, train\n"
-        "recipe = Recipe(steps=60, learning_rate=1e-2, warmup=3, interval=3, bfloat16=False)\n"
-        "list(train(t.made(Path(sys.argv[1]), recipe)))"
-    )
+# Trains in the folder of its first argument, and once more for every moment: killed there, and gone on with.
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
 
-    def start(name):
-        paths = [os.path.dirname(__file__), *sys.path]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, "-c", code, str(tmp_path / name)], env=environment)
+import torch
 
-    assert start("whole").wait() == 0
-    checkpoint, kills = tmp_path / "broken" / "checkpoint.pt", 0
-    while True:
-        process, before = start("broken"), checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        while process.poll() is None and kills < 3:
-            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
-                time.sleep(0.003 * kills)
-                process.kill()
-        if process.wait() == 0:
-            break
-        assert process.returncode == -signal.SIGKILL
-        kills += 1
-    assert kills == 3
-    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+import test_train as t
+from fasttx.train import Recipe, train
+
+torch.set_num_threads(1)
+root, interval = Path(sys.argv[1]), 2
+recipe = Recipe(steps=3 * interval, learning_rate=1e-2, warmup=3, interval=interval, bfloat16=False)
+
+def forked(work):
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException as error:
+            print(error, file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def run(folder, moment=None):
+    # Each file that is kept has four moments: before it is on the disk, then before and after it gets its name.
+    passed = 0
+
+    def passing():
+        nonlocal passed
+        passed += 1
+        if passed == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched(function, after):
+        def call(*arguments):
+            passing()
+            function(*arguments)
+            if after:
+                passing()
+        return call
+
+    if moment is not None:
+        os.fsync, os.replace = watched(os.fsync, False), watched(os.replace, True)
+    list(train(t.made(root / folder, recipe)))
+
+assert forked(lambda: run("whole")) == 0
+moments = 0
+while True:
+    folder = str(moments)
+    code = forked(lambda: run(folder, moments + 1))
+    if code == 0:
+        break
+    assert code == -signal.SIGKILL, code
+    # Three files of three moments an interval; the last of them is after the checkpoint has its name.
+    assert t.made(root / folder, recipe).steps == (moments + 1) // 9 * interval, moments
+    assert forked(lambda: run(folder)) == 0
+    moments += 1
+print(moments)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork, nor kill -9")
+def test_it_goes_on_after_kill_9_at_any_moment(tmp_path):
+    """Before and after each call that puts a file on the disk or in its place: of every interval, of every file."""
+    paths = [os.path.dirname(__file__), *sys.path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _KILLED, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    moments = int(done.stdout)
+    assert moments == 3 * 3 * 3
+    whole = contents(tmp_path / "whole")
+    assert len(whole[1]) == 6 and all(contents(tmp_path / str(moment)) == whole for moment in range(moments))
+
+
+@pytest.mark.parametrize("steps", [(3, 6), (6, 3), (6, 3, 4)])
+def test_runs_of_different_lengths(tmp_path, steps):
+    recipes = [Recipe(steps=n, warmup=1, interval=2, bfloat16=False) for n in steps]
+    runs = [made(tmp_path / str(i), recipe) for i, recipe in enumerate(recipes)]
+    order = [runs.index(run) for run, _ in train(*runs)]
+    assert order == [i for step in range(6) for i, n in enumerate(steps) if step < n]
+    assert [len(rows(run.folder)) for run in runs] == list(steps)
+
+
+def test_what_was_learned_survives_an_evaluation_that_fails(tmp_path):
+    """And it is evaluated as soon as that goes."""
+
+    class Failing(Sums):
+        fails = True
+
+        def evaluate(self, model):
+            if self.fails and self.asked:
+                raise ValueError("there is nothing to measure it with")
+            self.asked = True
+            return super().evaluate(model)
+
+    task = Failing()
+    task.asked = False
+    with pytest.raises(ValueError, match="nothing to measure"):
+        list(train(made(tmp_path / "failed", task=task)))
+    assert [row["held_out"] != "" for row in rows(tmp_path / "failed")] == [step == 4 for step in range(1, 9)]
+    task.fails = False
+    again = made(tmp_path / "failed", task=task)
+    assert again.steps == 8
+    list(train(again))
+    list(train(made(tmp_path / "whole")))
+    assert contents(tmp_path / "failed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("named", [None, "reference"])
+def test_the_callers_backend_counts(tmp_path, named, needs_extension):
+    """Unless the run has its own; a checkpoint knows which it was."""
+    taken = set()
+    dispatch.listeners.append(lambda decision: taken.add(decision.backend == "reference"))
+    try:
+        run = made(tmp_path / "auto", backend=named)
+        run.step()
+        assert taken == {named == "reference"}
+        taken.clear()
+        with fasttx.backend("reference"):
+            list(train(made(tmp_path / "reference", backend=named)))
+        assert taken == {True}
+    finally:
+        dispatch.listeners.pop()
+    if named is None:
+        with pytest.raises(CheckpointError, match=r"whose backend is reference \(here auto\): choose"):
+            made(tmp_path / "reference")
+    assert made(tmp_path / "reference", backend="reference").done
+
+
+def test_batches_go_where_the_model_is():
+    model = plain()
+    assert moved(model, Sums().batch(0))["token_ids"].device.type == "cpu"
+    assert {x.device.type for x in moved(model.to("meta"), Sums().batch(0)).values()} == {"meta"}
 
 
 def test_accumulated_batches_are_one_of_their_size(tmp_path):
@@ -178,14 +287,19 @@ def test_a_long_gradient_is_clipped_and_matrices_alone_decay(tmp_path):
 
 
 def test_another_runs_folder_is_left_alone(tmp_path):
-    list(train(made(tmp_path)))
+    list(train(made(tmp_path, settings={"batch": 8})))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(CheckpointError, match="of another run, whose recipe"):
-        made(tmp_path, Recipe(steps=13, learning_rate=1e-2, warmup=3, interval=4, bfloat16=False))
-    with pytest.raises(CheckpointError, match="whose config"):
-        Run(plain(), Sums(), RECIPE, tmp_path)
-    with pytest.raises(CheckpointError, match="whose backend"):
-        made(tmp_path, backend="reference")
+    settings = {"batch": 8, "name": "sums"}
+    for different, make in (
+        (r"recipe\.steps is 12 \(here 13\), recipe\.seed is 0 \(here 5\)",
+         lambda: made(tmp_path, dataclasses.replace(RECIPE, steps=13, seed=5), settings={"batch": 8})),
+        (r"config\.bert\.layers is 2 \(here 1\), config\.bert\.dropout is 0\.1 \(here 0\.0\)",
+         lambda: Run(plain(), Sums(), RECIPE, tmp_path, settings={"batch": 8})),
+        (r"backend is auto \(here reference\)", lambda: made(tmp_path, backend="reference", settings={"batch": 8})),
+        (r"settings\.name is None \(here sums\)", lambda: made(tmp_path, settings=settings)),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match=f"is of another run, whose {different}: choose"):
+            make()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -228,7 +342,8 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"interval": 0}, {"accumulate": 0}, {"warmup": -1},
-                                   {"learning_rate": 0.0}, {"clip": float("nan")}])  # fmt: skip
+                                   {"learning_rate": 0.0}, {"clip": float("nan")}, {"weight_decay": -0.1},
+                                   {"seed": -1}, {"seed": 2**40}])  # fmt: skip
 def test_a_recipe_that_is_none(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Recipe(**{"steps": 1} | wrong)

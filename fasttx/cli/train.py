@@ -1,4 +1,8 @@
-"""`python -m fasttx train <system>`: a model trained on real data, and beside it the same on the reference path."""
+"""`python -m fasttx train <system>`: a model trained on real data.
+
+And beside it, step by step in turn, what it is measured against: `--beside reference`, the same without fasttx's
+kernels; `--beside torch`, the same on torch.nn's own modules; or one of the system's variants, with less in it.
+"""
 
 import argparse
 import dataclasses
@@ -9,19 +13,20 @@ from typing import Any
 import torch
 
 import fasttx
-from fasttx.cli import CommandError, console, need
-from fasttx.dispatch import BACKENDS, UnsupportedError
+from fasttx.cli import CommandError, add_device, console, need, require_device
+from fasttx.dispatch import BACKENDS, UnsupportedError, backend, requested_backend
 from fasttx.finetune import trainable
 from fasttx.measure import Measurement
 from fasttx.systems import SYSTEMS, System
 from fasttx.systems._torch import TorchRun
-from fasttx.train import CheckpointError, Recipe, Run, measures, train
+from fasttx.train import Recipe, Run, measures, train
 
 # Without fasttx's kernels: its reference path, and torch.nn's own modules.
 _PLAIN = {"reference": Run, "torch": TorchRun}
 # Arguments that do not change what is trained, or that the recipe and the run have already.
-_NO_SETTINGS = {"command", "system", "data", "output", "threads", "backend", "beside", "float32"}
-_CHANGES = {"steps": int, "learning_rate": float, "accumulate": int, "interval": int, "seed": int}
+_RECIPE = [field.name for field in dataclasses.fields(Recipe)]
+_NO_SETTINGS = {"command", "system", "data", "output", "threads", "backend", "beside", "beams", *_RECIPE}
+_PACKAGES = ("safetensors", "rich.progress", "matplotlib.pyplot")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
         one.add_argument("--data", type=Path, default=Path("data"), help="folder that `make data` fills")
         one.add_argument("--output", type=Path, default=Path("results") / name, help="folder; a run in it goes on")
-        for option, kind in _CHANGES.items():
-            flag = "--" + option.replace("_", "-")
-            one.add_argument(flag, type=kind, default=getattr(system.recipe, option), help="of the recipe")
-        one.add_argument("--float32", action="store_true", help="train without torch.autocast to bfloat16")
+        for option in _RECIPE:
+            default, flag = getattr(system.recipe, option), "--" + option.replace("_", "-")
+            switch = isinstance(default, bool)
+            kind = {"action": argparse.BooleanOptionalAction} if switch else {"type": type(default)}
+            one.add_argument(flag, **kind, default=default, help="of the recipe")
+        one.set_defaults(warmup=None)  # the recipe's share of the steps: see _recipe
+        one.add_argument(
+            "--float32", dest="bfloat16", action="store_false", default=argparse.SUPPRESS, help="as --no-bfloat16"
+        )
         one.add_argument("--threads", type=int, help="PyTorch's own choice unless given")
-        one.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="whose kernels run")
+        add_device(one)
+        names = ("auto", *BACKENDS)
+        one.add_argument("--backend", choices=names, default=requested_backend(), help="whose kernels run")
         others = (*_PLAIN, *system.variants)
         one.add_argument("--beside", choices=others, nargs="+", default=[], help="what to train with it, step by step")
         system.add_arguments(one)
@@ -47,72 +59,100 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, and prints what was reached."""
-    screen = console()
+    screen = console("train")
     say = functools.partial(screen.print, markup=False, soft_wrap=True)
+    for package in (*_PACKAGES, *SYSTEMS[args.system].packages):
+        need(package, extra="train")
+    device = require_device(args.device)
+    for name in ("batch", "threads"):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            raise CommandError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    if getattr(args, "batch", 1) < 1:
-        raise CommandError(f"--batch must be at least 1, got {args.batch}")
     try:
-        recipe = SYSTEMS[args.system].recipe
-        changes = {name: getattr(args, name) for name in _CHANGES}
-        recipe = dataclasses.replace(recipe, bfloat16=recipe.bfloat16 and not args.float32, **changes)
+        recipe = _recipe(args)
         system = SYSTEMS[args.system](args)
         system.batch(0)  # refuses sizes that do not fit the data
         settings = {
             name: value if isinstance(value, (bool, int, float)) else str(value)
-            for name, value in vars(args).items() if name not in {*_NO_SETTINGS, *_CHANGES}
-        }  # fmt: skip
-        runs = {args.system: _run(system, recipe, args.output, args.backend, settings)}
+            for name, value in vars(args).items() if name not in _NO_SETTINGS
+        } | {"data": system.data}  # fmt: skip
+        made = functools.partial(_run, recipe=recipe, device=device)
+        runs = {args.system: made(system, args.output, args.backend, settings)}
         for name in args.beside:
             folder, its_own = args.output / name, settings | {"beside": name}
             if name in _PLAIN:
-                runs[name] = _run(system, recipe, folder, "reference", its_own, _PLAIN[name])
+                runs[name] = made(system, folder, "reference", its_own, kind=_PLAIN[name])
+                _require_in_turn(runs[args.system], runs[name], name)
             else:
-                runs[name] = _run(system.variant(name), recipe, folder, args.backend, its_own)
-    except (CheckpointError, FileNotFoundError, ImportError, ValueError) as error:
+                runs[name] = made(system.variant(name), folder, args.backend, its_own)
+        # Only now, as another run's folder has to stay as it was.
+        for folder in (one.folder for one in runs.values()):
+            for name, tokenizer in system.tokenizers.items():
+                tokenizer.save(folder / f"{name}.json")
+    except (ImportError, OSError, ValueError) as error:
         raise CommandError(error) from error
+    say(f"{args.system}: {system.data}")
     for name, one in runs.items():
         goes_on = f", from step {one.steps}" if one.steps else ""
         say(f"{name}: {type(one.model).__name__} in {one.folder}{goes_on}; {trainable(one.model)}")
 
     try:
-        _train(screen, runs)
-    except (FloatingPointError, UnsupportedError) as error:
-        raise CommandError(error) from error
-    plot = _plot(runs, args.output / "loss.png")
-    for name, one in runs.items():
-        speed = sum(row["size"] for row in one.rows) / one.seconds
-        took = f"{one.steps} steps in {one.seconds:.0f} s, {speed:,.0f} a second"
-        say(f"{name}: {_words(one.evaluate())}; {took}")
-    for name in _PLAIN.keys() & runs.keys():
-        say(_comparison(runs[args.system], runs[name], name))
-    for line in system.report(runs[args.system].model.eval()):
-        say(line)
+        _train(screen, runs, system.unit)
+        plot = _plot(runs, args.output / "loss.png")
+        for name, one in runs.items():
+            speed = sum(row["size"] for row in one.rows) / one.seconds
+            took = f"{one.steps} steps in {one.seconds:.0f} s, {speed:,.0f} {system.unit} a second"
+            say(f"{name}: {_words(measures(one.rows[-1]))}; {took}")
+        for name in _PLAIN.keys() & runs.keys():
+            say(_comparison(runs[args.system], runs[name], name))
+        with backend(args.backend):
+            for line in system.report(runs[args.system].model.eval()):
+                say(line)
+    except (FloatingPointError, ImportError, OSError, UnsupportedError, ValueError) as error:
+        kept = f" (what was trained before is in {args.output})" if (args.output / "checkpoint.pt").exists() else ""
+        raise CommandError(f"{error}{kept}") from error
     say(f"Plot: {plot}")
     return 0
 
 
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """The system's with what was asked for; the warm-up of fewer steps is as large a share of them."""
+    usual, warmup = SYSTEMS[args.system].recipe, args.warmup
+    if warmup is None:
+        warmup = min(usual.warmup, usual.warmup * args.steps // usual.steps)
+    elif warmup > args.steps:
+        raise ValueError(f"--warmup {warmup} of --steps {args.steps}: the learning rate would never be reached")
+    return Recipe(**{name: getattr(args, name) for name in _RECIPE} | {"warmup": warmup})
+
+
 def _run(
-    system: System, recipe: Recipe, folder: Path, backend: str, settings: dict[str, Any], kind: type[Run] = Run
-) -> Run:
+    system: System, folder: Path, backend: str, settings: dict[str, Any], *, recipe: Recipe, device: torch.device,
+    kind: type[Run] = Run,
+) -> Run:  # fmt: skip
     """A run of a model that is the same for every backend."""
     torch.manual_seed(recipe.seed)
-    model = system.model()
+    model = system.model().to(device)
     model.bind(**system.tokenizers)
-    # Refuses another run's folder before it is written to.
-    made = kind(model, system, recipe, folder, backend=backend, settings=settings)
-    for name, tokenizer in system.tokenizers.items():
-        tokenizer.save(folder / f"{name}.json")
-    return made
+    return kind(model, system, recipe, folder, backend=backend, settings=settings)
 
 
-def _train(screen, runs: dict[str, Run]) -> None:
+def _require_in_turn(fast: Run, other: Run, name: str) -> None:
+    """Raises ValueError unless they are as far as each other, or as a run that was killed leaves them."""
+    apart = abs(fast.steps - other.steps)
+    if apart > fast.recipe.interval or (apart and fast.done and not other.steps):
+        raise ValueError(
+            f"{fast.folder} is at step {fast.steps} and {name} beside it at step {other.steps}: steps that were not "
+            "taken in turn cannot be compared, choose another --output"
+        )
+
+
+def _train(screen, runs: dict[str, Run], unit: str) -> None:
     """With a bar on a terminal, and a line at every evaluation."""
-    progress = need("rich.progress")
+    progress = need("rich.progress", extra="train")
     columns = (
         progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
-        progress.TextColumn("loss {task.fields[loss]:.3f}, {task.fields[speed]:,.0f} a second"),
+        progress.TextColumn("loss {task.fields[loss]:.3f}, {task.fields[speed]:,.0f} " + unit + " a second"),
         progress.TimeRemainingColumn(),
     )  # fmt: skip
     with progress.Progress(*columns, console=screen) as bar:
@@ -147,17 +187,17 @@ def _comparison(fast: Run, other: Run, name: str) -> str:
 
 def _plot(runs: dict[str, Run], path: Path) -> Path:
     """The losses by step, and the measures."""
-    need("matplotlib").use("Agg")
-    pyplot = need("matplotlib.pyplot")
+    need("matplotlib", extra="train").use("Agg")
+    pyplot = need("matplotlib.pyplot", extra="train")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
     for name, one in runs.items():
         width = max(1, len(one.rows) // 100)
         losses = torch.tensor([row["loss"] for row in one.rows]).unfold(0, width, 1).mean(1)
-        left.plot(range(width, width + len(losses)), losses.tolist(), label=name)
+        left.plot(range(width, width + len(losses)), losses.tolist(), label=f"{name}: mean of {width} steps")
         kept = [row for row in one.rows if measures(row)]
         for key in measures(kept[-1]):
             right.plot([row["step"] for row in kept], [row[key] for row in kept], "o-", label=f"{name}: {key}")
-    left.set(xlabel="step", ylabel=f"training loss, mean of {width} steps")
+    left.set(xlabel="step", ylabel="training loss")
     right.set(xlabel="step", title="held out")
     for axes in (left, right):
         axes.legend(frameon=False)

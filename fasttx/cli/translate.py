@@ -10,14 +10,14 @@ from fasttx.systems.translation import translate
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, and the texts: as arguments, or by lines on standard input."""
-    _trained.add_folder(parser, "translation")
+    _trained.add_arguments(parser, "translation")
     parser.add_argument("texts", nargs="*", help="English texts; by default the lines of standard input")
     parser.add_argument("--beams", type=int, default=4, help="1 takes the likeliest token each time")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints a line for each text."""
-    model, (source, target) = _trained.load(EncoderDecoder, args.model, "source", "target")
+    model, (source, target) = _trained.load(EncoderDecoder, args, "source", "target")
     texts = args.texts or [line.strip() for line in sys.stdin if line.strip()]
     if not texts:
         raise CommandError("there is no text to translate: give it as an argument, or by lines on standard input")

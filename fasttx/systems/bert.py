@@ -10,12 +10,13 @@ from torch import Tensor
 from fasttx import data, datasets, finetune
 from fasttx.models import Bert, BertConfig, BertForPretraining, BertForSequenceClassification, Model
 from fasttx.text import Tokenizer
-from fasttx.train import Recipe
+from fasttx.train import Recipe, moved
 
-from ._system import Epochs, System
+from ._system import Epochs, System, described
 
 _MINILM = Path("minilm")
 _SHORTEST = 4  # tokens in what counts as a sentence
+_LONGEST = 128  # tokens of a line that is told from others
 
 
 class BertSystem(System):
@@ -28,6 +29,7 @@ class BertSystem(System):
         super().__init__(args)
         self.args = args
         plays, held_out = datasets.split(datasets.shakespeare(args.data), 0.1, seed=0)
+        self.data = described("plays", plays, held_out)
         # Byte pairs of the texts that it is fine-tuned to as well, as a model has one tokenizer all its life.
         texts = [*plays, *(text for text, _ in _sentiment(args.data)[0])]
         self.tokenizer = Tokenizer.train("bpe", texts, vocab_size=args.vocabulary)
@@ -83,13 +85,14 @@ class BertSystem(System):
     def evaluate(self, model: Model) -> dict[str, float]:
         told, right = torch.zeros(2), torch.zeros(2)
         for batch in self.held_out:
+            batch = moved(model, batch)
             tokens, next_sentence = model(batch["token_ids"], batch["segment_ids"], batch["padding"])
             masked = batch["mlm_targets"] != -100
             for i, (logits, targets) in enumerate(
                 ((tokens[masked], batch["mlm_targets"][masked]), (next_sentence, batch["nsp_targets"]))
             ):
                 told[i] += len(targets)
-                right[i] += (logits.argmax(-1) == targets).sum()
+                right[i] += (logits.argmax(-1) == targets).sum().item()
         masked, following = (right / told).tolist()
         return {"masked_accuracy": masked, "next_accuracy": following}
 
@@ -104,10 +107,16 @@ class SentimentSystem(System):
         super().__init__(args)
         self.args = args
         self.start = datasets.minilm() if args.start == _MINILM else args.start
+        if not any((self.start / file).exists() for file in ("config.json", "model.safetensors")):
+            raise FileNotFoundError(
+                f"there is no BERT in {self.start}: run `python -m fasttx train bert` first, or take --start minilm"
+            )
         self.tokenizer = Tokenizer.load(self.start / ("text.json" if _is_ours(self.start) else "tokenizer.json"))
         self.tokenizers = {"text": self.tokenizer}
         self.adapted: dict[Model, torch.nn.Module] = {}  # by a model, itself with its adapters around
+        self.longest = min(_LONGEST, self._pretrained().config.max_positions)
         train, held_out = _sentiment(args.data)
+        self.data = described("lines", train, held_out)
         self.train, self.held_out = map(self._encoded, (train, held_out))
         lengths = [len(ids) for ids, _ in self.train]
         self.batches = Epochs(
@@ -122,15 +131,19 @@ class SentimentSystem(System):
         parser.add_argument("--rank", type=int, default=8, help="of LoRA's matrices")
         parser.add_argument("--tokens", type=int, default=2000, help="in a batch, with padding")
 
-    def model(self) -> Model:
-        start, method = self.start, self.args.method
-        if _is_ours(start):
-            pretrained = BertForPretraining.load(start / "model.safetensors")
+    def _pretrained(self) -> Bert | BertForPretraining:
+        """What it starts from; raises ValueError where the tokenizer is not its."""
+        if _is_ours(self.start):
+            pretrained = BertForPretraining.load(self.start / "model.safetensors")
         else:
-            pretrained = Bert.from_pretrained(start)
+            pretrained = Bert.from_pretrained(self.start)
             pretrained.bind(text=self.tokenizer)
         pretrained.require_tokenizers(text=self.tokenizer)
-        model = BertForSequenceClassification.from_encoder(pretrained, labels=2)
+        return pretrained
+
+    def model(self) -> Model:
+        method = self.args.method
+        model = BertForSequenceClassification.from_encoder(self._pretrained(), labels=2)
         if method == "lora":
             self.adapted[model] = finetune.lora(model, rank=self.args.rank, alpha=2 * self.args.rank)
             model.classifier.requires_grad_(True)  # it is new
@@ -140,7 +153,7 @@ class SentimentSystem(System):
 
     def _encoded(self, lines: list[tuple[str, int]]) -> list[tuple[list[int], int]]:
         t = self.tokenizer
-        return [([t.cls_id, *t.encode(text)[:126], t.sep_id], label) for text, label in lines]
+        return [([t.cls_id, *t.encode(text)[: self.longest - 2], t.sep_id], label) for text, label in lines]
 
     def batch(self, index: int) -> dict[str, Tensor]:
         return self._collated([self.train[i] for i in self.batches[index]])
@@ -156,7 +169,7 @@ class SentimentSystem(System):
     def evaluate(self, model: Model) -> dict[str, float]:
         lines, right = sorted(self.held_out, key=lambda line: len(line[0])), 0
         for start in range(0, len(lines), 128):
-            batch = self._collated(lines[start : start + 128])
+            batch = moved(model, self._collated(lines[start : start + 128]))
             labels = batch.pop("targets")
             right += (model(**batch).argmax(-1) == labels).sum().item()
         return {"accuracy": right / len(lines)}

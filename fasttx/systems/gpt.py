@@ -11,10 +11,10 @@ from torch import Tensor
 from fasttx import data, datasets, functional
 from fasttx.models import GPT, Config, GPTConfig, Model
 from fasttx.text import Tokenizer
-from fasttx.train import Recipe
+from fasttx.train import Recipe, moved
 
 from ._ngram import bits_per_character
-from ._system import System
+from ._system import System, described
 
 _ORDERS = (3, 4, 5, 6, 7)
 
@@ -28,11 +28,14 @@ class GPTSystem(System):
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
         train, held_out = datasets.split(datasets.shakespeare(args.data), 0.1, seed=0)
+        self.data = described("plays", train, held_out)
         self.texts = "\n\n".join(train), "\n\n".join(held_out)
         tokenizer = Tokenizer.train("bpe", train, vocab_size=args.vocabulary)
         self.tokenizers = {"text": tokenizer}
         self.train, self.held_out = (torch.tensor(tokenizer.encode(text)) for text in self.texts)
         self.args = args
+        if len(self.held_out) <= args.context:
+            raise ValueError(f"--context {args.context}: the held-out plays have {len(self.held_out)} tokens")
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -60,8 +63,10 @@ class GPTSystem(System):
         """Every held-out token but the first, after those before it in its window."""
         length = self.args.context
         windows = self.held_out[: (len(self.held_out) - 1) // length * length + 1].unfold(0, length + 1, length)
-        parts = windows.split(self.args.batch)
-        nats = sum(model.loss(part[:, :-1], part[:, 1:]).item() * part[:, 1:].numel() for part in parts)
+        nats = 0.0
+        for part in windows.split(self.args.batch):
+            batch = moved(model, {"token_ids": part[:, :-1], "targets": part[:, 1:]})
+            nats += model.loss(**batch).item() * batch["targets"].numel()
         predicted = self.tokenizers["text"].decode(self.held_out[1 : windows[:, 1:].numel() + 1].tolist())
         return {"bits_per_character": nats / math.log(2) / len(predicted)}
 

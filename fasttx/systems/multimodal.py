@@ -10,9 +10,9 @@ from torch import Tensor
 from fasttx import datasets
 from fasttx.models import BertConfig, Model, Multimodal, MultimodalConfig, ViTConfig
 from fasttx.text import Tokenizer
-from fasttx.train import Recipe
+from fasttx.train import Recipe, moved
 
-from ._system import System
+from ._system import System, described
 
 _NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 _PLACES = {"T-shirt": "chest", "pullover": "chest", "coat": "chest", "shirt": "chest", "trouser": "legs",
@@ -36,11 +36,13 @@ class MultimodalSystem(System):
     summary = "image and question to an answer on Fashion-MNIST: accuracy, against either alone"
     recipe = Recipe(steps=1500, learning_rate=1e-3, warmup=100, interval=500)
     variants = ("image", "text")
+    unit = "images"
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
         self.args, self.modality = args, "both"
         (self.images, self.labels), held_out = (datasets.fashion_mnist(args.data, part) for part in ("train", "test"))
+        self.data = described("images", self.labels.tolist(), held_out[1].tolist())
         # As many are bright as not.
         self.threshold = _brightness(self.images).median()
         captions = [_caption(name, bright) for name in _NAMES for bright in (True, False)]
@@ -109,12 +111,13 @@ class MultimodalSystem(System):
     def evaluate(self, model: Model) -> dict[str, float]:
         right = 0
         for images, questions, answers, _ in zip(*(part.split(500) for part in self.held_out), strict=True):
-            right += (model(**self._arguments(images, questions)).argmax(-1) == answers).sum().item()
+            told = model(**moved(model, self._arguments(images, questions))).argmax(-1)
+            right += (told.cpu() == answers).sum().item()
         return {"accuracy": right / len(self.held_out[0])}
 
     def report(self, model: Model) -> Iterator[str]:
         images, questions, answers, captions = (part[:_EXAMPLES] for part in self.held_out)
-        arguments, tokenizer = self._arguments(images, questions), self.tokenizers["text"]
+        arguments, tokenizer = moved(model, self._arguments(images, questions)), self.tokenizers["text"]
         with torch.inference_mode():
             told = model(**arguments).argmax(-1).tolist()
             written = model.caption(**arguments, max_new_tokens=self.captions.token_ids.shape[1]).tolist()

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from fasttx import data, datasets
+from fasttx import checks, data, datasets
 from fasttx._optional import import_optional
 from fasttx.models import EncoderDecoder, EncoderDecoderConfig, Model
 from fasttx.text import Tokenizer
-from fasttx.train import Recipe
+from fasttx.train import Recipe, moved
 
-from ._system import Epochs, System
+from ._system import Epochs, System, described
 
 _LONGEST = 60  # tokens; longer pairs are left out
 _EXAMPLES = 8
@@ -23,10 +23,12 @@ class TranslationSystem(System):
 
     summary = "encoder-decoder on English-French catalogues: held-out BLEU"
     recipe = Recipe(steps=2000, learning_rate=1e-3, warmup=200, interval=500)
+    packages = ("sacrebleu",)
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
         self.args = args
+        checks.require_size("beams", args.beams)
         pairs = datasets.translations(args.data, min_words=2)
         pairs, self.held_out = datasets.split(pairs, 0.03, seed=0)
         pairs = _without(pairs, self.held_out)
@@ -34,6 +36,7 @@ class TranslationSystem(System):
         self.tokenizers = {"source": self.tokenizer, "target": self.tokenizer}
         encoded = [tuple(map(self.tokenizer.encode, pair)) for pair in pairs]
         self.pairs = [pair for pair in encoded if max(map(len, pair)) <= _LONGEST]
+        self.data = described("pairs", self.pairs, self.held_out)
         lengths = [max(map(len, pair)) + 2 for pair in self.pairs]
         self.batches = Epochs(
             lambda epoch: data.length_buckets(lengths, tokens=args.tokens, generator=self.generator(1, epoch))
@@ -128,13 +131,11 @@ def translate(
         raise ValueError("one of the texts is empty: there is nothing to translate")
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
     translated = [""] * len(texts)
-    device = next(model.parameters()).device
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
         ids, padding = data.pad([encoded[i] for i in part], source.pad_id)
-        written = model.generate(
-            ids.to(device), source_padding=padding.to(device), max_new_tokens=max_new_tokens, beams=beams
-        )
+        read = moved(model, {"source": ids, "source_padding": padding})
+        written = model.generate(**read, max_new_tokens=max_new_tokens, beams=beams)
         for i, row in zip(part, written.tolist(), strict=True):
             translated[i] = target.decode(row)
     return translated

@@ -8,14 +8,15 @@ from torch.nn import functional as F
 
 from fasttx import datasets
 from fasttx.models import Model, ViT, ViTConfig
-from fasttx.train import Recipe
+from fasttx.train import Recipe, moved
 
-from ._system import Epochs, System
+from ._system import Epochs, System, described
 
 
 class ImageSystem(System):
     """Images and their classes; each is shifted by up to `shift` pixels, and mirrored with `mirror`, in training."""
 
+    unit = "images"
     patch: int
     shift = 0
     mirror = False
@@ -25,6 +26,7 @@ class ImageSystem(System):
         super().__init__(args)
         self.args = args
         self.images, self.labels, self.held_out, self.held_out_labels = self.read(args)
+        self.data = described("images", self.labels.tolist(), self.held_out_labels.tolist())
         self.batches = Epochs(
             lambda epoch: torch.randperm(len(self.images), generator=self.generator(1, epoch)).split(args.batch)
         )
@@ -72,10 +74,10 @@ class ImageSystem(System):
         return len(batch["images"])
 
     def evaluate(self, model: Model) -> dict[str, float]:
-        right = sum(
-            (model(images).argmax(-1) == labels).sum().item()
-            for images, labels in zip(self.held_out.split(500), self.held_out_labels.split(500), strict=True)
-        )
+        right = 0
+        for images, labels in zip(self.held_out.split(500), self.held_out_labels.split(500), strict=True):
+            batch = moved(model, {"images": images, "labels": labels})
+            right += (model(batch["images"]).argmax(-1) == batch["labels"]).sum().item()
         return {"accuracy": right / len(self.held_out)}
 
 
