@@ -447,6 +447,8 @@ def test_bad_input():
         ((ids, ids[:, :3]), ValueError, "segment_ids"),
         ((ids, None, flags.float()), TypeError, "padding must be bool"),
         ((ids, None, flags[:, :4]), ValueError, "padding must have the tokens' shape"),
+        ((ids, None, torch.arange(5).expand(2, 5) < 2), ValueError, "padding must be on the right of each row"),
+        ((ids, None, (torch.arange(5) == 2).expand(2, 5)), ValueError, "padding must be on the right of each row"),
     ]
     for arguments, kind, match in cases:
         with pytest.raises(kind, match=match):

@@ -15,7 +15,15 @@ from torch import Tensor
 from fasttx.nn import TransformerEmbedding, TransformerEncoder, TransformerEncoderLayer
 
 from ._config import Config
-from ._layers import ACTIVATIONS, Linear, draw_weights, require_entries, require_layer, require_padding, require_sizes
+from ._layers import (
+    ACTIVATIONS,
+    Linear,
+    draw_weights,
+    require_entries,
+    require_layer,
+    require_right_padding,
+    require_sizes,
+)
 from ._model import Model, making, require_length, require_token_ids
 from ._pretrained import own_activation, read_pretrained, renamed
 
@@ -93,8 +101,8 @@ class Bert(Model):
         """token_ids (B, T) -> the hidden states (B, T, width).
 
         segment_ids (B, T): 0 where None. padding (B, T): bool, True = padding, on the right: positions are counted from
-        a row's beginning, whatever stands there. Raises TypeError and ValueError for what
-        is not so, an empty batch, more tokens than positions, and ids that the embeddings do not have.
+        a row's beginning, whatever stands there. Raises TypeError and ValueError for what is not so, an empty batch,
+        more tokens than positions, and ids that the embeddings do not have.
         """
         embedded = self._embed(token_ids, segment_ids, padding)
         return self.encoder(embedded, src_key_padding_mask=padding)
@@ -143,7 +151,7 @@ class Bert(Model):
     def _embed(self, token_ids: Tensor, segment_ids: Tensor | None, padding: Tensor | None) -> Tensor:
         require_token_ids("token_ids", token_ids)
         require_length("token_ids", token_ids.shape[1], self.config.max_positions)
-        require_padding(padding, token_ids)
+        require_right_padding(padding, token_ids)
         return self.embedding(token_ids, segment_ids)
 
 
