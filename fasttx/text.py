@@ -138,9 +138,10 @@ class Tokenizer:
         if not isinstance(text, str):
             raise TypeError(f"a text must be a str, got {type(text).__name__}")
         try:
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        except TypeError as error:  # half of a surrogate pair
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which some versions of tokenizers take
             raise ValueError(f"a text must be valid Unicode: {text!r}") from error
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         if not self._never_from_text.isdisjoint(ids):  # the vocabulary itself holds a special token's letters
             ids = [id for id in ids if id not in self._never_from_text]
         return self._specials("bos", bos) + ids + self._specials("eos", eos)
