@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import Module
 
 from fasttx import checks
+from fasttx._heads import head_state, require_heads, train_heads
 from fasttx._optional import import_optional
 from fasttx.models._model import ModelFileError, read_safetensors, write_atomically
 
@@ -46,14 +47,14 @@ def bitfit(model: Module, *, heads: str | Iterable[str] = ()) -> Counts:
     heads: names of modules or parameters that are trained as a whole beside them. Raises ValueError for a name that the
     model does not have, and a model without biases.
     """
-    heads = _require_heads(model, heads)
+    heads = require_heads(model, heads)
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
     if not biases:
         raise ValueError("the model has no parameter whose name ends in bias")
     model.requires_grad_(False)
     for parameter in biases:
         parameter.requires_grad_(True)
-    _train_heads(model, heads)
+    train_heads(model, heads)
     return trainable(model)
 
 
@@ -79,7 +80,7 @@ def lora(
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha must be positive and finite, got {alpha}")
     targets = _own_targets(model) if targets is None else _require_targets(model, targets)
-    heads = _require_heads(model, heads)
+    heads = require_heads(model, heads)
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
     config._register_custom_module({torch.nn.MultiheadAttention: LoraMultiheadAttention})
     try:
@@ -90,7 +91,7 @@ def lora(
         known = ", ".join(TARGETS)
         raise ValueError(f"this {type(model).__name__} has no {known}: say what the targets are") from error
     _leave_fast_path(model)
-    _train_heads(model, heads)
+    train_heads(model, heads)
     adapted._trained_heads = heads
     return adapted
 
@@ -134,8 +135,7 @@ def unmerge(model: Module) -> Module:
 
 
 def save_adapter(model: Module, path: str | PathLike) -> None:
-    """The adapters and heads alone, and the options that they were made with, as one safetensors file, put there whole.
-    """
+    """The adapters and heads alone, and the options that made them, as one safetensors file, put there whole."""
     peft = import_optional("peft", "lora")
     _require_adapters(model)
     config = model.peft_config[model.active_adapter]
@@ -175,9 +175,8 @@ def load_adapter(model: Module, path: str | PathLike) -> Module:
             for name, parameter in model.named_parameters():  # unload may have made them anew
                 parameter.requires_grad_(needed_grad[name])
         raise ModelFileError(f"{path} is another architecture's adapter: {wrong}")
-    of_heads = _head_state(adapted.base_model.model, _heads(adapted))
     with torch.no_grad():
-        for name, values in of_heads.items():
+        for name, values in head_state(adapted.base_model.model, _heads(adapted)).items():
             values.copy_(state.pop(name))
     peft.set_peft_model_state_dict(adapted, state)
     return adapted
@@ -214,30 +213,6 @@ def _require_targets(model: Module, targets: Iterable[str]) -> list[str]:
     return targets
 
 
-def _require_heads(model: Module, heads: str | Iterable[str]) -> list[str]:
-    """The names, if each is a module's that has parameters, or a parameter's."""
-    heads = [heads] if isinstance(heads, str) else list(heads)
-    for head in heads:
-        if not _head_state(model, [head]):
-            raise ValueError(f"the model has no parameters {head} or {head}.*")
-    return heads
-
-
-def _train_heads(model: Module, heads: list[str]) -> None:
-    for values in _head_state(model, heads).values():
-        if isinstance(values, torch.nn.Parameter):
-            values.requires_grad_(True)
-
-
-def _head_state(model: Module, heads: list[str]) -> dict[str, Tensor]:
-    """The parameters and buffers of these, without the adapters among them."""
-    return {
-        name: values
-        for name, values in model.state_dict(keep_vars=True).items()
-        if any(f"{name}.".startswith(f"{head}.") for head in heads) and ".lora_" not in name
-    }
-
-
 def _heads(model: Module) -> list[str]:
     return getattr(model, "_trained_heads", [])  # peft's own models have none
 
@@ -262,7 +237,7 @@ def _adapter_layers(model: Module) -> Iterator[tuple[Module, str, Any]]:
 def _state(peft: Any, model: Module) -> dict[str, Tensor]:
     """What a file of the model's adapters has."""
     adapters = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    heads = _head_state(model.base_model.model, _heads(model))
+    heads = head_state(model.base_model.model, _heads(model))
     return adapters | {name: values.detach() for name, values in heads.items()}
 
 
