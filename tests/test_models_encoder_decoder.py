@@ -329,6 +329,7 @@ def test_sinusoidal_positions_know_no_end():
 
 
 ONES = torch.ones(2, 3, dtype=torch.int64)
+LEFT = torch.tensor([[True, False, False], [False, False, False]])
 LONG = ONES.repeat(1, 9)
 MASK = torch.zeros(2, 3, dtype=torch.bool)
 BAD = {
@@ -344,6 +345,8 @@ BAD = {
     "unknown target": ((ONES, ONES * TARGETS), ValueError, r"token_ids must lie in \[0, 40\], got 41"),
     "source padding": ((ONES, ONES, MASK[:, 1:]), ValueError, "source_padding must have"),
     "target padding": ((ONES, ONES, MASK, MASK.float()), TypeError, "target_padding must be bool"),
+    "source padded left": ((ONES, ONES, LEFT), ValueError, "source_padding must be on the right"),
+    "target padded left": ((ONES, ONES, None, LEFT), ValueError, "target_padding must be on the right"),
 }
 
 
@@ -376,6 +379,7 @@ def test_targets_of_another_shape():
         ({"top_k": 0}, ValueError, "top_k"),
         ({"top_p": 2.0}, ValueError, "top_p"),
         ({"source_padding": MASK[:, 1:]}, ValueError, "source_padding must have"),
+        ({"source_padding": LEFT}, ValueError, "source_padding must be on the right"),
     ],
     ids=str,
 )  # fmt: skip

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from fasttx.models import (
     MultimodalConfig,
     ViTConfig,
 )
+from fasttx.models._model import write_atomically
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -119,6 +124,51 @@ def test_each_weight_keeps_its_dtype(tmp_path, dtype):
         for name, values in model.state_dict().items():
             assert values.dtype == loaded.state_dict()[name].dtype
             assert torch.equal(values.nan_to_num(7), loaded.state_dict()[name].nan_to_num(7)), name
+
+
+def test_loading_leaves_torchs_generator_alone(tmp_path):
+    model, path = BertForPretraining(BERT), tmp_path / "model.safetensors"
+    model.save(path)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    BertForPretraining.load(path)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_writing_keeps_the_umask_and_a_links_target(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link, target = tmp_path / "link", tmp_path / "elsewhere/target"
+    link.symlink_to(target)
+    for umask, mode in ((0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(umask)
+        try:
+            write_atomically(link, b"%d" % umask)
+        finally:
+            os.umask(before)
+        assert link.is_symlink() and target.read_bytes() == b"%d" % umask
+        assert target.stat().st_mode & 0o777 == mode
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["elsewhere", "link", "target"]
+
+
+def test_a_write_that_was_killed_leaves_nothing_for_ever(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    script = """if True:
+        import os, signal, sys
+        from fasttx.models import _model
+        _model.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+        _model.write_atomically(sys.argv[1], b"half")
+    """
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", script, path])
+        assert done.returncode == -signal.SIGKILL and path.read_bytes() == b"old"
+        assert len(list(tmp_path.iterdir())) == 2
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(TypeError):
+        write_atomically(path, "no bytes")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_gpt_is_drawn_from_its_std():

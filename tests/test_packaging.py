@@ -87,6 +87,14 @@ def test_a_checkout_stands_aside_for_the_package_kernels(tmp_path):
     assert done.stdout.strip() == "another project", done.stderr
 
 
+def test_training_needs_no_other_extra():
+    """Its commands read models, tokenizers and adapters."""
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {*extras["models"], *extras["lora"]} <= set(extras["train"])
+    assert all(">=" in package for package in extras["models"])
+
+
 def test_the_wheel_holds_every_package(installed):
     shipped = {path.relative_to(installed).as_posix() for path in installed.rglob("*.py")}
     source = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fasttx").rglob("*.py")}

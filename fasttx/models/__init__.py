@@ -3,6 +3,7 @@
 Each is made by its config and saved with it: GPT(GPTConfig(...)), model.save(path), GPT.load(path).
 """
 
+from ._bert_head import BertHeadConfig
 from ._config import Config
 from ._model import Model, ModelFileError, TokenizerMismatchError
 from .bert import Bert, BertConfig
@@ -11,7 +12,6 @@ from .bert_heads import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
-    BertHeadConfig,
     PretrainingLosses,
 )
 from .encoder_decoder import EncoderDecoder, EncoderDecoderConfig

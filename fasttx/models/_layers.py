@@ -80,6 +80,13 @@ def require_padding(padding: Tensor | None, token_ids: Tensor, name: str = "padd
         raise ValueError(f"{name} must have the tokens' shape {checks.shape(token_ids)}, got {checks.shape(padding)}")
 
 
+def require_right_padding(padding: Tensor | None, token_ids: Tensor, name: str = "padding") -> None:
+    """As `require_padding`; raises too, where it can be read, for a token that stands behind padding in its row."""
+    require_padding(padding, token_ids, name)
+    if padding is not None and checks.can_be_read(padding) and bool((padding[:, 1:] < padding[:, :-1]).any()):
+        raise ValueError(f"{name} must be on the right of each row: positions are counted from the row's beginning")
+
+
 def valid_targets(name: str, targets: Tensor, token_ids: Tensor, padding: Tensor | None) -> Tensor:
     """The targets, ignored where padded; raises unless there is one for each token."""
     checks.require_integers(name, targets)

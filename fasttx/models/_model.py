@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -138,9 +137,13 @@ class Model(torch.nn.Module):
 
 @contextlib.contextmanager
 def making(kind: type[Model], source: str | os.PathLike) -> Iterator[None]:
-    """What goes wrong while a file's config is read becomes a ModelFileError."""
+    """What goes wrong while a file's config is read becomes a ModelFileError.
+
+    Torch's generator is afterwards as it was: the weights that are drawn are those of the file in the end.
+    """
     try:
-        yield
+        with torch.random.fork_rng(devices=()):
+            yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # RuntimeError: no memory for such sizes
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise ModelFileError(f"{source}: its config makes no {kind.__name__}: {what}") from error
@@ -159,19 +162,23 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[s
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    """Puts `data` at `path`: at any moment there is the old file or the new one, whole and on the disk."""
-    path = Path(path)
+    """Puts `data` at `path`: at any moment there is the old file or the new one, whole and on the disk.
+
+    Of a symbolic link, the file that it points to is replaced. What a write that was killed leaves behind has one name,
+    and the next write takes its place; so a file has one writer at a time.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.unlink(missing_ok=True)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's is the owner's alone
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

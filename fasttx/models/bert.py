@@ -15,14 +15,23 @@ from torch import Tensor
 from fasttx.nn import TransformerEmbedding, TransformerEncoder, TransformerEncoderLayer
 
 from ._config import Config
-from ._layers import ACTIVATIONS, Linear, draw_weights, require_entries, require_layer, require_padding, require_sizes
+from ._layers import (
+    ACTIVATIONS,
+    Linear,
+    draw_weights,
+    require_entries,
+    require_layer,
+    require_right_padding,
+    require_sizes,
+)
 from ._model import Model, making, require_length, require_token_ids
 from ._pretrained import own_activation, read_pretrained, renamed
 
-# Parts of Hugging Face's names of weights, and of these here, to be replaced in this order.
+# Parts of names of weights in Hugging Face's files: what they were once, and what begins those of heads.
+_OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+_HEADS = ("cls.", "classifier.", "qa_outputs.")
+# And those of the encoder's, with what they are here, to be replaced in this order.
 _THEIR_NAMES = (
-    ("LayerNorm.gamma", "LayerNorm.weight"),
-    ("LayerNorm.beta", "LayerNorm.bias"),
     ("embeddings.word_embeddings.", "embedding.token_"),
     ("embeddings.position_embeddings.", "embedding.position_"),
     ("embeddings.token_type_embeddings.", "embedding.segment_"),
@@ -93,8 +102,8 @@ class Bert(Model):
         """token_ids (B, T) -> the hidden states (B, T, width).
 
         segment_ids (B, T): 0 where None. padding (B, T): bool, True = padding, on the right: positions are counted from
-        a row's beginning, whatever stands there. Raises TypeError and ValueError for what
-        is not so, an empty batch, more tokens than positions, and ids that the embeddings do not have.
+        a row's beginning, whatever stands there. Raises TypeError and ValueError for what is not so, an empty batch,
+        more tokens than positions, and ids that the embeddings do not have.
         """
         embedded = self._embed(token_ids, segment_ids, padding)
         return self.encoder(embedded, src_key_padding_mask=padding)
@@ -126,25 +135,47 @@ class Bert(Model):
     def from_pretrained(cls, folder: str | os.PathLike) -> "Bert":
         """The model in a folder as Hugging Face saves BERT: config.json beside model.safetensors or pytorch_model.bin.
 
-        The heads of such a checkpoint are left out; a pooler that it lacks is drawn anew, with a warning. Raises
-        FileNotFoundError, or ModelFileError for a folder that holds no whole BERT.
+        The heads of such a checkpoint are left out (BertForSequenceClassification and its like read them); a pooler
+        that it lacks is drawn anew, with a warning. dropout is their hidden_dropout_prob, also of attention's weights,
+        whatever their attention_probs_dropout_prob is. Raises FileNotFoundError, or ModelFileError for a folder that
+        holds no whole BERT.
         """
-        theirs, state = read_pretrained(folder, "bert")
+        config, state, _ = read_bert(folder)
         with making(cls, folder):
-            model = cls(_config_of(theirs))
-        state = _by_own_names(state)
-        if not any(name.startswith("pooler.") for name in state):
+            model = cls(config)
+        if draw_missing(state, model, "pooler"):
             warnings.warn(f"{folder} has no pooler: it is drawn anew and has to be trained", stacklevel=2)
-            dtype = next((tensor.dtype for tensor in state.values()), None)
-            state |= {f"pooler.{name}": values.to(dtype) for name, values in model.pooler.state_dict().items()}
         model.load_weights(state, str(folder))
         return model
 
     def _embed(self, token_ids: Tensor, segment_ids: Tensor | None, padding: Tensor | None) -> Tensor:
         require_token_ids("token_ids", token_ids)
         require_length("token_ids", token_ids.shape[1], self.config.max_positions)
-        require_padding(padding, token_ids)
+        require_right_padding(padding, token_ids)
         return self.embedding(token_ids, segment_ids)
+
+
+def read_bert(folder: str | os.PathLike) -> tuple[BertConfig, dict[str, Tensor], dict[str, Tensor]]:
+    """The config of a folder of Hugging Face's, the weights of its encoder by their names here, and those of its heads.
+
+    Raises as Bert.from_pretrained. Unknown weights keep their names.
+    """
+    theirs, state = read_pretrained(folder, "bert")
+    with making(Bert, folder):
+        config = _config_of(theirs)
+    state = {renamed(name, _OLD_NAMES): tensor for name, tensor in state.items()}
+    heads = {name: state.pop(name) for name in list(state) if name.startswith(_HEADS)}
+    return config, _by_own_names(state), heads
+
+
+def draw_missing(state: dict[str, Tensor], model: Model, part: str) -> bool:
+    """Where `state` has nothing of this part of the model, takes the model's own, in the dtype of the others."""
+    if any(name.startswith(f"{part}.") for name in state):
+        return False
+    dtype = next((tensor.dtype for tensor in state.values()), None)
+    drawn = model.get_submodule(part).state_dict()
+    state |= {f"{part}.{name}": values.to(dtype) for name, values in drawn.items()}
+    return True
 
 
 def _config_of(theirs: dict[str, Any]) -> BertConfig:
@@ -170,13 +201,12 @@ def _config_of(theirs: dict[str, Any]) -> BertConfig:
 
 
 def _by_own_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of Hugging Face's BERT by their names here, without its heads; unknown ones keep their names."""
+    """The weights of Hugging Face's encoder by their names here; unknown ones keep their names."""
     own = {}
     for name, tensor in theirs.items():
         name = name.removeprefix("bert.")
-        if name.startswith("cls.") or name == "embeddings.position_ids":
-            continue
-        own[renamed(name, _THEIR_NAMES)] = tensor
+        if name != "embeddings.position_ids":
+            own[renamed(name, _THEIR_NAMES)] = tensor
     for name in [name for name in own if ".attention.self.query." in name]:
         parts = [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
         if all(part in own for part in parts):

@@ -4,8 +4,7 @@ Devlin et al. 2019, "BERT: Pre-training of deep bidirectional transformers for l
 and 4.
 """
 
-import dataclasses
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,53 +13,10 @@ from torch.nn.functional import cross_entropy
 from fasttx import checks, functional
 from fasttx.nn import LayerNorm, LinearCrossEntropy
 
-from ._config import Config
-from ._layers import IGNORED, Linear, draw_weights, require_padding, require_sizes, valid_targets
-from ._model import Model, require_token_ids
-from .bert import Bert, BertConfig
-
-_H = TypeVar("_H", bound="BertHead")
-
-
-@dataclasses.dataclass(frozen=True)
-class BertHeadConfig(Config):
-    """A BERT, and how many labels its head tells apart."""
-
-    bert: BertConfig
-    labels: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_sizes(self, "labels")
-
-
-class BertHead(Model):
-    """A Bert, as `bert`, with a head. Made by a BertConfig, or a BertHeadConfig where there are labels."""
-
-    Config = BertConfig
-
-    def __init__(self, config: BertConfig | BertHeadConfig) -> None:
-        super().__init__(config)
-        self.bert = Bert(config.bert if isinstance(config, BertHeadConfig) else config)
-        sizes = self.bert.config
-        self.dropout = torch.nn.Dropout(sizes.dropout)
-        self._make_head(sizes)
-        draw_weights(self, sizes.init_std)
-
-    def _make_head(self, sizes: BertConfig) -> None:
-        raise NotImplementedError
-
-    @classmethod
-    def from_encoder(cls: type[_H], pretrained: "Bert | BertHead", **own: Any) -> _H:
-        """A new head on a copy of a Bert, or of another head's, bound to the same tokenizers.
-
-        own: what the head's config has beside the encoder's: from_encoder(pretrained, labels=3).
-        """
-        bert = pretrained.bert if isinstance(pretrained, BertHead) else pretrained
-        model = cls(cls.Config(bert.config, **own) if own else bert.config).to(bert.pooler.weight)
-        model.bert.load_state_dict(bert.state_dict())
-        model.tokenizers = dict(pretrained.tokenizers)
-        return model
+from ._bert_head import BertHead, BertHeadConfig
+from ._layers import IGNORED, Linear, require_padding, valid_targets
+from ._model import require_token_ids
+from .bert import BertConfig
 
 
 class PretrainingLosses(NamedTuple):
@@ -72,6 +28,15 @@ class PretrainingLosses(NamedTuple):
 
 class BertForPretraining(BertHead):
     """Masked language modelling, with the token embeddings as output weights, and next-sentence prediction."""
+
+    _THEIR_NAMES = (
+        ("cls.predictions.transform.dense.", "transform."),
+        ("cls.predictions.transform.LayerNorm.", "norm."),
+        ("cls.predictions.decoder.", "decoder."),
+        ("cls.predictions.bias", "decoder.bias"),
+        ("cls.seq_relationship.", "next_sentence."),
+    )
+    _OPTIONAL = ("bert.pooler", "next_sentence")
 
     def _make_head(self, sizes: BertConfig) -> None:
         self.transform = Linear(sizes.width, sizes.width)
@@ -133,6 +98,12 @@ class _BertClassifier(BertHead):
     def _make_head(self, sizes: BertConfig) -> None:
         self.classifier = LinearCrossEntropy(sizes.width, self.config.labels)
 
+    @classmethod
+    def _config_of(cls, config: BertConfig, state: dict[str, Tensor]) -> BertHeadConfig:
+        if "classifier.weight" not in state:
+            raise ValueError("the checkpoint has no classifier")
+        return BertHeadConfig(config, labels=len(state["classifier.weight"]))
+
 
 class BertForSequenceClassification(_BertClassifier):
     """One of `labels` for a text, by its pooled first token."""
@@ -154,6 +125,8 @@ class BertForSequenceClassification(_BertClassifier):
 class BertForTokenClassification(_BertClassifier):
     """One of `labels` for each token."""
 
+    _OPTIONAL = _UNUSED = ("bert.pooler",)
+
     def forward(self, token_ids: Tensor, segment_ids: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
         """The logits (B, T, labels); arguments as Bert's."""
         return self.classifier.logits(self.dropout(self.bert(token_ids, segment_ids, padding)))
@@ -168,6 +141,9 @@ class BertForTokenClassification(_BertClassifier):
 
 class BertForQuestionAnswering(BertHead):
     """Where in a text the answer to a question starts and ends."""
+
+    _THEIR_NAMES = (("qa_outputs.", "ends."),)
+    _OPTIONAL = _UNUSED = ("bert.pooler",)
 
     def _make_head(self, sizes: BertConfig) -> None:
         self.ends = Linear(sizes.width, 2)

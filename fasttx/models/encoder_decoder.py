@@ -15,7 +15,7 @@ from ._layers import (
     causal_mask,
     require_entries,
     require_layer,
-    require_padding,
+    require_right_padding,
     require_sizes,
     valid_targets,
 )
@@ -28,8 +28,8 @@ class EncoderDecoderConfig(Config):
 
     feed_forward: 4 * width where None. positions: "sinusoidal", of any number, or "learned", max_positions of them.
     norm_first: pre-norm layers, and a norm after the last. activation: "relu", "gelu" or "gelu_tanh". embedding_width:
-    where it is not the width, linear layers go from it to the width and back. tied: the output's weight is that of the
-    target's embedding. The ids are the target's.
+    of source and target alike; where it is not the width, linear layers go from it to the width and back. tied: the
+    output's weight is that of the target's embedding. The ids are the target's.
     """
 
     source_vocab: int
@@ -142,7 +142,7 @@ class EncoderDecoder(Model):
     def encode(self, source: Tensor, source_padding: Tensor | None = None) -> Tensor:
         """What the decoder attends to, the memory: (B, S, width), zeros at padding."""
         require_token_ids("source", source)
-        require_padding(source_padding, source, "source_padding")
+        require_right_padding(source_padding, source, "source_padding")
         return self.encoder(self._embed("source", source), src_key_padding_mask=source_padding)
 
     def forward(
@@ -180,8 +180,8 @@ class EncoderDecoder(Model):
 
         beams above 1: the best sequences that a beam search of this width finds, by the sum of their log-probabilities
         over length ** length_penalty, eos counted. Otherwise the likeliest token at each step, or with a temperature
-        one that is drawn, as by _decoding.next_tokens. Without dropout, whatever mode the model is in. Raises TypeError
-        or ValueError before anything is computed.
+        one that is drawn, among the top_k likeliest and of those among the fewest that have the probability top_p.
+        Without dropout, whatever mode the model is in. Raises TypeError or ValueError before anything is computed.
         """
         checks.require_size("max_new_tokens", max_new_tokens)
         checks.require_size("beams", beams)
@@ -219,7 +219,7 @@ class EncoderDecoder(Model):
         """What the head reads, at every position of the target: (B, T, embedding_width), or width where untied."""
         require_token_ids("source", source)
         require_token_ids("target", target)
-        require_padding(target_padding, target, "target_padding")
+        require_right_padding(target_padding, target, "target_padding")
         if len(source) != len(target):
             raise ValueError(f"source and target differ in sequences: {len(source)} and {len(target)}")
         x = self._embed("target", target)

@@ -171,8 +171,9 @@ class GPT(Model):
         """prompts (B, T) and what follows them: (B, T + new), new <= max_new_tokens.
 
         padding (B, T): prompts are padded on the left. temperature 0 takes the likeliest token; otherwise one is drawn,
-        as by _decoding.next_tokens. A row ends with a token of `stop`, and is pad_id from there on. Without dropout,
-        whatever mode the model is in. Raises TypeError or ValueError before anything is computed.
+        among the top_k likeliest and of those among the fewest that have the probability top_p. A row ends with a token
+        of `stop`, and is pad_id from there on. Without dropout, whatever mode the model is in. Raises TypeError or
+        ValueError before anything is computed.
         """
         require_token_ids("prompts", prompts)
         checks.require_size("max_new_tokens", max_new_tokens)

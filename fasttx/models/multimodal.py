@@ -29,7 +29,7 @@ from ._layers import (
     draw_weights,
     require_entries,
     require_layer,
-    require_padding,
+    require_right_padding,
     require_sizes,
 )
 from ._model import Model, require_length, require_token_ids
@@ -223,7 +223,7 @@ class Multimodal(Model):
         self._require_caption_decoder()
         require_token_ids("captions", captions)
         require_length("captions", captions.shape[1] - 1, self.config.max_caption)
-        require_padding(padding, captions, "caption_padding")
+        require_right_padding(padding, captions, "caption_padding")
         if captions.shape[1] == 1:
             raise ValueError("captions must have a token after bos_id")
         if checks.can_be_read(captions) and bool((captions[:, 0] != self.config.bos_id).any()):

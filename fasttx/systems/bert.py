@@ -145,8 +145,8 @@ class SentimentSystem(System):
         method = self.args.method
         model = BertForSequenceClassification.from_encoder(self._pretrained(), labels=2)
         if method == "lora":
-            self.adapted[model] = finetune.lora(model, rank=self.args.rank, alpha=2 * self.args.rank)
-            model.classifier.requires_grad_(True)  # it is new
+            rank, heads = self.args.rank, ["classifier"]
+            self.adapted[model] = finetune.lora(model, rank=rank, alpha=2 * rank, heads=heads)
         elif method == "bitfit":
             finetune.bitfit(model, heads=["classifier"])
         return model
