@@ -19,6 +19,7 @@ class ImageSystem(System):
     unit = "images"
     patch: int
     shift = 0
+    dropout = 0.0
     mirror = False
     width, layers, heads = 128, 4, 4
 
@@ -38,7 +39,7 @@ class ImageSystem(System):
         parser.add_argument("--width", type=int, default=cls.width, help="of the model")
         parser.add_argument("--layers", type=int, default=cls.layers, help="of the model")
         parser.add_argument("--heads", type=int, default=cls.heads, help="of attention")
-        parser.add_argument("--dropout", type=float, default=0.1, help="in training")
+        parser.add_argument("--dropout", type=float, default=cls.dropout, help="in training")
         parser.add_argument("--pool", choices=("class", "mean"), default="mean", help="what the classes are told from")
 
     def read(self, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -88,6 +89,8 @@ class DigitsSystem(ImageSystem):
     recipe = Recipe(steps=600, learning_rate=2e-3, interval=200, bfloat16=False)
     patch = 2
     width = 64
+    shift = 1
+    dropout = 0.1
 
     def read(self, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         images, labels = datasets.digits()
