@@ -102,7 +102,7 @@ class FashionSystem(ImageSystem):
     """Fashion-MNIST's own split: 60,000 images of clothes to train with, 10,000 to test."""
 
     summary = "ViT on Fashion-MNIST: accuracy on its test images"
-    recipe = Recipe(steps=3500, learning_rate=1e-3, warmup=200, interval=700)
+    recipe = Recipe(steps=4500, learning_rate=1e-3, warmup=250, interval=900)
     patch = 7
     mirror = True
 
