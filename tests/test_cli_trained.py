@@ -281,7 +281,7 @@ def test_inspect_refuses(bert, trained, command, tmp_path, monkeypatch):
     refused("--word is empty", *SENTENCES, "--word", "")
     refused("positions for 12", "the bank " * 9, "the bank")
     refused("holds a GPT, not a BertForPretraining", model=trained["gpt"])
-    refused("there is no file", model=tmp_path / "missing")
+    refused("there is no model", model=tmp_path / "missing")
     shutil.copytree(bert, tmp_path / "bert")
     Tokenizer.train("word", [f"{SENTENCES} and other words, more and more"]).save(tmp_path / "bert/tokenizer.json")
     refused("it is another model's", "bank more and more", "bank other words", model=tmp_path / "bert")

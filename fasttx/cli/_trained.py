@@ -11,14 +11,16 @@ from fasttx.text import Tokenizer
 _M = TypeVar("_M", bound=Model)
 
 
-def load(architecture: type[_M], args: argparse.Namespace, *names: str) -> tuple[_M, list[Tokenizer]]:
+def load(
+    architecture: type[_M], folder: Path, *names: str, system: str, device: str = "cpu"
+) -> tuple[_M, list[Tokenizer]]:
     """The model in evaluation mode, and its tokenizers of these names, which have to be those that it was trained with.
 
-    args: with what `add_arguments` adds. Raises CommandError where a file is missing, not whole, or another's.
+    system: what trains such a model. Raises CommandError where a file is missing, not whole, or another's.
     """
-    folder, device = args.model, require_device(args.device)
+    device = require_device(device)
     if not (folder / "model.safetensors").exists():
-        raise CommandError(f"there is no model in {folder}: run `python -m fasttx train {args.trained_by}` first")
+        raise CommandError(f"there is no model in {folder}: run `python -m fasttx train {system}` first")
     try:
         model = architecture.load(folder / "model.safetensors").eval().to(device)
         tokenizers = [Tokenizer.load(folder / f"{name}.json") for name in names]
@@ -30,7 +32,6 @@ def load(architecture: type[_M], args: argparse.Namespace, *names: str) -> tuple
 
 def add_arguments(parser: argparse.ArgumentParser, system: str) -> None:
     """Where the model is, and where it runs; system: whose it is."""
-    parser.set_defaults(trained_by=system)
     add_device(parser)
     parser.add_argument(
         "--model", type=Path, default=Path("results") / system, help=f"folder of `python -m fasttx train {system}`"

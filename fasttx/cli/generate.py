@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints each prompt with what follows."""
-    model, (tokenizer,) = _trained.load(GPT, args, "text")
+    model, (tokenizer,) = _trained.load(GPT, args.model, "text", system="gpt", device=args.device)
     try:
         prompts = [tokenizer.encode(text) for text in args.prompts]
         if not all(prompts):

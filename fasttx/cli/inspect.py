@@ -79,7 +79,7 @@ def similarities(vectors: Tensor) -> Tensor:
 def _load(folder: Path) -> tuple[Bert, Tokenizer]:
     if (folder / "config.json").exists():
         return Bert.from_pretrained(folder).eval(), Tokenizer.load(folder / "tokenizer.json")
-    model, (tokenizer,) = _trained.load(BertForPretraining, folder, "text")
+    model, (tokenizer,) = _trained.load(BertForPretraining, folder, "text", system="bert")
     return model.bert, tokenizer
 
 

@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a line for each text."""
-    model, (source, target) = _trained.load(EncoderDecoder, args, "source", "target")
+    model, (source, target) = _trained.load(
+        EncoderDecoder, args.model, "source", "target", system="translation", device=args.device
+    )
     texts = args.texts or [line.strip() for line in sys.stdin if line.strip()]
     if not texts:
         raise CommandError("there is no text to translate: give it as an argument, or by lines on standard input")
