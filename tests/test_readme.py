@@ -122,6 +122,13 @@ def test_fine_tuning(tmp_path, capsys):
     assert all(values.grad is not None for name, values in found["adapted"].named_parameters() if "lora_" in name)
 
 
+def test_every_system_is_told_of():
+    from fasttx.systems import SYSTEMS
+
+    told = set(re.findall(r"`train (\w+)", README))
+    assert told == set(SYSTEMS) and "@" not in re.sub(r"`[^`]*`", "", README)
+
+
 def test_commands_are_there():
     for command in set(re.findall(r"python -m fasttx (\w+)", README)):
         with pytest.raises(SystemExit) as stop:

@@ -14,11 +14,10 @@ from ._system import Epochs, System, described
 
 
 class ImageSystem(System):
-    """Images and their classes; each is shifted by up to `shift` pixels, and mirrored with `mirror`, in training."""
+    """Images and their classes; in training they move by up to --shift pixels, and with `mirror` half are mirrored."""
 
     unit = "images"
     patch: int
-    shift = 0
     dropout = 0.0
     mirror = False
     width, layers, heads = 128, 4, 4
@@ -40,6 +39,7 @@ class ImageSystem(System):
         parser.add_argument("--layers", type=int, default=cls.layers, help="of the model")
         parser.add_argument("--heads", type=int, default=cls.heads, help="of attention")
         parser.add_argument("--dropout", type=float, default=cls.dropout, help="in training")
+        parser.add_argument("--shift", type=int, default=0, help="pixels that an image moves at most, in training")
         parser.add_argument("--pool", choices=("class", "mean"), default="mean", help="what the classes are told from")
 
     def read(self, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,13 +62,13 @@ class ImageSystem(System):
 
     def varied(self, images: Tensor, index: int) -> Tensor:
         """The images, each moved and mirrored by chance."""
-        generator, (batch, _, height, width) = self.generator(2, index), images.shape
-        down, right = torch.randint(0, 2 * self.shift + 1, (2, batch, 1), generator=generator)
+        generator, shift, (batch, _, height, width) = self.generator(2, index), self.args.shift, images.shape
+        down, right = torch.randint(0, 2 * shift + 1, (2, batch, 1), generator=generator)
         rows, columns = down + torch.arange(height), right + torch.arange(width)
         if self.mirror:
             mirrored = torch.rand(batch, 1, generator=generator) < 0.5
             columns = torch.where(mirrored, columns.flip(1), columns)
-        padded = F.pad(images, (self.shift,) * 4)
+        padded = F.pad(images, (shift,) * 4)
         return padded[torch.arange(batch)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
     def size(self, batch: dict[str, Tensor]) -> int:
@@ -89,7 +89,6 @@ class DigitsSystem(ImageSystem):
     recipe = Recipe(steps=600, learning_rate=2e-3, interval=200, bfloat16=False)
     patch = 2
     width = 64
-    shift = 1
     dropout = 0.1
 
     def read(self, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -102,7 +101,7 @@ class FashionSystem(ImageSystem):
     """Fashion-MNIST's own split: 60,000 images of clothes to train with, 10,000 to test."""
 
     summary = "ViT on Fashion-MNIST: accuracy on its test images"
-    recipe = Recipe(steps=4500, learning_rate=1e-3, warmup=250, interval=900)
+    recipe = Recipe(steps=3500, learning_rate=1e-3, warmup=200, interval=700)
     patch = 7
     mirror = True
 
