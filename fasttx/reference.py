@@ -111,20 +111,19 @@ def attention_varlen(
 
     Raises ValueError when dropout is active without a seed.
     """
-    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    # An empty sequence at the end, so that N = 0 still gives outputs with the right shape and a
-    # gradient.
-    bounds_q.append(bounds_q[-1])
-    bounds_k.append(bounds_k[-1])
-    outputs, lses = [], []
-    for index in range(len(bounds_q) - 1):
-        rows_q = slice(bounds_q[index], bounds_q[index + 1])
-        rows_k = slice(bounds_k[index], bounds_k[index + 1])
+    starts_q, starts_k = cu_seqlens_q[:-1], cu_seqlens_k[:-1]
+    lengths = torch.stack((cu_seqlens_q.diff(), cu_seqlens_k.diff()), 1)
+    rows, outputs, lses = [], [], []
+    # Sequences of the same lengths are a batch. One without rows, so that N = 0 still gives outputs
+    # with the right shape and a gradient, has no members.
+    for length_q, length_k in {(0, 0), *map(tuple, lengths.tolist())}:
+        members = (lengths == lengths.new_tensor((length_q, length_k))).all(1).nonzero()[:, 0]
+        rows_q, rows_k = _rows(starts_q[members], length_q), _rows(starts_k[members], length_k)
         output, lse = _attention(
-            query[rows_q].transpose(0, 1)[None],
-            key[rows_k].transpose(0, 1)[None],
-            value[rows_k].transpose(0, 1)[None],
-            torch.full((1,), index, device=query.device),
+            _gather(query, rows_q),
+            _gather(key, rows_k),
+            _gather(value, rows_k),
+            members,
             is_causal=is_causal,
             window=window,
             alibi_slopes=alibi_slopes,
@@ -133,9 +132,23 @@ def attention_varlen(
             enable_gqa=enable_gqa,
             seed=seed,
         )
-        outputs.append(output[0].transpose(0, 1))
-        lses.append(lse[0])
-    return (torch.cat(outputs), torch.cat(lses, dim=1)) if return_lse else torch.cat(outputs)
+        rows.append(rows_q.flatten())
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+        lses.append(lse.transpose(1, 2).flatten(0, 1))
+    order = torch.cat(rows).argsort()
+    output = torch.cat(outputs).index_select(0, order)
+    return (output, torch.cat(lses).index_select(0, order).t()) if return_lse else output
+
+
+def _rows(starts: Tensor, length: int) -> Tensor:
+    """(n, length): the packed rows of n sequences of one length."""
+    return starts[:, None] + torch.arange(length, device=starts.device)
+
+
+def _gather(packed: Tensor, rows: Tensor) -> Tensor:
+    """(n, H, length, D) of a packed (total, H, D) tensor."""
+    # index_select: the gradient of indexing by a tensor sorts.
+    return packed.index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
 
 
 def attention_weights(
