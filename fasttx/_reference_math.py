@@ -1,7 +1,7 @@
 """The mathematics that the reference's functions share, on tensors that are wide already; private to them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -77,6 +77,31 @@ def need(seed: int | Tensor | None) -> int | Tensor:
 
 def as_shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
     return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+
+
+def of_same_lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Packed sequences as batches: their rows of queries (n, Tq) and keys (n, Tk), and their indices (n,).
+
+    The first batch is of no sequence, so that results of none have the right shape and a gradient.
+    """
+    indices: dict[tuple[int, int], list[int]] = {(0, 0): []}
+    for index, lengths in enumerate(zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)):
+        indices.setdefault(lengths, []).append(index)
+    for lengths, members in indices.items():
+        batch = torch.tensor(members, dtype=torch.int64, device=cu_seqlens_q.device)
+        rows_q, rows_k = (
+            starts[batch, None] + torch.arange(length, device=batch.device)
+            for starts, length in zip((cu_seqlens_q, cu_seqlens_k), lengths, strict=True)
+        )
+        yield rows_q, rows_k, batch
+
+
+def unpack(packed: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:
+    """The rows (n, T) of each batch, of packed (total, H, D): (n, H, T, D)."""
+    # index_select, and once: the gradient of indexing by a tensor sorts, and takes a whole tensor each time.
+    taken = packed.index_select(0, torch.cat([batch.flatten() for batch in rows]))
+    parts = taken.split([batch.numel() for batch in rows])
+    return [part.unflatten(0, batch.shape).transpose(1, 2) for part, batch in zip(parts, rows, strict=True)]
 
 
 def widen(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def _multiply_wide(multiplier: int, word: Tensor) -> tuple[Tensor, Tensor]:
     # it lacks, word * 2^32, is added to the high half. The plain product would overflow, which
     # C++ written by torch.compile may take for impossible: the words then come out wrong.
     product = word * (multiplier - 2**32)
-    return (product >> 32) + word, product & _MASK32
+    return (product >> 32).add_(word), product.bitwise_and_(_MASK32)
 
 
 def philox4x32(counter: Words, key: tuple[int | Tensor, int | Tensor]) -> Words:

@@ -21,7 +21,9 @@ from fasttx._reference_math import dropout as _dropout
 from fasttx._reference_math import layer_norm as _layer_norm
 from fasttx._reference_math import linear as _linear
 from fasttx._reference_math import need as _need
+from fasttx._reference_math import of_same_lengths as _of_same_lengths
 from fasttx._reference_math import softmax as _softmax
+from fasttx._reference_math import unpack as _unpack
 from fasttx._reference_math import widen as _widen
 
 
@@ -111,19 +113,12 @@ def attention_varlen(
 
     Raises ValueError when dropout is active without a seed.
     """
-    starts_q, starts_k = cu_seqlens_q[:-1], cu_seqlens_k[:-1]
-    lengths = torch.stack((cu_seqlens_q.diff(), cu_seqlens_k.diff()), 1)
-    rows, outputs, lses = [], [], []
-    # Sequences of the same lengths are a batch. One without rows, so that N = 0 still gives outputs
-    # with the right shape and a gradient, has no members.
-    for length_q, length_k in {(0, 0), *map(tuple, lengths.tolist())}:
-        members = (lengths == lengths.new_tensor((length_q, length_k))).all(1).nonzero()[:, 0]
-        rows_q, rows_k = _rows(starts_q[members], length_q), _rows(starts_k[members], length_k)
+    rows_q, rows_k, batches = zip(*_of_same_lengths(cu_seqlens_q, cu_seqlens_k), strict=True)
+    outputs, lses = [], []
+    for *qkv, batch in zip(_unpack(query, rows_q), _unpack(key, rows_k), _unpack(value, rows_k), batches, strict=True):
         output, lse = _attention(
-            _gather(query, rows_q),
-            _gather(key, rows_k),
-            _gather(value, rows_k),
-            members,
+            *qkv,
+            batch,
             is_causal=is_causal,
             window=window,
             alibi_slopes=alibi_slopes,
@@ -132,23 +127,11 @@ def attention_varlen(
             enable_gqa=enable_gqa,
             seed=seed,
         )
-        rows.append(rows_q.flatten())
         outputs.append(output.transpose(1, 2).flatten(0, 1))
         lses.append(lse.transpose(1, 2).flatten(0, 1))
-    order = torch.cat(rows).argsort()
+    order = torch.cat([rows.flatten() for rows in rows_q]).argsort()
     output = torch.cat(outputs).index_select(0, order)
     return (output, torch.cat(lses).index_select(0, order).t()) if return_lse else output
-
-
-def _rows(starts: Tensor, length: int) -> Tensor:
-    """(n, length): the packed rows of n sequences of one length."""
-    return starts[:, None] + torch.arange(length, device=starts.device)
-
-
-def _gather(packed: Tensor, rows: Tensor) -> Tensor:
-    """(n, H, length, D) of a packed (total, H, D) tensor."""
-    # index_select: the gradient of indexing by a tensor sorts.
-    return packed.index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
 
 
 def attention_weights(

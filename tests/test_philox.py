@@ -129,13 +129,14 @@ class Bounded(int):
     def __mul__(self, other):
         product = int(self) * other
         assert -(2**63) <= product < 2**63
-        return product
+        return torch.tensor(product)
 
 
 @pytest.mark.parametrize("multiplier", philox._MULTIPLIERS)
 @pytest.mark.parametrize("word", [0, 1, 0x80000000, MASK32])
 def test_products_fit_in_int64(multiplier, word):
-    assert philox._multiply_wide(multiplier, Bounded(word)) == divmod(multiplier * word, 2**32)
+    halves = philox._multiply_wide(multiplier, Bounded(word))
+    assert tuple(half.item() for half in halves) == divmod(multiplier * word, 2**32)
 
 
 def test_threshold_limits():
