@@ -15,6 +15,7 @@ _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_BLOCK = 2**16
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -66,16 +67,18 @@ def keep_mask(
     if isinstance(seed, Tensor):
         seed = seed.to(device=device, dtype=torch.int64)
     key = (seed & _MASK32, (seed >> 32) & _MASK32)
-    counter = (
-        torch.arange((columns + 3) // 4, device=device),
-        torch.arange(rows, device=device)[:, None],
-        head[:, None, None],
-        batch[:, None, None, None],
-    )
+    words = torch.arange((columns + 3) // 4, device=device)
+    # On a CPU in blocks of rows whose words stay in its cache.
+    in_row = max(1, words.numel() * head.numel() * batch.numel())
+    whole = device.type != "cpu" or torch.compiler.is_compiling()
+    blocks = torch.arange(rows, device=device)[:, None].split(rows if whole else max(1, _BLOCK // in_row))
     threshold = drop_threshold(p)
-    # Compared before they are interleaved: bools are an eighth of the words' size.
-    kept = [word >= threshold for word in philox4x32(counter, key)]
-    return torch.stack(kept, dim=-1).flatten(-2)[..., :columns]
+    kept = []
+    for block in blocks:
+        counter = (words, block, head[:, None, None], batch[:, None, None, None])
+        # Compared before they are interleaved: bools are an eighth of the words' size.
+        kept.append(torch.stack([word >= threshold for word in philox4x32(counter, key)], dim=-1))
+    return torch.cat(kept, dim=-3).flatten(-2)[..., :columns]
 
 
 def matrix_keep_mask(

@@ -1,6 +1,7 @@
 """Philox4x32-10 against the published vectors and against plain Python integers."""
 
 import math
+import unittest.mock
 
 import pytest
 import torch
@@ -65,9 +66,11 @@ def test_counters_are_taken_modulo_32_bits():
     columns=st.integers(0, 11),
     p=st.floats(0, 1, exclude_max=True),
 )
-def test_keep_mask_is_one_word_per_element(seed, batch, head, rows, columns, p):
+@pytest.mark.parametrize("block", [1, 20, philox._BLOCK])
+def test_keep_mask_is_one_word_per_element(block, seed, batch, head, rows, columns, p):
     indices = [torch.tensor(numbers, dtype=torch.int64) for numbers in (batch, head)]
-    mask = philox.keep_mask(seed, *indices, rows, columns, p)
+    with unittest.mock.patch.object(philox, "_BLOCK", block):
+        mask = philox.keep_mask(seed, *indices, rows, columns, p)
     expected = [
         [
             [[python_keep(seed, b, h, i, j, p) for j in range(columns)] for i in range(rows)]
@@ -100,6 +103,8 @@ def test_a_larger_mask_holds_the_smaller_one():
     large = philox.keep_mask(11, batch, head, 9, 23, 0.4)
     small = philox.keep_mask(11, batch[1:2], head[2:], 5, 14, 0.4)
     assert torch.equal(large[1:2, 2:, :5, :14], small)
+    several_blocks = philox.matrix_keep_mask(11, 1000, 300, 0.4)
+    assert torch.equal(several_blocks[900:, :7], philox.matrix_keep_mask(11, 1000, 7, 0.4)[900:])
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9, 0.999])
