@@ -4,6 +4,7 @@ import contextlib
 import gc
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,3 +78,38 @@ def threads() -> Callable[[int], contextlib.AbstractContextManager[None]]:
             torch.set_num_threads(previous)
 
     return use
+
+
+@pytest.fixture
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data as `make data` fills it, tiny; to be read alone."""
+    from tiny_data import make
+
+    return make(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that training sentiment begins with; to be read alone."""
+    from tiny_data import pretrain
+
+    return pretrain(tiny_folder, tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def tiny_system(tiny_folder: Path, tiny_bert: Path) -> Callable:
+    """Makes a system of training by its name and options, on the tiny data."""
+    from tiny_data import system
+
+    def made(name, *options):
+        if name == "digits":
+            pytest.importorskip("sklearn")
+        start = ["--start", tiny_bert] if name == "sentiment" else []
+        return system(name, tiny_folder, *start, *options)
+
+    return made

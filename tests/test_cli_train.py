@@ -25,36 +25,22 @@ for _module in ("matplotlib", "rich", "safetensors", "sacrebleu", "tokenizers"):
     pytest.importorskip(_module)
 from matplotlib import pyplot  # noqa: E402
 from test_datasets import idx  # noqa: E402
-from tiny_data import TINY, make, pretrain  # noqa: E402
+from tiny_data import TINY  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = ("--steps", 3, "--interval", 2)
 RUN = ["checkpoint.pt", "metrics.csv", "model.safetensors"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def start(data, tmp_path_factory):
-    return pretrain(data, tmp_path_factory.mktemp("bert"))
-
-
 @pytest.fixture
-def command(data, start, capsys):
+def command(tiny_folder, tiny_bert, capsys):
     """Trains a tiny system: the exit code, output and errors."""
 
     def run(name, output, *options):
         if name == "digits":
             pytest.importorskip("sklearn")
-        options = [*TINY[name], *(["--start", start] if name == "sentiment" else []), *options]
-        code = main(list(map(str, ["train", name, "--data", data, "--output", output, *options])))
+        options = [*TINY[name], *(["--start", tiny_bert] if name == "sentiment" else []), *options]
+        code = main(list(map(str, ["train", name, "--data", tiny_folder, "--output", output, *options])))
         return code, *capsys.readouterr()
 
     return run
@@ -251,10 +237,10 @@ def test_beams_make_no_other_run(command, tmp_path):
     assert code == 0 and "with 2 beams" in output and "from step 3" in output
 
 
-def test_other_images_make_another_run(command, data, tmp_path):
+def test_other_images_make_another_run(command, tiny_folder, tmp_path):
     """Of the same names, sizes and number: it is the labels that differ."""
     assert command("fashion", tmp_path / "out", *STEPS)[0] == 0
-    shutil.copytree(data, tmp_path / "data")
+    shutil.copytree(tiny_folder, tmp_path / "data")
     labels = (torch.arange(40) * 3 % 10).to(torch.uint8)
     path = tmp_path / "data/fashion-mnist/train-labels-idx1-ubyte.gz"
     path.write_bytes(gzip.compress(idx(labels)))
@@ -355,14 +341,15 @@ def test_what_a_kill_between_the_two_leaves_goes_on(command, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "bitfit"])
-def test_fine_tuning(method, command, start, tmp_path):
+def test_fine_tuning(method, command, tiny_bert, tmp_path):
     """Beside torch.nn, whose weights are others: each folder has its own run's."""
     if method == "lora":
         pytest.importorskip("peft")
     options = (*STEPS, "--learning-rate", 0.05, "--method", method, "--rank", 3, "--beside", "torch")
     code, output, errors = command("sentiment", tmp_path, *options)
     assert code == 0, errors
-    first = BertForSequenceClassification.from_encoder(BertForPretraining.load(start / "model.safetensors"), labels=2)
+    encoder = BertForPretraining.load(tiny_bert / "model.safetensors")
+    first = BertForSequenceClassification.from_encoder(encoder, labels=2)
     width, (weights, trained) = 16, (dict(model.named_parameters()) for model in (first, first))
     if method == "bitfit":
         trained = {name: p for name, p in weights.items() if name.endswith("bias") or name.startswith("classifier")}
@@ -388,7 +375,7 @@ def test_fine_tuning(method, command, start, tmp_path):
     if method == "lora":
         for model, folder, merged in zip(models, (tmp_path, tmp_path / "torch"), logits, strict=True):
             alone = BertForSequenceClassification.from_encoder(
-                BertForPretraining.load(start / "model.safetensors"), labels=2
+                BertForPretraining.load(tiny_bert / "model.safetensors"), labels=2
             )
             alone.classifier.load_state_dict(model.classifier.state_dict())
             finetune.load_adapter(alone, folder / "adapter.safetensors")

@@ -21,13 +21,9 @@ for _module in ("matplotlib", "rich", "safetensors", "tokenizers"):
     pytest.importorskip(_module)
 from tiny_data import make, modelled, system  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = Recipe(steps=60, learning_rate=2e-2, warmup=5, interval=60, bfloat16=False)
 SENTENCES = ("the bank of the river", "a bank lends money", "on the bank of it all he sat")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import fasttx
 from fasttx import datasets
 from fasttx.models import TokenizerMismatchError
-from fasttx.systems import SYSTEMS, System
+from fasttx.systems import SYSTEMS
 from fasttx.systems import multimodal as clothes
 from fasttx.systems._ngram import bits_per_character
 from fasttx.systems._system import Epochs, described
@@ -24,38 +24,11 @@ from fasttx.train import Recipe, Run, train
 for _module in ("safetensors", "tokenizers"):
     pytest.importorskip(_module)
 from test_datasets import catalogue, write  # noqa: E402
-from tiny_data import TINY, make, modelled, pretrain, system  # noqa: E402
+from tiny_data import TINY, modelled, system  # noqa: E402
 
 EACH = pytest.mark.parametrize("name", TINY)
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = Recipe(steps=3, warmup=1, interval=3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(folder, tmp_path_factory):
-    return pretrain(folder, tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture
-def made(folder, pretrained):
-    """Makes a system by its name."""
-
-    def of(name, *options) -> System:
-        if name == "digits":
-            pytest.importorskip("sklearn")
-        start = ["--start", pretrained] if name == "sentiment" else []
-        return system(name, folder, *start, *options)
-
-    return of
 
 
 def same(first, second):
@@ -67,8 +40,8 @@ def test_every_system_is_tried():
 
 
 @EACH
-def test_a_batch_follows_from_its_number_and_the_seed(name, made):
-    first, again, other = made(name), made(name), made(name, "--seed", 1)
+def test_a_batch_follows_from_its_number_and_the_seed(name, tiny_system):
+    first, again, other = tiny_system(name), tiny_system(name), tiny_system(name, "--seed", 1)
     forward = [first.batch(i) for i in (0, 7, 3)]
     backward = [again.batch(i) for i in (3, 7, 0)][::-1]
     assert all(map(same, forward, backward))
@@ -77,8 +50,8 @@ def test_a_batch_follows_from_its_number_and_the_seed(name, made):
 
 
 @EACH
-def test_it_trains_on_the_kernels(name, made, tmp_path, needs_extension):
-    task = made(name)
+def test_it_trains_on_the_kernels(name, tiny_system, tmp_path, needs_extension):
+    task = tiny_system(name)
     with fasttx.strict():
         for part in (task, *map(task.variant, task.variants)):
             run = Run(modelled(part), part, STEPS, tmp_path / getattr(part, "modality", ""))
@@ -87,15 +60,15 @@ def test_it_trains_on_the_kernels(name, made, tmp_path, needs_extension):
     assert (tmp_path / getattr(task, "modality", "") / "model.safetensors").exists()
 
 
-def test_every_batch_has_its_own_masks(made):
-    task = made("bert")
+def test_every_batch_has_its_own_masks(tiny_system):
+    task = tiny_system("bert")
     chosen = {tuple((task.batch(i)["mlm_targets"][:, :9] != -100).flatten().tolist()) for i in range(6)}
     assert len(chosen) == 6
 
 
 @pytest.mark.parametrize("name", ["translation", "sentiment", "digits", "fashion"])
-def test_every_example_comes_once_an_epoch(name, made):
-    task = made(name)
+def test_every_example_comes_once_an_epoch(name, tiny_system):
+    task = tiny_system(name)
     count = len(task.images if hasattr(task, "images") else task.pairs if name == "translation" else task.train)
     orders, index = [], 0
     for _ in range(2):
@@ -116,30 +89,30 @@ def test_epochs_are_of_any_lengths():
 
 
 def test_epochs_keep_one_epoch():
-    made = []
+    alive = []
 
     class Batches(list):
         pass
 
     def make(number):
         batches = Batches([number] * 3)
-        made.append(weakref.ref(batches))
+        alive.append(weakref.ref(batches))
         return batches
 
     epochs = Epochs(make)
-    assert [epochs[i] for i in range(30)] == [i // 3 for i in range(30)] and len(made) == 10
-    assert [reference() is not None for reference in made] == [False] * 9 + [True]
-    assert epochs[0] == 0 and len(made) == 11  # an earlier one is made again
+    assert [epochs[i] for i in range(30)] == [i // 3 for i in range(30)] and len(alive) == 10
+    assert [reference() is not None for reference in alive] == [False] * 9 + [True]
+    assert epochs[0] == 0 and len(alive) == 11  # an earlier one is made again
 
 
 @EACH
-def test_everything_that_is_measured_goes_where_the_model_is(name, made, monkeypatch):
+def test_everything_that_is_measured_goes_where_the_model_is(name, tiny_system, monkeypatch):
     """To a device whose tensors hold nothing: as soon as a model is asked there is no more to see."""
 
     class Asked(Exception):
         pass
 
-    task = made(name)
+    task = tiny_system(name)
     model = modelled(task).eval().to("meta")
 
     def asked(*arguments, **named):
@@ -157,14 +130,14 @@ def test_everything_that_is_measured_goes_where_the_model_is(name, made, monkeyp
 
 
 @EACH
-def test_a_smaller_folder_is_seen(name, made, folder, tmp_path, pretrained):
+def test_a_smaller_folder_is_seen(name, tiny_system, tiny_folder, tmp_path, tiny_bert):
     """By how much there is, and by its checksum."""
-    task = made(name)
+    task = tiny_system(name)
     assert re.fullmatch(r"[\d,]+ (plays|lines|pairs|images) to learn from, \d+ held out \(checksum \w{8}\)", task.data)
-    assert task.data == made(name).data
+    assert task.data == tiny_system(name).data
     if name in ("digits", "fashion", "multimodal"):  # of one folder, or of sizes that are given
         return
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(tiny_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "shakespeare/03.txt").unlink()
     lines = tmp_path / "sentiment/movieReviewSnippets_GroundTruth.txt"
     lines.write_text("\n".join(lines.read_text().splitlines()[:-9]))
@@ -172,7 +145,7 @@ def test_a_smaller_folder_is_seen(name, made, folder, tmp_path, pretrained):
     few |= {f"now {word} number {i}": f"autre {word} {i}" for word in ("open", "close") for i in range(30)}
     header = {"": "Content-Type: text/plain; charset=UTF-8\n"}
     write(tmp_path / "translations/a/fr/LC_MESSAGES/a.mo", catalogue(header | few))
-    start = ["--start", pretrained] if name == "sentiment" else []
+    start = ["--start", tiny_bert] if name == "sentiment" else []
     other = system(name, tmp_path, *start)
     assert int(other.data.split()[0]) < int(task.data.split()[0])
     assert other.data.split()[-1] != task.data.split()[-1]
@@ -183,13 +156,13 @@ def test_a_checksum_is_of_the_data():
     assert described("lines", list("ab") * 600, ["c"]).startswith("1,200 lines to learn from, 1 held out (checksum ")
 
 
-def test_plays_are_held_out_whole(made, folder):
-    plays = datasets.shakespeare(folder)
-    train_text, held_out = made("gpt").texts
+def test_plays_are_held_out_whole(tiny_system, tiny_folder):
+    plays = datasets.shakespeare(tiny_folder)
+    train_text, held_out = tiny_system("gpt").texts
     assert collections.Counter((play in train_text, play in held_out) for play in plays) == {
         (True, False): 18, (False, True): 2,
     }  # fmt: skip
-    bert = made("bert")
+    bert = tiny_system("bert")
     unseen = [play.split(".")[0] for play in plays if play in held_out]  # "Play 7", which no other play says
     trained = {bert.tokenizer.decode(side) for batch in (bert.batches[i] for i in range(20)) for pair in batch
                for side in (pair.first, pair.second)}  # fmt: skip
@@ -201,21 +174,21 @@ def test_plays_are_held_out_whole(made, folder):
     assert not any(re.search(rf"{play}\b", text) for play in unseen for text in trained)
 
 
-def test_lines_are_held_out(made, folder):
-    task = made("sentiment")
+def test_lines_are_held_out(tiny_system, tiny_folder):
+    task = tiny_system("sentiment")
     texts = [{task.tokenizer.decode(ids): label for ids, label in lines} for lines in (task.train, task.held_out)]
     assert not texts[0].keys() & texts[1].keys() and len(texts[1]) == 4
-    scores = {text: int(score > 0) for text, score in datasets.sentiment(folder) if score != 0}
+    scores = {text: int(score > 0) for text, score in datasets.sentiment(tiny_folder) if score != 0}
     assert texts[0] | texts[1] == scores  # nothing without praise and blame
 
 
-def test_no_translation_is_learned_that_is_held_out(folder, tmp_path):
+def test_no_translation_is_learned_that_is_held_out(tiny_folder, tmp_path):
     """Not in other case, punctuation and numbers either, and not in French alone."""
 
     def words(text):
         return " ".join(re.findall(r"[^\W\d]+", text.lower()))
 
-    pairs = datasets.translations(folder)
+    pairs = datasets.translations(tiny_folder)
     header = {"": "Content-Type: text/plain; charset=UTF-8\n"}
     nearly = {f"{english.upper()} 2...": f"« {french.title()} »" for english, french in pairs}
     nearly |= {f"now {english}": french for english, french in pairs}
@@ -228,20 +201,20 @@ def test_no_translation_is_learned_that_is_held_out(folder, tmp_path):
         assert words(task.tokenizer.decode(target)) not in french
 
 
-def test_pictures_are_held_out(made, folder):
-    task = made("fashion")
-    assert torch.equal(task.images, datasets.fashion_mnist(folder, "train")[0])
-    assert torch.equal(task.held_out, datasets.fashion_mnist(folder, "test")[0])
-    digits, (images, _) = made("digits"), datasets.digits()
+def test_pictures_are_held_out(tiny_system, tiny_folder):
+    task = tiny_system("fashion")
+    assert torch.equal(task.images, datasets.fashion_mnist(tiny_folder, "train")[0])
+    assert torch.equal(task.held_out, datasets.fashion_mnist(tiny_folder, "test")[0])
+    digits, (images, _) = tiny_system("digits"), datasets.digits()
     rows = collections.Counter(map(tuple, torch.cat((digits.images, digits.held_out)).flatten(1).tolist()))
     assert rows == collections.Counter(map(tuple, images.flatten(1).tolist())) and len(digits.held_out) == 359
 
 
 @pytest.mark.parametrize("name, mirrored", [("digits", (False,)), ("fashion", (False, True))])
 @pytest.mark.parametrize("shift", [0, 1])
-def test_pictures_move_or_are_mirrored(made, name, shift, mirrored):
+def test_pictures_move_or_are_mirrored(tiny_system, name, shift, mirrored):
     """By a pixel at most, and in every way that there is, about equally often."""
-    task = made(name, "--batch", 40, "--shift", shift)
+    task = tiny_system(name, "--batch", 40, "--shift", shift)
     side, ways = task.images.shape[-1], collections.Counter()
     places = range(2 * shift + 1)
     for index in range(12):
@@ -256,9 +229,9 @@ def test_pictures_move_or_are_mirrored(made, name, shift, mirrored):
 
 
 @pytest.mark.parametrize("name", ["digits", "fashion", "sentiment", "multimodal"])
-def test_accuracy(name, made):
+def test_accuracy(name, tiny_system):
     """Asked one by one."""
-    task = made(name)
+    task = tiny_system(name)
     model = modelled(task).eval()
     right = []
     with torch.inference_mode():
@@ -277,10 +250,10 @@ def test_accuracy(name, made):
     assert len(right) == {"digits": 359, "sentiment": 4}.get(name, 20)
 
 
-def test_questions_have_their_answers(made, folder):
-    task = made("multimodal")
-    images, labels = datasets.fashion_mnist(folder, "test")
-    light = [float(x[x > 0].mean()) for x in datasets.fashion_mnist(folder, "train")[0]]
+def test_questions_have_their_answers(tiny_system, tiny_folder):
+    task = tiny_system("multimodal")
+    images, labels = datasets.fashion_mnist(tiny_folder, "test")
+    light = [float(x[x > 0].mean()) for x in datasets.fashion_mnist(tiny_folder, "train")[0]]
     middle = sorted(light)[(len(light) - 1) // 2]
     asked = collections.Counter()
     for _ in range(10):
@@ -304,8 +277,8 @@ def test_questions_have_their_answers(made, folder):
 
 
 @pytest.mark.parametrize("name", ["gpt", "lstm"])
-def test_bits_per_character(name, made):
-    task, tokenizer = made(name), made(name).tokenizers["text"]
+def test_bits_per_character(name, tiny_system):
+    task, tokenizer = tiny_system(name), tiny_system(name).tokenizers["text"]
     model, ids, bits = modelled(task).eval(), task.held_out, 0.0
     starts = range(0, len(ids) - 16, 16)
     with torch.inference_mode():
@@ -326,8 +299,8 @@ def test_bits_per_character(name, made):
     assert f"(order {best[1]}): {best[0]:.3f} bits" in line
 
 
-def test_masked_and_following(made, tmp_path):
-    task = made("bert")
+def test_masked_and_following(tiny_system, tmp_path):
+    task = tiny_system("bert")
     model, masked, following = modelled(task), [], []
     list(train(Run(model, task, Recipe(steps=30, learning_rate=1e-2, interval=30), tmp_path)))
     model.eval()
@@ -341,12 +314,12 @@ def test_masked_and_following(made, tmp_path):
                 masked += [int(told[0, place].argmax()) == token for place, token in targets if token != -100]
         expected = {"masked_accuracy": sum(masked) / len(masked), "next_accuracy": sum(following) / len(following)}
         assert expected["masked_accuracy"] > 0 and task.evaluate(model) == pytest.approx(expected)
-    assert same(task.held_out[0], made("bert").held_out[0])
+    assert same(task.held_out[0], tiny_system("bert").held_out[0])
 
 
-def test_bleu(made, monkeypatch):
+def test_bleu(tiny_system, monkeypatch):
     pytest.importorskip("sacrebleu")
-    task = made("translation", "--beams", 2)
+    task = tiny_system("translation", "--beams", 2)
     model, french = modelled(task).eval(), [text for _, text in task.held_out]
     assert task._bleu(french) == pytest.approx(100)
     assert task._bleu(["autre chose"] * len(french)) < 1
@@ -357,14 +330,14 @@ def test_bleu(made, monkeypatch):
     assert next(task.report(model)) == f"BLEU of {len(french)} held-out texts with 2 beams: 100.0"
 
 
-def test_another_tokenizer_is_refused(made, pretrained, tmp_path, folder):
+def test_another_tokenizer_is_refused(tiny_system, tiny_bert, tmp_path, tiny_folder):
     other = Tokenizer.train("bpe", ["another text"], vocab_size=270)
-    task = made("translation")
+    task = tiny_system("translation")
     with pytest.raises(TokenizerMismatchError):
         translate(modelled(task), task.tokenizer, other, ["open the file"])
     with pytest.raises(ValueError, match="empty"):
         translate(modelled(task), task.tokenizer, task.tokenizer, ["open the file", ""])
-    (tmp_path / "model.safetensors").write_bytes((pretrained / "model.safetensors").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((tiny_bert / "model.safetensors").read_bytes())
     other.save(tmp_path / "text.json")
     with pytest.raises(TokenizerMismatchError):
-        system("sentiment", folder, "--start", tmp_path).model()
+        system("sentiment", tiny_folder, "--start", tmp_path).model()

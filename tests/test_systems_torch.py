@@ -14,38 +14,15 @@ from fasttx.train import Recipe, Run, train
 
 for _module in ("safetensors", "tokenizers"):
     pytest.importorskip(_module)
-from tiny_data import TINY, make, modelled, pretrain, system  # noqa: E402
+from tiny_data import TINY, modelled  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EACH = pytest.mark.parametrize("name", [name for name in TINY if name != "digits"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(folder, tmp_path_factory):
-    return pretrain(folder, tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture
-def made(folder, pretrained):
-    def of(name, *options):
-        start = ["--start", pretrained] if name == "sentiment" else []
-        return system(name, folder, *start, *options)
-
-    return of
 
 
 @contextlib.contextmanager
 def heard():
-    """The decisions that are made within."""
+    """The decisions that are tiny_system within."""
     decisions: list[dispatch.Decision] = []
     dispatch.listeners.append(decisions.append)
     try:
@@ -76,8 +53,8 @@ def doubled(batch):
 
 
 @EACH
-def test_every_module_is_torchs_and_later_fasttxs_again(name, made):
-    model = modelled(made(name))
+def test_every_module_is_torchs_and_later_fasttxs_again(name, tiny_system):
+    model = modelled(tiny_system(name))
     own = {path: type(module) for path, module in model.named_modules()}
     with pytest.raises(KeyError), torch_modules(model):
         for path, module in model.named_modules():
@@ -94,8 +71,8 @@ def test_every_module_is_torchs_and_later_fasttxs_again(name, made):
 
 @EACH
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_no_kernel_runs(name, mode, made, needs_extension):
-    task = made(name)
+def test_no_kernel_runs(name, mode, tiny_system, needs_extension):
+    task = tiny_system(name)
     model, batch = getattr(modelled(task), mode)(), task.batch(0)
     with heard() as on_fasttx:
         results(model, batch)
@@ -107,12 +84,12 @@ def test_no_kernel_runs(name, mode, made, needs_extension):
 
 
 @EACH
-def test_results_and_gradients_are_the_same(name, made):
+def test_results_and_gradients_are_the_same(name, tiny_system):
     """fasttx within the error budget of torch.nn, which itself is near: a wrong one would have a wide budget.
 
     Near: to a thousandth, far above rounding in float32, far below what a term left out makes.
     """
-    task = made(name)
+    task = tiny_system(name)
     model, batch = modelled(task).eval(), task.batch(0)
     actual = results(model, batch)
     with torch_modules(model), fasttx.backend("reference"):
@@ -127,9 +104,9 @@ def test_results_and_gradients_are_the_same(name, made):
 
 @EACH
 @pytest.mark.parametrize("bfloat16", [False, True])
-def test_it_learns_as_much(name, bfloat16, made, tmp_path):
+def test_it_learns_as_much(name, bfloat16, tiny_system, tmp_path):
     """Without dropout, whose random numbers differ."""
-    task = made(name)
+    task = tiny_system(name)
     recipe = Recipe(steps=8, learning_rate=1e-2, warmup=2, interval=8, bfloat16=bfloat16)
     losses = []
     for kind in (Run, TorchRun):
@@ -139,9 +116,9 @@ def test_it_learns_as_much(name, bfloat16, made, tmp_path):
     assert len(set(losses[0])) == 8
 
 
-def test_adapters_stay(made):
+def test_adapters_stay(tiny_system):
     pytest.importorskip("peft")
-    task = made("sentiment", "--method", "lora")
+    task = tiny_system("sentiment", "--method", "lora")
     model, batch = without_dropout(modelled(task)), task.batch(0)  # in training, as a TorchRun
     with torch.no_grad():
         for name, parameter in model.named_parameters():
