@@ -5,6 +5,7 @@ makes the same batches.
 """
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: str = "right") ->
     padding = torch.ones(len(sequences), length, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
         place = slice(0, len(sequence)) if side == "right" else slice(length - len(sequence), length)
-        ids[row, place] = torch.tensor(sequence, dtype=torch.int64)
+        ids[row, place] = torch.tensor(list(map(operator.index, sequence)), dtype=torch.int64)
         padding[row, place] = False
     return ids, padding
 
@@ -73,7 +74,7 @@ def shift(token_ids: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Ten
 def mask_tokens(
     token_ids: Tensor, tokenizer: Any, *, generator: Generator, probability: float = 0.15
 ) -> tuple[Tensor, Tensor]:
-    """(inputs, targets) of a masked language model, of token_ids' shape: Devlin et al., BERT (2019), section 3.1.
+    """(inputs, targets) of a masked language model, int64 of token_ids' shape: Devlin et al., BERT (2019), section 3.1.
 
     Each token is chosen with `probability`, and one at least; special tokens, padding among them, never are. Of those
     chosen 80 % become [MASK], 10 % a random ordinary token, and 10 % stay. targets: the chosen tokens.
@@ -86,7 +87,8 @@ def mask_tokens(
         raise ValueError(f"probability must be above 0 and at most 1, got {probability}")
     if tokenizer.mask_id is None:
         raise ValueError("this tokenizer has no [MASK]")
-    special = torch.tensor(tokenizer.special_ids)
+    token_ids = token_ids.long()
+    special = torch.tensor(tokenizer.special_ids, dtype=torch.int64)
     ordinary_ids = torch.ones(len(tokenizer), dtype=torch.bool).index_fill_(0, special, False).nonzero().flatten()
     ordinary = ~torch.isin(token_ids, special)
     if not ordinary.any():
@@ -160,6 +162,7 @@ def length_buckets(lengths: Sequence[int], *, tokens: int, generator: Generator)
 
     tokens: the most of a batch when it is padded, sequences x the longest. Raises ValueError for a longer sequence.
     """
+    lengths = list(map(operator.index, lengths))
     if not lengths:
         raise ValueError("there are no lengths")
     if max(lengths) > tokens:

@@ -1,8 +1,8 @@
 """From text to token ids and back, by tokenizers that train here or that a Hugging Face tokenizer.json describes."""
 
+import codecs
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Sequence
 from operator import add
 from os import PathLike
@@ -56,7 +56,10 @@ class Tokenizer:
         self.special_ids = sorted(id for id, token in added if token.special)
         ids = [self._special_id(*names) for names in _tokenizer_file.ROLES.values()]
         self.pad_id, self.unk_id, self.bos_id, self.eos_id, self.cls_id, self.sep_id, self.mask_id = ids
+        # A file's vocabulary may hold them without its saying that they are special.
+        self.special_ids = sorted({*self.special_ids, *(id for id in ids if id is not None)})
         self._never_from_text = set(self.special_ids) - {self.unk_id}
+        self._length = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
         content = json.loads(self._tokenizer.to_str())
         self.kind = _tokenizer_file.kind(content)
         self.fingerprint = _tokenizer_file.fingerprint(content)
@@ -70,7 +73,7 @@ class Tokenizer:
 
         kind: "word" (words and runs of punctuation, in decoded text with spaces between), "character", or "bpe": byte
         pairs (Sennrich et al., Neural machine translation of rare words with subword units, 2016), over bytes, so that
-        no text is unknown. Characters and byte pairs decode to exactly what was encoded.
+        no text is unknown. Characters, but for unknown ones, and byte pairs decode to exactly what was encoded.
         vocab_size: at most so many tokens, special ones included; None for all words or characters, or 8192 byte
         pairs. min_frequency: what is rarer in the texts becomes no token.
         """
@@ -114,7 +117,8 @@ class Tokenizer:
         write_atomically(path, self._tokenizer.to_str(pretty=True).encode())
 
     def __len__(self) -> int:
-        return self._tokenizer.get_vocab_size()
+        """One more than the largest id."""
+        return self._length
 
     def __repr__(self) -> str:
         return f"Tokenizer(kind={self.kind!r}, tokens={len(self)}, fingerprint={self.fingerprint!r})"
@@ -126,7 +130,7 @@ class Tokenizer:
         """Raises ValueError for an id that it does not have."""
         token = self._tokenizer.id_to_token(id) if 0 <= id < 2**32 else None
         if token is None:
-            raise ValueError(f"there is no token {id}: the ids are 0 to {len(self) - 1}")
+            raise ValueError(f"there is no token {id}: the ids are among 0 to {len(self) - 1}")
         return token
 
     def id(self, token: str) -> int | None:
@@ -180,7 +184,9 @@ class Tokenizer:
             rows = [shorten_pair(*row, room) if len(row) == 2 else [row[0][:room]] for row in rows]
         first = [before + row[0] + after for row in rows]
         second = [ids + after for row in rows for ids in row[1:]] or [[]] * len(rows)
-        token_ids, padding = pad(list(map(add, first, second)), *self._specials("pad", True), side)
+        rows = list(map(add, first, second))
+        padded = len(set(map(len, rows))) > 1
+        token_ids, padding = pad(rows, *self._specials("pad", padded) or [0], side)
         segments = [[0] * len(a) + [1] * len(b) for a, b in zip(first, second, strict=True)]
         return Batch(token_ids, padding, pad(segments, 0, side)[0])
 
@@ -204,7 +210,7 @@ def read_word_vectors(path: str | PathLike, tokenizer: Tokenizer) -> tuple[Tenso
     `words width`. Of a word that comes twice the first vector counts. Raises ValueError for a malformed line.
     """
     with open(path, "rb") as file:
-        lines = file.read().splitlines()
+        lines = file.read().removeprefix(codecs.BOM_UTF8).rstrip().splitlines()
     header = lines[0].split() if lines else []
     has_header = len(header) == 2 and all(field.isdigit() for field in header)
     width = int(header[1]) if has_header else len(header) - 1
@@ -214,14 +220,14 @@ def read_word_vectors(path: str | PathLike, tokenizer: Tokenizer) -> tuple[Tenso
     for number, line in enumerate(lines[has_header:], start=1 + has_header):
         try:
             word, *fields = line.decode().rstrip(" ").rsplit(" ", width)
-            values = [float(field) for field in fields]
+            values = torch.tensor([float(field) for field in fields])
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-        if len(values) != width or not all(map(math.isfinite, values)):
+        if len(values) != width or not values.isfinite().all():
             raise ValueError(f"{path}, line {number}: not a word and {width} finite numbers")
-        id = tokenizer.id(word)
+        id = tokenizer.id(word.rstrip(" "))
         if id is not None and not found[id]:
-            vectors[id], found[id] = torch.tensor(values), True
+            vectors[id], found[id] = values, True
     return vectors, found
 
 

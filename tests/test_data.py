@@ -35,6 +35,12 @@ def test_pad():
     assert padding.tolist() == [[False] * 3, [True, True, False]]
 
 
+def test_only_integers_are_padded():
+    assert data.pad([torch.tensor([1, 2]), [3]], 0)[0].tolist() == [[1, 2], [3, 0]]
+    with pytest.raises(TypeError, match="float"):
+        data.pad([[1.5]], 0)
+
+
 def test_shift():
     ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [0, 0, 7, 8]])
     inputs, targets = data.shift(ids)
@@ -65,6 +71,8 @@ def test_mask_tokens():
     again = data.mask_tokens(ids, VOCABULARY, generator=generator())
     assert torch.equal(again[0], inputs) and torch.equal(again[1], targets)
     assert not torch.equal(data.mask_tokens(ids, VOCABULARY, generator=generator(1))[1], targets)
+    of_int32 = data.mask_tokens(ids.int(), VOCABULARY, generator=generator())
+    assert all(torch.equal(a, b) and a.dtype == torch.int64 for a, b in zip(of_int32, (inputs, targets), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +159,7 @@ def test_length_buckets(lengths, tokens, seed):
         assert batch and len(batch) * max(lengths[index] for index in batch) <= tokens
     ranges = sorted((min(lengths[i] for i in batch), max(lengths[i] for i in batch)) for batch in batches)
     assert all(high <= low for (_, high), (low, _) in zip(ranges, ranges[1:], strict=False))  # like lengths together
-    assert batches == data.length_buckets(lengths, tokens=tokens, generator=generator(seed))
+    assert batches == data.length_buckets(torch.tensor(lengths), tokens=tokens, generator=generator(seed))
 
 
 def test_buckets_come_in_another_order_each_time():

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import sys
 import warnings
 
@@ -121,6 +122,15 @@ def test_what_a_checkpoint_lacks_of_a_head(transformers, tmp_path):
         hugging_face(transformers, kind).save_pretrained(folder)
     with pytest.warns(UserWarning, match="has no bert.pooler, no next_sentence: drawn anew"):
         BertForPretraining.from_pretrained(folders["BertForMaskedLM"])
+    for ours, kind in (
+        (BertForTokenClassification, "BertModel"),
+        (BertForSequenceClassification, "BertForTokenClassification"),
+        (BertForPretraining, "BertForQuestionAnswering"),
+    ):
+        with pytest.raises(ModelFileError, match=f"it is of a {kind}; from_encoder gives its encoder a new head"):
+            ours.from_pretrained(folders[kind])
+    for folder in folders.values():  # as files of others', which do not say what they are
+        described(folder, architectures=None)
     for ours, kind, match in (
         (BertForTokenClassification, "BertModel", "the checkpoint has no classifier"),
         (BertForSequenceClassification, "BertForPreTraining", "the checkpoint has no classifier"),
@@ -131,6 +141,40 @@ def test_what_a_checkpoint_lacks_of_a_head(transformers, tmp_path):
         with pytest.raises(ModelFileError, match=match), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ours.from_pretrained(folders[kind])
+
+
+def described(folder, **changes):
+    """Changes what a folder's config.json says."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_another_use_of_a_head_is_refused(transformers, tmp_path):
+    hugging_face(transformers, "BertForSequenceClassification").save_pretrained(tmp_path)
+    described(tmp_path, problem_type="single_label_classification")
+    BertForSequenceClassification.from_pretrained(tmp_path)
+    described(tmp_path, problem_type="multi_label_classification")
+    with pytest.raises(ModelFileError, match="its problem_type is multi_label_classification"):
+        BertForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "relu"])
+@torch.no_grad()
+def test_the_head_of_pretraining_has_the_encoders_activation(transformers, tmp_path, activation):
+    theirs = hugging_face(transformers, "BertForMaskedLM", hidden_act=activation)
+    theirs.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="drawn anew"):
+        ours = BertForPretraining.from_pretrained(tmp_path).double().eval()
+    token_ids = torch.randint(1, TINY.vocab_size, (2, 9))
+    torch.testing.assert_close(ours(token_ids)[0], theirs.double()(token_ids).logits, rtol=1e-9, atol=1e-9)
+
+
+def test_many_masked_tokens_do_not_overflow_float16():
+    model = BertForPretraining(dataclasses.replace(TINY, width=8, heads=1, layers=1, max_positions=500))
+    token_ids = torch.randint(1, TINY.vocab_size, (50, 500))
+    expected = model.loss(token_ids, mlm_targets=token_ids)
+    loss = model.half().loss(token_ids, mlm_targets=token_ids)
+    torch.testing.assert_close(loss.float(), expected, rtol=2e-3, atol=0.0)
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -179,6 +179,13 @@ def test_what_leaves_one_token_is_greedy():
         assert torch.equal(next_tokens(logits, **options), greedy)
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-46, 1e-38])
+def test_the_coldest_temperatures_are_greedy(temperature):
+    logits = torch.randn(7, 40)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert torch.equal(next_tokens(logits.to(dtype), temperature=temperature), logits.to(dtype).argmax(-1))
+
+
 def test_a_generator_decides_and_the_default_one_is_left_alone():
     logits, state = torch.randn(40, 30), torch.get_rng_state()
     first, again, other = (
@@ -216,6 +223,8 @@ def test_options_that_are_none_are_refused_before_the_first_step(options, error,
         ({"beams": 0}, ValueError, "beams must be at least 1, got 0"),
         ({"beams": 1.5}, TypeError, "beams must be an integer, got float"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
+        ({"length_penalty": 101.0}, ValueError, "length_penalty 101.0 is too much for 2 tokens"),
+        ({"length_penalty": -101.0}, ValueError, "length_penalty -101.0 is too much for 2 tokens"),
         ({"length_penalty": None}, TypeError, "length_penalty must be a number, got NoneType"),
     ],
     ids=str,

@@ -16,10 +16,13 @@ from fasttx.models import (
     Bert,
     BertConfig,
     BertForPretraining,
+    EncoderDecoder,
     EncoderDecoderConfig,
     GPTConfig,
     ModelFileError,
+    Multimodal,
     MultimodalConfig,
+    ViT,
     ViTConfig,
 )
 from fasttx.models._model import write_atomically
@@ -191,6 +194,67 @@ def test_a_model_with_adapters_is_not_saved(tmp_path):
     finetune.merge(adapted)
     model.save(tmp_path / "model.safetensors")
     assert Bert.load(tmp_path / "model.safetensors").state_dict().keys() == model.state_dict().keys()
+
+
+def _fewer_layers(model):
+    model.transformer.layers = model.transformer.layers[:1]
+
+
+def _another_width(model):
+    model.head.weight = torch.nn.Parameter(torch.zeros(20, 6))
+
+
+def _untied(model):
+    model.head.weight = torch.nn.Parameter(model.head.weight + 1)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (_fewer_layers, "its file would not load: transformer.layers.1"),
+        (_another_width, "its file would not load: head.weight"),
+        (_untied, "embedding.token_weight and head.weight are one weight in a GPT, and differ here"),
+        (lambda model: torch.nn.utils.parametrizations.weight_norm(model.head), "not load: head.weight, head.p"),
+    ],
+)
+def test_what_would_not_load_is_not_saved(tmp_path, change, match):
+    model = GPT(GPTConfig(vocab_size=20, max_positions=6, **SIZES | {"layers": 2}))
+    change(model)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=match):
+        model.save(tmp_path / "model.safetensors")
+    assert not any(tmp_path.iterdir()) and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
+def test_the_default_device_does_not_matter(tmp_path, config):
+    kind = next(kind for kind in (Bert, GPT, EncoderDecoder, ViT, Multimodal) if kind.Config is type(config))
+    model = kind(config)
+    with torch.device("meta"):
+        model.save(tmp_path / "model.safetensors")
+        loaded = kind.load(tmp_path / "model.safetensors")
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_a_weight_that_was_untied_but_is_the_same_is_saved(tmp_path):
+    """As by to_empty and load_state_dict."""
+    model = GPT(CONFIGS[1])
+    model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
+    model.save(tmp_path / "model.safetensors")
+    assert torch.equal(GPT.load(tmp_path / "model.safetensors").head.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_truncated_weights_of_hugging_faces(tmp_path, zipped):
+    path = tmp_path / "pytorch_model.bin"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    torch.save({"a": torch.ones(30)}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for data in (*(whole[:size] for size in range(0, len(whole), 40)), b"hello world\n"):
+        path.write_bytes(data)
+        with pytest.raises(ModelFileError, match="pytorch_model.bin"):
+            Bert.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

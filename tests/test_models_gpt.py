@@ -1,6 +1,7 @@
 """GPT: against eager PyTorch and Hugging Face, with and without a cache and padding, trained and generating."""
 
 import copy
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -145,6 +146,15 @@ def test_generation_is_the_likeliest_token_of_a_whole_pass_each():
         whole = expected[row].tolist()
         end = whole.index(stop, 5) + 1 if stop in whole[5:] else 17
         assert made == (whole[:end] + [9] * 12)[: len(made)] and set(whole[len(made) : end]) == set()
+
+
+def test_generation_may_fill_the_positions_and_stops_are_any_iterable():
+    model, prompt = make(), tokens(1, POSITIONS - 2)
+    full = model.generate(prompt, max_new_tokens=3)
+    assert full.shape == (1, POSITIONS + 1)
+    assert torch.equal(model(full[:, :-1])[:, -1].argmax(-1), full[:, -1])
+    stopped = model.generate(prompt, max_new_tokens=3, stop=iter([int(full[0, -3])]))
+    assert torch.equal(stopped, full[:, :-2])
 
 
 def test_samples_are_their_generators_and_the_model_stays_in_training():
@@ -316,13 +326,14 @@ def test_bad_targets(padding):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"max_new_tokens": POSITIONS - 4}, ValueError, "prompts with max_new_tokens has 41 tokens"),
+        ({"max_new_tokens": POSITIONS - 3}, ValueError, "prompts with max_new_tokens has 41 tokens"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1"),
         ({"top_p": 0.0}, ValueError, "top_p"),
         ({"top_k": 0}, ValueError, "top_k"),
         ({"temperature": -1.0}, ValueError, "temperature"),
         ({"pad_id": VOCABULARY}, ValueError, r"pad_id must lie in \[0, 49\], got 50"),
         ({"pad_id": 1.0}, TypeError, "pad_id must be an int, got float"),
+        ({"stop": 3}, TypeError, "int"),
         ({"stop": {3, -1}}, ValueError, r"stop must lie in \[0, 49\], got -1"),
         ({"padding": torch.tensor([[False] * 4 + [True]])}, ValueError, "padding must be on the left of prompts"),
         ({"padding": torch.tensor([[True] * 5])}, ValueError, "each must have a token"),
@@ -425,6 +436,51 @@ def test_folders_as_hugging_face_saves_them(transformers, tmp_path, tied, form):
     ours, token_ids = GPT.from_pretrained(tmp_path).eval(), tokens()
     assert ours.config == GPTConfig(VOCABULARY, 16, 2, 2, 24, POSITIONS, 0.2, "gelu", 1e-3, tied)
     torch.testing.assert_close(ours.double()(token_ids), theirs.double()(token_ids).logits, rtol=1e-9, atol=1e-9)
+
+
+def test_a_head_that_is_not_the_tokens_weight_is_refused(transformers, tmp_path):
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=POSITIONS)
+    theirs = transformers.GPT2LMHeadModel(config)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = theirs.state_dict()
+    torch.save(state | {"lm_head.weight": state["lm_head.weight"] + 1}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelFileError, match="embedding.token_weight and head.weight differ"):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@torch.no_grad()
+def test_weights_in_several_files(transformers, tmp_path, safe):
+    safetensors = pytest.importorskip("safetensors")
+    importlib.import_module("safetensors.torch")
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=POSITIONS)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="10KB")
+    parts, index = sorted(tmp_path.glob("model-*.safetensors")), tmp_path / "model.safetensors.index.json"
+    assert len(parts) > 1
+    if not safe:
+        weights = {}
+        for part in parts:
+            torch.save(safetensors.torch.load_file(part), tmp_path / part.with_suffix(".bin").name)
+            weights |= dict.fromkeys(safetensors.torch.load_file(part), part.with_suffix(".bin").name)
+            part.unlink()
+        index.unlink()
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": weights}))
+        parts = sorted(tmp_path.glob("*.bin"))
+    token_ids = tokens()
+    ours = GPT.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(ours.double()(token_ids), theirs.double()(token_ids).logits, rtol=1e-9, atol=1e-9)
+    parts[0].unlink()
+    with pytest.raises(FileNotFoundError, match=parts[0].name):
+        GPT.from_pretrained(tmp_path)
+    for wrong, message in (
+        ("[]", "names no files"), ("{", "names no files"), ('{"weight_map": {"a": "../b"}}', "not beside it"),
+    ):  # fmt: skip
+        index.write_text(wrong)
+        with pytest.raises(ModelFileError, match=message):
+            GPT.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

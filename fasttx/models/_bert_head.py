@@ -33,9 +33,10 @@ class BertHead(Model):
     """A Bert, as `bert`, with a head. Made by a BertConfig, or a BertHeadConfig where there are labels."""
 
     Config = BertConfig
-    # Parts of Hugging Face's names of the head's weights, and of these here; what a file may lack; and what of that is
-    # no part of this model's results.
+    # Parts of Hugging Face's names of the head's weights, and of these here; its classes with this head, where another
+    # has this one's name; what a file may lack; and what of that is no part of this model's results.
     _THEIR_NAMES: ClassVar[tuple[tuple[str, str], ...]] = ()
+    _THEIR_CLASSES: ClassVar[tuple[str, ...]] = ()
     _OPTIONAL: ClassVar[tuple[str, ...]] = ()
     _UNUSED: ClassVar[tuple[str, ...]] = ()
 
@@ -67,9 +68,12 @@ class BertHead(Model):
         """The model with its head in a folder as Hugging Face saves it, as Bert.from_pretrained.
 
         Raises ModelFileError for a checkpoint with another head, or none: from_encoder gives it a new one. What
-        BertForPretraining lacks where only masked tokens were learned is drawn anew, with a warning.
+        BertForPretraining lacks where only masked tokens were learned is drawn anew, with a warning. The head drops
+        like the encoder, whatever their classifier_dropout is.
         """
-        config, state, theirs = read_bert(folder)
+        config, state, theirs, described = read_bert(folder)
+        with making(cls, folder):
+            cls._require_head(described)
         state = {f"bert.{name}": tensor for name, tensor in state.items()}
         state |= {renamed(name, cls._THEIR_NAMES): tensor for name, tensor in theirs.items()}
         with making(cls, folder):
@@ -79,6 +83,16 @@ class BertHead(Model):
             warnings.warn(f"{folder} has no {', no '.join(missing)}: drawn anew, to be trained", stacklevel=2)
         model.load_weights(state, str(folder))
         return model
+
+    @classmethod
+    def _require_head(cls, described: dict[str, Any]) -> None:
+        """Raises ValueError where Hugging Face's config.json names another head, or another use of it."""
+        found, wanted = described.get("architectures") or (), cls._THEIR_CLASSES or (cls.__name__,)
+        if found and not set(found) & set(wanted):
+            raise ValueError(f"it is of a {', '.join(found)}; from_encoder gives its encoder a new head")
+        problem = described.get("problem_type")
+        if problem not in (None, "single_label_classification"):
+            raise ValueError(f"its problem_type is {problem}, and this head tells labels apart")
 
     @classmethod
     def _config_of(cls, config: BertConfig, state: dict[str, Tensor]) -> Config:

@@ -39,11 +39,13 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")
 
 
-def check_length_penalty(length_penalty: float) -> None:
-    """Raises TypeError or ValueError unless it is a number and finite."""
+def check_length_penalty(length_penalty: float, longest: int) -> None:
+    """Raises TypeError or ValueError unless `longest` tokens to its power stay within float32."""
     _require_number("length_penalty", length_penalty)
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty must be finite, got {length_penalty}")
+    if abs(length_penalty) * math.log10(longest) > 30:  # a float32 has 38
+        raise ValueError(f"length_penalty {length_penalty} is too much for {longest} tokens: {longest} ** it overflows")
 
 
 def next_tokens(
@@ -59,10 +61,10 @@ def next_tokens(
     temperature 0: the most likely one. Otherwise drawn from softmax(logits / temperature), among the top_k most likely
     tokens, and of those among the fewest that together have the probability top_p (Holtzman et al. 2020).
     """
-    if temperature == 0.0:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature < torch.finfo(logits.dtype).tiny:  # rounded, it could be 0
         return logits.argmax(-1)
     # The largest becomes 0, so that no temperature makes it infinite.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
@@ -128,7 +130,7 @@ def beam_search(
     """
     checks.require_size("beams", beams)
     checks.require_size("max_new_tokens", max_new_tokens)
-    check_length_penalty(length_penalty)
+    check_length_penalty(length_penalty, max_new_tokens)
     stops = torch.tensor(sorted(stop), dtype=torch.int64, device=start.device)
     first_beam = torch.arange(0, len(start) * beams, beams, device=start.device)[:, None]
     logits = step(start)

@@ -66,14 +66,15 @@ class Model(torch.nn.Module):
     def save(self, path: str | os.PathLike) -> None:
         """Weights, config and fingerprints as one safetensors file, which replaces `path` only once it is whole.
 
-        Raises ValueError for a model with adapters around its layers, whose file would not load: merge them before.
+        Raises ValueError for a model that is no longer the one its config makes, whose file would not load: with
+        adapters around its layers, which are to be merged before, or with weights of other shapes.
         """
-        if any(".base_layer." in name for name in self.state_dict()):
-            raise ValueError(f"this {type(self).__name__} has adapters: fasttx.finetune.merge them before it is saved")
+        self._require_as_made()
         what = {"architecture": type(self).__name__, "config": self.config.to_dict(), "tokenizers": self.tokenizers}
         # One entry: safetensors writes several in any order, and equal models are to make equal files.
         metadata = {"fasttx": json.dumps(what)}
-        data = import_optional("safetensors.torch", "models").save(_without_aliases(self.state_dict()), metadata)
+        weights = {first: tensor.detach().contiguous() for (first, *_), tensor in _aliases(self)}
+        data = import_optional("safetensors.torch", "models").save(weights, metadata)
         write_atomically(path, data)
 
     @classmethod
@@ -97,6 +98,22 @@ class Model(torch.nn.Module):
         model.load_weights(state, str(path))
         return model
 
+    def _require_as_made(self) -> None:
+        """Raises ValueError unless the weights have the names and shapes that the config makes, tied where it ties."""
+        kind, own = type(self).__name__, self.state_dict()
+        if any(".base_layer." in name for name in own):
+            raise ValueError(f"this {kind} has adapters: fasttx.finetune.merge them before it is saved")
+        with torch.device("meta"), torch.random.fork_rng(devices=()):
+            made = type(self)(self.config)
+        shapes, wanted = ({name: value.shape for name, value in state.items()} for state in (own, made.state_dict()))
+        differ = [name for name in wanted | shapes if wanted.get(name) != shapes.get(name)]
+        if differ:
+            raise ValueError(f"this {kind} is not what its config makes, and its file would not load: {_few(differ)}")
+        for (first, *others), _ in _aliases(made):
+            for name in others:
+                if not torch.equal(own[name], own[first]):
+                    raise ValueError(f"{first} and {name} are one weight in a {kind}, and differ here: tie them again")
+
     def load_weights(self, state: dict[str, Tensor], source: str) -> None:
         """Takes every weight from `state`, in its dtype. All or nothing: raises ModelFileError where one does not fit.
 
@@ -104,10 +121,8 @@ class Model(torch.nn.Module):
         messages call it.
         """
         own = self.state_dict()
-        aliases: dict[tuple, list[str]] = {}
-        for name, tensor in own.items():
-            aliases.setdefault(_place(tensor), []).append(name)
-        missing = [name for name in own if not any(alias in state for alias in aliases[_place(own[name])])]
+        names_of = {name: names for names, _ in _aliases(self) for name in names}
+        missing = [name for name in own if not any(alias in state for alias in names_of[name])]
         unknown = sorted(state.keys() - own.keys())
         if missing or unknown:
             raise ModelFileError(
@@ -122,7 +137,7 @@ class Model(torch.nn.Module):
                 )
             if tensor.dtype not in _DTYPES:
                 raise ModelFileError(f"{source}: {name} is {tensor.dtype}, and no model calculates in that")
-            first = next(alias for alias in aliases[_place(own[name])] if alias in state)
+            first = next(alias for alias in names_of[name] if alias in state)
             if first != name and not torch.equal(tensor, state[first]):
                 raise ModelFileError(f"{source}: {first} and {name} differ, and are one in this {type(self).__name__}")
         dtypes = {tensor.dtype for tensor in state.values()}
@@ -142,7 +157,7 @@ def making(kind: type[Model], source: str | os.PathLike) -> Iterator[None]:
     Torch's generator is afterwards as it was: the weights that are drawn are those of the file in the end.
     """
     try:
-        with torch.random.fork_rng(devices=()):
+        with torch.device("cpu"), torch.random.fork_rng(devices=()):
             yield
     except (KeyError, TypeError, ValueError, RuntimeError) as error:  # RuntimeError: no memory for such sizes
         what = f"it lacks {error}" if isinstance(error, KeyError) else error
@@ -199,16 +214,14 @@ def require_length(name: str, length: int, positions: int) -> None:
         raise ValueError(f"{name} has {length} tokens, and the model has positions for {positions}: shorten it")
 
 
-def _place(tensor: Tensor) -> tuple:
-    """Equal for two names of one tensor; an empty tensor lies nowhere and is only itself."""
-    return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (id(tensor),)
-
-
-def _without_aliases(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    seen: dict[tuple, str] = {}
-    for name, tensor in state.items():
-        seen.setdefault(_place(tensor), name)
-    return {name: state[name].detach().contiguous() for name in seen.values()}
+def _aliases(model: torch.nn.Module) -> list[tuple[list[str], Tensor]]:
+    """Each of its weights, with the names of its state_dict that it has."""
+    found: dict[Any, tuple[list[str], Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        # One that lies nowhere, empty or on "meta", is only itself.
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.data_ptr() else id(tensor)
+        found.setdefault(place, ([], tensor))[0].append(name)
+    return list(found.values())
 
 
 def _few(names: list[str]) -> str:

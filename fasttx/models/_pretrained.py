@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "g
 def read_pretrained(folder: str | os.PathLike, model_type: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The values of config.json, and the weights of model.safetensors or else pytorch_model.bin, by their names there.
 
+    Either may be in several files, which an index beside them names.
+
     Raises FileNotFoundError, or ModelFileError for a model of another type and for files that hold none. No code that
     is in a file is ever run.
     """
@@ -30,19 +31,37 @@ def read_pretrained(folder: str | os.PathLike, model_type: str) -> tuple[dict[st
     found = config.get("model_type") if isinstance(config, dict) else None
     if found != model_type:
         raise ModelFileError(f"{folder} holds a model of type {found}, not {model_type}")
-    if (folder / "model.safetensors").is_file():
-        return config, read_safetensors(folder / "model.safetensors")[0]
-    path = folder / "pytorch_model.bin"
+    for name, read in (("model.safetensors", lambda path: read_safetensors(path)[0]), ("pytorch_model.bin", _read_bin)):
+        if (folder / name).is_file():
+            return config, read(folder / name)
+        if (folder / f"{name}.index.json").is_file():
+            parts = [read(folder / part) for part in _parts(folder / f"{name}.index.json")]
+            return config, {name: tensor for part in parts for name, tensor in part.items()}
+    raise FileNotFoundError(f"there is neither model.safetensors nor pytorch_model.bin in {folder}")
+
+
+def _parts(index: Path) -> list[str]:
+    """The names of the files beside it that hold the weights; what a file lacks is missed by the model."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelFileError(f"{index} names no files of weights: {error}") from error
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ModelFileError(f"{index} names files that are not beside it: {names}")
+    return names
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"there is neither model.safetensors nor pytorch_model.bin in {folder}")
+        raise FileNotFoundError(f"there is no file {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch.load has many kinds for a file that is not whole
         raise ModelFileError(f"{path} holds no weights, or more than weights: {error}") from error
     named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
     if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise ModelFileError(f"{path} holds no weights by name")
-    return config, state
+    return state
 
 
 def own_activation(theirs: str) -> str:

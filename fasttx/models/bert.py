@@ -50,8 +50,10 @@ _THEIR_NAMES = (
 class BertConfig(Config):
     """BERT's sizes. feed_forward: 4 * width where None. activation: "gelu", "gelu_tanh" or "relu".
 
-    pad_id: the token whose embedding stays zero; None: no token's. init_std: matrices are drawn from N(0, init_std);
-    a model much narrower than 768 trains faster from about width ** -0.5.
+    dropout: of the embedding, of the attention's weights, of what each half of a layer adds, and, as in torch.nn's
+    layers and other than in BERT's, within the feed-forward. pad_id: the token whose embedding begins as zero and
+    learns nothing from where it stands; None: no token's. init_std: matrices are drawn from N(0, init_std); a model
+    much narrower than 768 trains faster from about width ** -0.5.
     """
 
     vocab_size: int
@@ -101,9 +103,9 @@ class Bert(Model):
     def forward(self, token_ids: Tensor, segment_ids: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
         """token_ids (B, T) -> the hidden states (B, T, width).
 
-        segment_ids (B, T): 0 where None. padding (B, T): bool, True = padding, on the right: positions are counted from
-        a row's beginning, whatever stands there. Raises TypeError and ValueError for what is not so, an empty batch,
-        more tokens than positions, and ids that the embeddings do not have.
+        segment_ids: broadcastable to (B, T), 0 where None. padding (B, T): bool, True = padding, on the right:
+        positions are counted from a row's beginning, whatever stands there. Raises TypeError and ValueError for what is
+        not so, an empty batch, more tokens than positions, and ids that the embeddings do not have.
         """
         embedded = self._embed(token_ids, segment_ids, padding)
         return self.encoder(embedded, src_key_padding_mask=padding)
@@ -124,7 +126,9 @@ class Bert(Model):
     def attention_maps(
         self, token_ids: Tensor, segment_ids: Tensor | None = None, padding: Tensor | None = None
     ) -> list[Tensor]:
-        """What each layer's heads attend to, (B, heads, T, T): rows are queries, and sum to 1. Call eval() before."""
+        """What each layer's heads attend to, (B, heads, T, T): rows are queries, and sum to 1, in a text
+        without tokens to 0. Call eval() before.
+        """
         states = self.hidden_states(token_ids, segment_ids, padding)
         return [
             layer.self_attn(x, x, x, key_padding_mask=padding, average_attn_weights=False)[1]
@@ -140,7 +144,7 @@ class Bert(Model):
         whatever their attention_probs_dropout_prob is. Raises FileNotFoundError, or ModelFileError for a folder that
         holds no whole BERT.
         """
-        config, state, _ = read_bert(folder)
+        config, state, *_ = read_bert(folder)
         with making(cls, folder):
             model = cls(config)
         if draw_missing(state, model, "pooler"):
@@ -155,8 +159,10 @@ class Bert(Model):
         return self.embedding(token_ids, segment_ids)
 
 
-def read_bert(folder: str | os.PathLike) -> tuple[BertConfig, dict[str, Tensor], dict[str, Tensor]]:
-    """The config of a folder of Hugging Face's, the weights of its encoder by their names here, and those of its heads.
+def read_bert(
+    folder: str | os.PathLike,
+) -> tuple[BertConfig, dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Of Hugging Face's folder: the config, the encoder's weights by their names here, its heads', and config.json.
 
     Raises as Bert.from_pretrained. Unknown weights keep their names.
     """
@@ -165,7 +171,7 @@ def read_bert(folder: str | os.PathLike) -> tuple[BertConfig, dict[str, Tensor],
         config = _config_of(theirs)
     state = {renamed(name, _OLD_NAMES): tensor for name, tensor in state.items()}
     heads = {name: state.pop(name) for name in list(state) if name.startswith(_HEADS)}
-    return config, _by_own_names(state), heads
+    return config, _by_own_names(state), heads, theirs
 
 
 def draw_missing(state: dict[str, Tensor], model: Model, part: str) -> bool:

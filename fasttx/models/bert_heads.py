@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fasttx import checks, functional
+from fasttx import checks
 from fasttx.nn import LayerNorm, LinearCrossEntropy
 
 from ._bert_head import BertHead, BertHeadConfig
-from ._layers import IGNORED, Linear, require_padding, valid_targets
+from ._layers import ACTIVATIONS, IGNORED, Linear, require_padding, valid_targets
 from ._model import require_token_ids
 from .bert import BertConfig
 
@@ -36,12 +36,14 @@ class BertForPretraining(BertHead):
         ("cls.predictions.bias", "decoder.bias"),
         ("cls.seq_relationship.", "next_sentence."),
     )
+    _THEIR_CLASSES = ("BertForPreTraining", "BertForMaskedLM")
     _OPTIONAL = ("bert.pooler", "next_sentence")
 
     def _make_head(self, sizes: BertConfig) -> None:
         self.transform = Linear(sizes.width, sizes.width)
+        self.activation = ACTIVATIONS[sizes.activation]
         self.norm = LayerNorm(sizes.width, eps=sizes.eps)
-        self.decoder = LinearCrossEntropy(sizes.width, sizes.vocab_size, reduction="sum")
+        self.decoder = LinearCrossEntropy(sizes.width, sizes.vocab_size)
         self.decoder.weight = self.bert.embedding.token_weight
         self.next_sentence = LinearCrossEntropy(sizes.width, 2)
 
@@ -63,13 +65,14 @@ class BertForPretraining(BertHead):
     ) -> PretrainingLosses:
         """mlm_targets (B, T): the token at a masked position, -100 elsewhere. nsp_targets (B,): a class, 0 or 1.
 
-        Only masked positions reach the head. Without any, or without nsp_targets, that part is 0.
+        Only masked positions reach the head. Without any, or without nsp_targets, that part is 0. The encoder's
+        pad_id has an output weight as any other token: training moves it.
         """
         hidden = self.bert(token_ids, segment_ids, padding)
         targets = valid_targets("mlm_targets", mlm_targets, token_ids, padding).flatten()
         masked = (targets != IGNORED).nonzero().squeeze(1)
         chosen = self._transformed(hidden.flatten(0, 1).index_select(0, masked))
-        mlm = self.decoder(chosen, targets[masked]) / max(len(masked), 1)
+        mlm = self.decoder(chosen, targets[masked]) if len(masked) else chosen.sum()
         if nsp_targets is None:
             return PretrainingLosses(mlm, torch.zeros_like(mlm))
         return PretrainingLosses(mlm, self.next_sentence(self.bert.pooled(hidden), nsp_targets))
@@ -88,7 +91,7 @@ class BertForPretraining(BertHead):
         return losses.masked + losses.next_sentence
 
     def _transformed(self, hidden: Tensor) -> Tensor:
-        return self.norm(functional.gelu(self.transform(hidden)))
+        return self.norm(self.activation(self.transform(hidden)))
 
 
 class _BertClassifier(BertHead):

@@ -134,6 +134,8 @@ class EncoderDecoder(Model):
             raise ValueError(f"side must be source or target, got {side!r}")
         weight = getattr(self, f"{side}_embedding").token_weight
         checks.require_floating("vectors", vectors)
+        if checks.can_be_read(vectors) and not vectors.isfinite().all():
+            raise ValueError("vectors must be finite")
         if vectors.shape != weight.shape:
             raise ValueError(f"vectors must be {checks.shape(weight)}, got {checks.shape(vectors)}")
         weight.copy_(vectors)
@@ -186,9 +188,12 @@ class EncoderDecoder(Model):
         checks.require_size("max_new_tokens", max_new_tokens)
         checks.require_size("beams", beams)
         _decoding.check_sampling(temperature, top_k, top_p)
-        _decoding.check_length_penalty(length_penalty)
-        if beams > 1 and temperature != 0.0:
-            raise ValueError(f"a beam search draws nothing: temperature must be 0, got {temperature}")
+        _decoding.check_length_penalty(length_penalty, max_new_tokens)
+        if beams > 1 and (temperature != 0.0 or top_k is not None or top_p is not None):
+            raise ValueError(
+                "a beam search draws nothing: temperature must be 0, and top_k and top_p None, got "
+                f"{temperature}, {top_k} and {top_p}"
+            )
         self._require_positions("max_new_tokens", max_new_tokens)
         ends = {"stop": (self.config.eos_id,), "pad_id": self.config.pad_id, "max_new_tokens": max_new_tokens}
         with _decoding.generating(self):

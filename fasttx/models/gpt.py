@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -164,7 +164,7 @@ class GPT(Model):
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        stop: Collection[int] = (),
+        stop: Iterable[int] = (),
         pad_id: int = 0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -179,11 +179,12 @@ class GPT(Model):
         checks.require_size("max_new_tokens", max_new_tokens)
         require_padding(padding, prompts)
         require_entries(self.config.vocab_size, pad_id=pad_id)
+        stop = tuple(stop)
         for id in stop:
             require_entries(self.config.vocab_size, stop=id)
         if padding is not None and bool((padding[:, 1:] & ~padding[:, :-1]).any() or padding[:, -1].any()):
             raise ValueError("padding must be on the left of prompts, and each must have a token")
-        length = prompts.shape[1] + max_new_tokens
+        length = prompts.shape[1] + max_new_tokens - 1  # the last new token is followed by none
         require_length("prompts with max_new_tokens", length, self.config.max_positions)
         cache = KVCache(max_length=length)
 
@@ -210,7 +211,7 @@ class GPT(Model):
         theirs, weights = read_pretrained(folder, "gpt2")
         with making(cls, folder):
             model = cls(_config_of(theirs))
-        model.load_weights(_by_own_names(weights, model.config.tied), str(folder))
+        model.load_weights(_by_own_names(weights), str(folder))
         return model
 
 
@@ -234,13 +235,13 @@ def _config_of(theirs: dict[str, Any]) -> GPTConfig:
     )
 
 
-def _by_own_names(theirs: dict[str, Tensor], tied: bool) -> dict[str, Tensor]:
+def _by_own_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of Hugging Face's GPT-2 by their names here; unknown ones keep their names."""
     own = {}
     for name, tensor in theirs.items():
         name = name.removeprefix("transformer.")
-        if name.endswith((".attn.bias", ".attn.masked_bias")) or (tied and name == "lm_head.weight"):
-            continue  # a causal mask, and the tokens' weight once more
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # a causal mask
         if ".c_" in name and tensor.dim() == 2:
             tensor = tensor.t().contiguous()  # their Conv1D keeps it as (in, out)
         own[renamed(name, _THEIR_NAMES)] = tensor
