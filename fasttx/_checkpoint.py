@@ -33,8 +33,10 @@ def read(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no whole checkpoint: {error}; remove it to begin anew") from error
     mine = _flat(identity)
     names = [name for name in dict.fromkeys((*found, *mine)) if found.get(name) != mine.get(name)]
+    names = [name for name in names if not name.startswith("weights.")] or names  # they follow from a config
     if names:
-        what = ", ".join(f"{name} is {found.get(name)} (here {mine.get(name)})" for name in names)
+        what = ", ".join(f"{name} is {found.get(name)} (here {mine.get(name)})" for name in names[:6])
+        what += f" and {len(names) - 6} more" if len(names) > 6 else ""
         raise CheckpointError(f"{path} is of another run, whose {what}: choose another folder, or remove this one")
     return state
 

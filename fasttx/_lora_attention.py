@@ -37,7 +37,7 @@ class LoraMultiheadAttention(layer.MultiheadAttention):
         return self.base_layer.out_proj
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         for name in names:
             merged = _changed(self.in_proj_weight.data, self, [name]).detach()
             if safe_merge and not merged.isfinite().all():

@@ -24,6 +24,12 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and type(value) is not int:
+                raise TypeError(f"{field.name} must be an int, got {type(value).__name__}")
+            if not math.isfinite(value):
+                raise ValueError(f"{field.name} must be finite, got {value}")
         for name, least in (("steps", 1), ("warmup", 0), ("weight_decay", 0), ("accumulate", 1), ("interval", 1)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

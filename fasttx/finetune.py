@@ -1,8 +1,10 @@
 """Fine-tuning a part of a model: LoRA adapters, which peft makes, and BitFit, which trains biases alone."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from typing import Any
@@ -20,6 +22,17 @@ from fasttx.models._model import ModelFileError, read_safetensors, write_atomica
 # The layers that adapters go around by default, by the names that torch.nn's and fasttx.nn's layers have for them.
 TARGETS = ("self_attn", "multihead_attn", "linear1", "linear2")
 _KIND = "fasttx LoRA adapter"
+# What sends torch's encoders past their layers, and its value where it does not.
+_FAST_PATH = {
+    torch.nn.TransformerEncoder: ("use_nested_tensor", False),
+    torch.nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),  # as for any other activation
+}
+# Options of peft's that change what adapters compute, or what they are around, and that `lora` has not.
+_DECISIVE = (
+    "alpha_pattern", "bias", "exclude_modules", "layer_replication", "layers_pattern", "layers_to_transform",
+    "lora_bias", "modules_to_save", "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora",
+    "use_qalora", "use_rslora",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +61,10 @@ def bitfit(model: Module, *, heads: str | Iterable[str] = ()) -> Counts:
     model does not have, and a model without biases.
     """
     heads = require_heads(model, heads)
-    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
+    is_bias = re.compile(r"(.*_)?bias|bias_.*")  # in_proj_bias, bias_k and bias_ih_l0 among them
+    biases = [values for name, values in model.named_parameters() if is_bias.fullmatch(name.rpartition(".")[2])]
     if not biases:
-        raise ValueError("the model has no parameter whose name ends in bias")
+        raise ValueError("the model has no parameter that is called a bias")
     model.requires_grad_(False)
     for parameter in biases:
         parameter.requires_grad_(True)
@@ -68,7 +82,8 @@ def lora(
     of torch.nn's, fasttx.nn's and Hugging Face's layers, before or after fasttx.optimize.
     dropout: of the adapters' inputs, but not of those around attention. targets: what names of modules end in; None for
     those of TARGETS that the model has, or what peft knows for Hugging Face's models. heads: as `bitfit`'s; they are
-    saved with the adapters. Raises ValueError for targets and heads that the model does not have.
+    saved with the adapters. Raises ValueError for targets and heads that the model does not have, and leaves the model
+    as it is.
     """
     peft = import_optional("peft", "lora")
     from fasttx._lora_attention import LoraMultiheadAttention
@@ -83,13 +98,17 @@ def lora(
     heads = require_heads(model, heads)
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
     config._register_custom_module({torch.nn.MultiheadAttention: LoraMultiheadAttention})
-    try:
-        adapted = peft.get_peft_model(model, config)
-    except ValueError as error:
-        if targets is not None:
-            raise
-        known = ", ".join(TARGETS)
-        raise ValueError(f"this {type(model).__name__} has no {known}: say what the targets are") from error
+    with _as_it_was(model):
+        try:
+            adapted = peft.get_peft_model(model, config)
+        except ValueError as error:
+            if targets is not None:
+                raise
+            known = ", ".join(TARGETS)
+            raise ValueError(f"this {type(model).__name__} has no {known}: say what the targets are") from error
+    for _, _, layer in _adapter_layers(model):
+        layer.train(layer.get_base_layer().training)
+    adapted.training = adapted.base_model.training = model.training
     _leave_fast_path(model)
     train_heads(model, heads)
     adapted._trained_heads = heads
@@ -100,9 +119,11 @@ def merge(model: Module) -> Module:
     """Adds the adapters' changes to the weights, and takes the adapters out of the way: as fast as without them.
 
     What runs then is bit for bit the model with the merged weights. model: `lora`'s; it is changed in place, and
-    returned. `unmerge` takes it back.
+    returned. `unmerge` takes it back, and with it all that was done to these weights in between. Raises ValueError
+    where an adapted weight is also another layer's, which it would change too.
     """
     _require_adapters(model)
+    _require_mergeable(model)
     merged = []
     for parent, name, layer in list(_adapter_layers(model)):
         base = layer.get_base_layer()
@@ -113,6 +134,7 @@ def merge(model: Module) -> Module:
             layer.merge()
         increment_version([weight for weight, _ in before])  # peft's edit is not one that packed copies see
         setattr(parent, name, layer.get_base_layer())
+    _return_to_fast_path(model)
     model._merged_layers = merged
     return model
 
@@ -131,25 +153,25 @@ def unmerge(model: Module) -> Module:
             for weight, values in before:
                 weight.copy_(values)
     model._merged_layers = []
+    _leave_fast_path(model)
     return model
 
 
 def save_adapter(model: Module, path: str | PathLike) -> None:
-    """The adapters and heads alone, and the options that made them, as one safetensors file, put there whole."""
+    """The adapters and heads alone, and the options that made them, as one safetensors file, put there whole.
+
+    Of several adapters, the active one. Raises ValueError for options of peft's that `lora` has not.
+    """
     peft = import_optional("peft", "lora")
     _require_adapters(model)
-    config = model.peft_config[model.active_adapter]
-    options = {
-        "rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
-        "targets": sorted(config.target_modules), "heads": _heads(model),
-    }  # fmt: skip
+    options = _options(model)
     state = {name: values.clone(memory_format=torch.contiguous_format) for name, values in _state(peft, model).items()}
     metadata = {"kind": _KIND, "options": json.dumps(options)}
     write_atomically(path, import_optional("safetensors.torch", "models").save(state, metadata))
 
 
 def load_adapter(model: Module, path: str | PathLike) -> Module:
-    """The model with what `save_adapter` wrote: one without adapters, or of `lora` with the same options.
+    """The model with what `save_adapter` wrote: one without adapters, or of `lora` with the same options but dropout.
 
     Raises ModelFileError, and leaves the model as it is, for a file that holds no adapters or those of another
     architecture.
@@ -160,39 +182,66 @@ def load_adapter(model: Module, path: str | PathLike) -> Module:
         raise ModelFileError(f"{path} holds no adapter")
     is_new = not isinstance(model, peft.PeftModel)
     adapted = model
-    if is_new:
-        needed_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with _as_it_was(model) if is_new else contextlib.nullcontext():
         try:
-            adapted = lora(model, **json.loads(metadata["options"]))
+            options = json.loads(metadata["options"])
+            if is_new:
+                adapted = lora(model, **options)
+            else:
+                _require_adapters(model)
+            alpha = _options(adapted)["alpha"]
+            wrong = _difference(_state(peft, adapted), state)
+            if options["alpha"] != alpha:
+                wrong = f"alpha is {options['alpha']} in the file, and {alpha} in the model"
         except (KeyError, TypeError, ValueError) as error:
             raise ModelFileError(f"{path}: its adapters do not go around this model's layers: {error}") from error
-    else:
-        _require_adapters(model)
-    wrong = _difference(_state(peft, adapted), state)
-    if wrong:
-        if is_new:
-            adapted.unload()
-            for name, parameter in model.named_parameters():  # unload may have made them anew
-                parameter.requires_grad_(needed_grad[name])
-        raise ModelFileError(f"{path} is another architecture's adapter: {wrong}")
+        if wrong:
+            raise ModelFileError(f"{path} is another architecture's adapter: {wrong}")
     with torch.no_grad():
         for name, values in head_state(adapted.base_model.model, _heads(adapted)).items():
             values.copy_(state.pop(name))
-    peft.set_peft_model_state_dict(adapted, state)
+    peft.set_peft_model_state_dict(adapted, state, adapter_name=adapted.active_adapter)
     return adapted
 
 
+@contextlib.contextmanager
+def _as_it_was(model: Module) -> Iterator[None]:
+    """Where what goes on within fails, takes out what adapters the model has got."""
+    needed_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield
+    except Exception:
+        for parent, name, layer in list(_adapter_layers(model)):
+            setattr(parent, name, layer.get_base_layer())
+        vars(model).pop("peft_config", None)
+        _return_to_fast_path(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(needed_grad[name])
+        raise
+
+
 def _leave_fast_path(model: Module) -> None:
-    """Torch's own encoder, in inference, reads its layers' weights past their adapters: from now on it does not."""
+    """Torch's encoders, in inference, read their layers' weights past the adapters: from now on they do not.
+
+    Subclasses too: a user's goes that way as well, and fasttx's become torch's again by fasttx.restore.
+    """
     for module in model.modules():
-        if type(module) is torch.nn.TransformerEncoder:
-            module.use_nested_tensor = False
-        elif type(module) is torch.nn.TransformerEncoderLayer:
-            module.activation_relu_or_gelu = 0  # as for any other activation
+        for kind, (name, value) in _FAST_PATH.items():
+            if isinstance(module, kind):
+                vars(module).setdefault("_before_lora", getattr(module, name, value))
+                setattr(module, name, value)
+
+
+def _return_to_fast_path(model: Module) -> None:
+    for module in model.modules():
+        for kind, (name, _) in _FAST_PATH.items():
+            if isinstance(module, kind) and "_before_lora" in vars(module):
+                setattr(module, name, vars(module).pop("_before_lora"))
 
 
 def _own_targets(model: Module) -> list[str] | None:
-    names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    kinds = (torch.nn.MultiheadAttention, torch.nn.Linear)
+    names = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, kinds)}
     return [name for name in TARGETS if name in names] or None
 
 
@@ -224,6 +273,45 @@ def _require_adapters(model: Module) -> None:
         raise ValueError("the adapters are merged: unmerge(model) first")
 
 
+def _require_mergeable(model: Module) -> None:
+    layers = list(_adapter_layers(model))
+    if not layers:
+        raise ValueError(f"this {type(model).__name__} has no LoRA adapters")
+    if any(config.use_dora for config in model.peft_config.values()):
+        raise ValueError("adapters with use_dora change more than is merged here: use peft's merge_and_unload")
+    if any(layer.merged for _, _, layer in layers):
+        raise ValueError("peft's merge_adapter has merged the adapters: unmerge_adapter() first")
+    # By weight, its name in each layer that has it: one with adapters, or at a path without them.
+    owners: dict[int, dict[object, str]] = {}
+    for _, _, layer in layers:
+        owners |= {id(weight): {} for weight in layer.get_base_layer().parameters(recurse=False)}
+    for path, module in model.named_modules(remove_duplicate=False):
+        own = path.removeprefix("base_model.model.").replace(".base_layer", "")
+        for name, weight in module._parameters.items():
+            if id(weight) in owners:
+                owners[id(weight)][module if path.endswith(".base_layer") else path] = f"{own}.{name}"
+    for names in owners.values():
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(sorted(names.values()))} are one weight: merging would change both")
+
+
+def _options(model: Module) -> dict[str, Any]:
+    """Those of `lora` that made the active adapter; ValueError where it has others of peft's."""
+    peft, config = import_optional("peft", "lora"), model.peft_config[model.active_adapter]
+    if not isinstance(config, peft.LoraConfig):
+        raise ValueError(f"adapters of a {type(config).__name__} are not LoRA's: use peft's save_pretrained")
+    usual, given = peft.LoraConfig().to_dict(), config.to_dict()
+    others = sorted(name for name in _DECISIVE if given.get(name) != usual.get(name))
+    if isinstance(config.target_modules, str):
+        others.append("target_modules as a pattern")
+    if others:
+        raise ValueError(f"adapters with {', '.join(others)} are not kept here: use peft's save_pretrained")
+    return {
+        "rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
+        "targets": sorted(config.target_modules), "heads": _heads(model),
+    }  # fmt: skip
+
+
 def _adapter_layers(model: Module) -> Iterator[tuple[Module, str, Any]]:
     """Parent, name and module of each layer with adapters, outer ones first."""
     layers = import_optional("peft.tuners.lora.layer", "lora")
@@ -236,7 +324,8 @@ def _adapter_layers(model: Module) -> Iterator[tuple[Module, str, Any]]:
 
 def _state(peft: Any, model: Module) -> dict[str, Tensor]:
     """What a file of the model's adapters has."""
-    adapters = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    name = model.active_adapter
+    adapters = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     heads = head_state(model.base_model.model, _heads(model))
     return adapters | {name: values.detach() for name, values in heads.items()}
 

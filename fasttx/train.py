@@ -62,8 +62,13 @@ class Run:
     ) -> None:  # fmt: skip
         self.model, self.task, self.recipe, self.backend = model, task, recipe, backend
         self.settings = dict(settings or {})
+        for name, value in self.settings.items():
+            if type(value) not in (bool, int, float, str):  # a checkpoint with anything else could not be read
+                raise TypeError(f"settings are numbers and strings, and {name} is a {type(value).__name__}")
         self.folder, self.steps, self.rows, self.seconds = Path(folder), 0, [], 0.0
         trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError(f"none of this {type(model).__name__}'s parameters is trained")
         groups = [
             {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.weight_decay},
             {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
@@ -92,6 +97,7 @@ class Run:
         self.model.train()
         torch.manual_seed(recipe.seed * 1_000_003 + self.steps)
         loss, size = 0.0, 0
+        self.model.zero_grad(set_to_none=True)  # of what was before: none of it is this step's
         with self._context():
             for part in range(recipe.accumulate):
                 batch = moved(self.model, self.task.batch(self.steps * recipe.accumulate + part))
@@ -125,10 +131,14 @@ class Run:
             self._write()
 
     def evaluate(self) -> dict[str, float]:
-        """The task's measures now."""
+        """The task's measures now. Raises ValueError for one with the name of a column of every run's."""
         self.model.eval()
         with torch.inference_mode(), self._context():
-            return self.task.evaluate(self.model)
+            found = {name: float(value) for name, value in self.task.evaluate(self.model).items()}
+        taken = found.keys() & set(COLUMNS)
+        if taken:
+            raise ValueError(f"{', '.join(sorted(taken))}: no measure may be called as a column of the metrics")
+        return found
 
     def _context(self) -> AbstractContextManager[None]:
         return backend(self.backend or requested_backend())
@@ -151,6 +161,10 @@ class Run:
             "architecture": type(model).__name__, "config": model.config.to_dict(), "tokenizers": model.tokenizers,
             "recipe": dataclasses.asdict(self.recipe), "backend": self.backend or requested_backend(),
             "settings": self.settings,
+            "weights": {
+                name: f"{str(p.dtype).removeprefix('torch.')}{'' if p.requires_grad else ', frozen'}"
+                for name, p in model.named_parameters()
+            },
         }  # fmt: skip
 
 

@@ -138,6 +138,13 @@ def test_missing_data(name, command, tmp_path):
     assert code == 2 and "run `make data`" in errors and not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_one_is_refused_before_training(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "step", lambda run: pytest.fail("it trains"))
+    (tmp_path / "file").write_text("")
+    code, _, errors = command("digits", tmp_path / "file")
+    assert code == 2 and errors.startswith("fasttx train: ") and "file" in errors
+
+
 def test_what_sentiment_starts_from_is_missing(command, tmp_path):
     code, _, errors = command("sentiment", tmp_path / "out", "--start", tmp_path / "bert")
     assert code == 2 and not (tmp_path / "out").exists()
@@ -171,6 +178,9 @@ def test_what_sentiment_starts_from_is_missing(command, tmp_path):
         ("translation", ("--tokens", 5), "a batch at most 5"),
         ("bert", ("--length", 4), "at least 5"),
         ("multimodal", ("--layers", 0), "layers must be at least 1"),
+        ("multimodal", ("--width", 0), "width must be at least 1"),
+        ("fashion", ("--width", 0), "width must be at least 1"),
+        ("fashion", ("--shift", -1), "--shift must be 0 or more, got -1"),
     ],
 )
 def test_sizes_that_do_not_fit(name, options, message, command, tmp_path):

@@ -115,6 +115,9 @@ def test_translate(trained, command, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n \n"))
     code, output, errors = command("translate", "--model", folder)
     assert code == 2 and output == "" and "no text to translate" in errors
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    code, output, errors = command("translate", "--model", folder)
+    assert code == 2 and output == "" and "utf-8" in errors
 
 
 @pytest.mark.parametrize(
@@ -123,7 +126,7 @@ def test_translate(trained, command, monkeypatch):
         (("generate", ""), "one of the prompts is empty"),
         (("generate", "Romeo", ""), "one of the prompts is empty"),
         (("generate", "Romeo " * 90), "positions for 64: shorten it"),
-        (("generate", "Romeo", "--max-new-tokens", 64), "positions for 64: shorten it"),
+        (("generate", "Romeo", "--max-new-tokens", 65), "positions for 64: shorten it"),
         (("generate", "Romeo", "--max-new-tokens", 0), "max_new_tokens must be at least 1"),
         (("generate", "Romeo", "--max-new-tokens", 5, "--temperature", -1), "temperature must be 0 or more"),
         (("generate", "Romeo", "--max-new-tokens", 5, "--top-p", 2), "top_p"),
@@ -136,6 +139,7 @@ def test_translate(trained, command, monkeypatch):
         (("translate", "please", "--device", "meta"), "--device meta: "),
         (("translate", ""), "one of the texts is empty"),
         (("translate", "please", ""), "one of the texts is empty"),
+        (("translate", "  "), "one of the texts is empty"),
         (("translate", "please", "--beams", 0), "beams must be at least 1"),
     ],
 )
@@ -273,6 +277,9 @@ def test_inspect_refuses(bert, trained, command, tmp_path, monkeypatch):
         assert code == 2 and output == "" and message in errors and not (tmp_path / "plots").exists(), errors
 
     refused("--word 'bank' is not in every sentence", "the bank of it", "the river")
+    (tmp_path / "file").write_text("")
+    code, _, errors = command("inspect", "--model", bert, "--output", tmp_path / "file", "--sentences", *SENTENCES)
+    assert code == 2 and errors.startswith("fasttx inspect: ") and "file" in errors
     refused("nothing to compare", "the bank")
     refused("--word is empty", *SENTENCES, "--word", "")
     refused("positions for 12", "the bank " * 9, "the bank")

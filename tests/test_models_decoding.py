@@ -183,7 +183,9 @@ def test_what_leaves_one_token_is_greedy():
 def test_the_coldest_temperatures_are_greedy(temperature):
     logits = torch.randn(7, 40)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        assert torch.equal(next_tokens(logits.to(dtype), temperature=temperature), logits.to(dtype).argmax(-1))
+        likeliest = logits.to(dtype).argmax(-1)
+        assert torch.equal(next_tokens(logits.to(dtype), temperature=temperature), likeliest)
+        assert torch.equal(next_tokens(logits.to(dtype), temperature=1.0, top_p=temperature), likeliest)
 
 
 def test_a_generator_decides_and_the_default_one_is_left_alone():

@@ -286,6 +286,65 @@ def test_a_long_gradient_is_clipped_and_matrices_alone_decay(tmp_path):
         assert not torch.equal(value, before[name]) or not value.grad
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_from_before_are_no_part_of_a_step(tmp_path, frozen):
+    clean, run = made(tmp_path / "a"), made(tmp_path / "b")
+    if frozen:
+        clean.model.bert.embedding.requires_grad_(False)
+        run.model.loss(**run.task.batch(5)).backward()
+        run.model.bert.embedding.requires_grad_(False)
+        clean, run = (Run(one.model, one.task, RECIPE, one.folder) for one in (clean, run))
+    else:
+        run.model.loss(**run.task.batch(5)).backward()
+    assert clean.step()["gradient_norm"] == run.step()["gradient_norm"]
+
+
+def test_a_step_that_failed_leaves_nothing_behind(tmp_path):
+    recipe = dataclasses.replace(RECIPE, accumulate=2)
+    clean, run = made(tmp_path / "a", recipe), made(tmp_path / "b", recipe)
+    batch, run.task.batch = run.task.batch, lambda index: batch(index) if index == 0 else {}
+    with pytest.raises(StopIteration):
+        run.step()
+    run.task.batch = batch
+    assert clean.step()["gradient_norm"] == run.step()["gradient_norm"]
+
+
+def test_what_is_trained_is_part_of_a_run(tmp_path):
+    list(train(made(tmp_path)))
+    files = contents(tmp_path)
+    model = made(tmp_path / "new").model
+    model.bert.embedding.requires_grad_(False)
+    with pytest.raises(CheckpointError, match="embedding.token_weight is float32 .here float32, frozen."):
+        Run(model, Sums(), RECIPE, tmp_path)
+    with pytest.raises(CheckpointError, match="is float32 .here bfloat16.*and [0-9]+ more"):
+        Run(made(tmp_path / "new").model.bfloat16(), Sums(), RECIPE, tmp_path)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="none of this BertForSequenceClassification's parameters is trained"):
+        Run(model, Sums(), RECIPE, tmp_path / "new")
+    assert contents(tmp_path) == files
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.5), pytest.param("numpy", id="numpy")])
+def test_measures_are_kept_as_numbers(tmp_path, value):
+    value = pytest.importorskip("numpy").float64(0.5) if isinstance(value, str) else value
+    task = Sums()
+    task.evaluate = lambda model: {"accuracy": value}
+    list(train(made(tmp_path, task=task)))
+    assert made(tmp_path).rows[-1]["accuracy"] == 0.5
+
+
+def test_a_measure_overwrites_no_column(tmp_path):
+    task = Sums()
+    task.evaluate = lambda model: {"loss": 9.0}
+    with pytest.raises(ValueError, match="loss: no measure may be called as a column"):
+        list(train(made(tmp_path, task=task)))
+
+
+def test_settings_that_a_checkpoint_could_not_hold(tmp_path):
+    with pytest.raises(TypeError, match="settings are numbers and strings, and data is a "):
+        made(tmp_path, settings={"data": tmp_path})
+
+
 def test_another_runs_folder_is_left_alone(tmp_path):
     list(train(made(tmp_path, settings={"batch": 8})))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -343,9 +402,10 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"interval": 0}, {"accumulate": 0}, {"warmup": -1},
                                    {"learning_rate": 0.0}, {"clip": float("nan")}, {"weight_decay": -0.1},
-                                   {"seed": -1}, {"seed": 2**40}])  # fmt: skip
+                                   {"seed": -1}, {"seed": 2**40}, {"learning_rate": float("inf")},
+                                   {"steps": 2.5}, {"seed": 1.5}, {"accumulate": True}])  # fmt: skip
 def test_a_recipe_that_is_none(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+    with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
         Recipe(**{"steps": 1} | wrong)
 
 

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         if not all(prompts):
             raise ValueError("one of the prompts is empty: there is nothing to go on with")
         ids, padding = data.pad(prompts, tokenizer.pad_id, side="left")
-        room = max(1, model.config.max_positions - ids.shape[1])
+        room = max(1, model.config.max_positions - ids.shape[1] + 1)  # the last new token needs no position
         written = model.generate(
             **moved(model, {"prompts": ids, "padding": padding}), pad_id=tokenizer.pad_id,
             max_new_tokens=min(100, room) if args.max_new_tokens is None else args.max_new_tokens,

@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
             states = model.hidden_states(batch.token_ids, padding=batch.padding)
             first = int((~batch.padding[0]).sum())
             maps = model.attention_maps(batch.token_ids[:1, :first])
-    except (FileNotFoundError, ImportError, ValueError) as error:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except (ImportError, OSError, ValueError) as error:
         raise CommandError(error) from error
 
     means = []
@@ -63,7 +64,6 @@ def run(args: argparse.Namespace) -> int:
         name = f"layer {layer}" if layer else "embedding"
         screen.print(f"{name:>9}: cosine of {args.word!r} in different sentences {cosines.mean():.3f}")
     tokens = [tokenizer.token(i) for i in batch.token_ids[0, :first].tolist()]
-    args.output.mkdir(parents=True, exist_ok=True)
     for path in (_plot_words(pyplot, args, means), _plot_attention(pyplot, args, maps, tokens)):
         screen.print(f"Plot: {path}", soft_wrap=True)
     return 0

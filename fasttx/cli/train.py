@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
                 runs[name] = made(system.variant(name), folder, args.backend, its_own)
         # Only now, as another run's folder has to stay as it was.
         for folder in (one.folder for one in runs.values()):
+            folder.mkdir(parents=True, exist_ok=True)
             for name, tokenizer in system.tokenizers.items():
                 tokenizer.save(folder / f"{name}.json")
     except (ImportError, OSError, ValueError) as error:

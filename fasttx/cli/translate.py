@@ -20,10 +20,10 @@ def run(args: argparse.Namespace) -> int:
     model, (source, target) = _trained.load(
         EncoderDecoder, args.model, "source", "target", system="translation", device=args.device
     )
-    texts = args.texts or [line.strip() for line in sys.stdin if line.strip()]
-    if not texts:
-        raise CommandError("there is no text to translate: give it as an argument, or by lines on standard input")
     try:
+        texts = [text.strip() for text in args.texts] or [line.strip() for line in sys.stdin if line.strip()]
+        if not texts:
+            raise ValueError("there is no text to translate: give it as an argument, or by lines on standard input")
         print("\n".join(translate(model, source, target, texts, beams=args.beams)))
     except ValueError as error:
         raise CommandError(error) from error

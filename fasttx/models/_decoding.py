@@ -71,8 +71,9 @@ def next_tokens(
         logits[:, top_k:] = -torch.inf
     probabilities = logits.softmax(-1)
     if top_p is not None:
-        likelier = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(likelier >= top_p, 0.0)
+        left = probabilities.cumsum(-1) - probabilities >= top_p
+        left[:, 0] = False  # where top_p, rounded, is 0
+        probabilities = probabilities.masked_fill(left, 0.0)
     return tokens.gather(1, probabilities.multinomial(1, generator=generator)).squeeze(1)
 
 

@@ -123,7 +123,8 @@ def cross_attention_half(
 def require_caching(name: str, child: Module, wanted: type[Module]) -> None:
     """Raises for a child that knows no cache."""
     if not isinstance(child, wanted):
-        raise ValueError(f"cache: {name} is a {type(child).__name__}, not a fasttx.nn.{wanted.__name__}")
+        adapted = "; finetune.merge the adapters first" if hasattr(child, "lora_A") else ""
+        raise ValueError(f"cache: {name} is a {type(child).__name__}, not a fasttx.nn.{wanted.__name__}{adapted}")
 
 
 def require_caching_attentions(layer: Module, refusal: str | None, *names: str) -> None:

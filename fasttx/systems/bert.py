@@ -181,8 +181,10 @@ class SentimentSystem(System):
         adapted = self.adapted[model]
         finetune.save_adapter(adapted, folder / "adapter.safetensors")
         finetune.merge(adapted)
-        super().save(model, folder)
-        finetune.unmerge(adapted)
+        try:
+            super().save(model, folder)
+        finally:
+            finetune.unmerge(adapted)
 
 
 def _is_ours(folder: Path) -> bool:

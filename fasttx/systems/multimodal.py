@@ -68,7 +68,7 @@ class MultimodalSystem(System):
 
     def model(self) -> Model:
         a, t = self.args, self.tokenizers["text"]
-        sizes = {"width": a.width, "heads": 4, "dropout": a.dropout, "init_std": a.width**-0.5}
+        sizes = {"width": a.width, "heads": 4, "dropout": a.dropout, "init_std": max(a.width, 1) ** -0.5}
         return Multimodal(
             MultimodalConfig(
                 image=ViTConfig(image_size=28, patch_size=7, layers=a.layers, **sizes),

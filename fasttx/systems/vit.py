@@ -51,7 +51,7 @@ class ImageSystem(System):
         return ViT(
             ViTConfig(
                 image_size=self.images.shape[-1], patch_size=a.patch, classes=int(self.labels.max()) + 1, width=a.width,
-                layers=a.layers, heads=a.heads, dropout=a.dropout, pool=a.pool, init_std=a.width**-0.5,
+                layers=a.layers, heads=a.heads, dropout=a.dropout, pool=a.pool, init_std=max(a.width, 1) ** -0.5,
             )
         )  # fmt: skip
 
@@ -63,6 +63,8 @@ class ImageSystem(System):
     def varied(self, images: Tensor, index: int) -> Tensor:
         """The images, each moved and mirrored by chance."""
         generator, shift, (batch, _, height, width) = self.generator(2, index), self.args.shift, images.shape
+        if shift < 0:
+            raise ValueError(f"--shift must be 0 or more, got {shift}")
         down, right = torch.randint(0, 2 * shift + 1, (2, batch, 1), generator=generator)
         rows, columns = down + torch.arange(height), right + torch.arange(width)
         if self.mirror:
