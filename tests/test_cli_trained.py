@@ -91,7 +91,7 @@ def test_generate_ends_at_stops_and_at_the_last_position(trained, command):
     tokenizer = Tokenizer.load(trained["gpt"] / "text.json")
     model = GPT.load(trained["gpt"] / "model.safetensors")
     prompt = torch.tensor([tokenizer.encode("Romeo")])
-    ids = model.generate(prompt, max_new_tokens=64 - prompt.shape[1])[0].tolist()  # all that it has positions for
+    ids = model.generate(prompt, max_new_tokens=65 - prompt.shape[1])[0].tolist()  # all that it has positions for
     assert whole == tokenizer.decode(ids) + "\n\n"
     new = ids[prompt.shape[1] :]
     texts = {token: tokenizer.decode([token]) for token in new}
