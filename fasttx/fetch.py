@@ -62,7 +62,10 @@ def fetch(folder: Path) -> list[str]:
 
 
 def _put(folder: Path, name: str, make: Callable[[Path, Path], None]) -> None:
-    """Makes the data set beside its place and then renames it: it is there whole, or as it was before."""
+    """Makes the data set beside its place and then renames it: it is there whole, or as it was before.
+
+    Files of the folder that are none of the data set's stay in it.
+    """
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
         made, downloads, old = (Path(scratch, part) for part in ("made", "downloads", "old"))
@@ -72,6 +75,11 @@ def _put(folder: Path, name: str, make: Callable[[Path, Path], None]) -> None:
         if missing:
             raise FetchError(f"what was fetched has not all that belongs to it: it lacks {missing}")
         if (folder / name).exists():
+            for path in (folder / name).rglob("*"):
+                kept = made / path.relative_to(folder / name)
+                if path.is_file() and not kept.exists():
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(path, kept)
             (folder / name).rename(old)
         made.rename(folder / name)
 

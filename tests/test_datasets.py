@@ -245,8 +245,11 @@ def test_fetches_each_data_set_once_and_whole(tmp_path, sources, capsys):
     assert fetch.fetch(folder) == [] and len(asked) == 6
     (folder / "fashion-mnist/train-images-idx3-ubyte.gz").unlink()
     (folder / "shakespeare/07_gut.txt").unlink()
+    (folder / "shakespeare/own/notes.txt").parent.mkdir()
+    (folder / "shakespeare/own/notes.txt").write_text("mine")
     assert fetch.fetch(folder) == [] and asked[6:] == ["shakespeare", "dataset-fashion-mnist"]
     assert len(list((folder / "fashion-mnist").iterdir())) == 4 and len(datasets.shakespeare(folder)) == 42
+    assert (folder / "shakespeare/own/notes.txt").read_text() == "mine"
 
 
 def test_fills_data_unless_told_otherwise(tmp_path, sources, monkeypatch):
