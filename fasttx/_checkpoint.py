@@ -29,6 +29,8 @@ def read(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = _flat(state["identity"])
+        if "weights" not in state["identity"]:  # versions before did not write it
+            identity = {name: value for name, value in identity.items() if name != "weights"}
     except Exception as error:  # torch.load has many kinds for a file that is not whole
         raise CheckpointError(f"{path} is no whole checkpoint: {error}; remove it to begin anew") from error
     mine = _flat(identity)
@@ -39,6 +41,18 @@ def read(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         what += f" and {len(names) - 6} more" if len(names) > 6 else ""
         raise CheckpointError(f"{path} is of another run, whose {what}: choose another folder, or remove this one")
     return state
+
+
+def require_plain(name: str, value: Any) -> None:
+    """Raises TypeError for what a checkpoint could not be read back with: anything but numbers, strings, and nests."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            require_plain(f"{name}.{key}", item)
+    elif type(value) in (list, tuple):
+        for item in value:
+            require_plain(name, item)
+    elif type(value) not in (bool, int, float, str, type(None)):  # a NumPy number is a float, and would not be read
+        raise TypeError(f"{name} must be of numbers and strings, got {type(value).__name__}")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -28,6 +28,8 @@ class Recipe:
             value = getattr(self, field.name)
             if field.type is int and type(value) is not int:
                 raise TypeError(f"{field.name} must be an int, got {type(value).__name__}")
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"{field.name} must be a number, got {type(value).__name__}")
             if not math.isfinite(value):
                 raise ValueError(f"{field.name} must be finite, got {value}")
         for name, least in (("steps", 1), ("warmup", 0), ("weight_decay", 0), ("accumulate", 1), ("interval", 1)):

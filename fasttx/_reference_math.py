@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fasttx import philox
 
+_SCORES = 2**22  # of one head, for sequences of the same lengths at once
+
 
 def softmax(scores: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Softmax and its lse, dim kept; a row that is empty, or all -inf, gives 0 and -inf."""
@@ -82,18 +84,20 @@ def as_shape(normalized_shape: int | Sequence[int]) -> tuple[int, ...]:
 def of_same_lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Packed sequences as batches: their rows of queries (n, Tq) and keys (n, Tk), and their indices (n,).
 
-    The first batch is of no sequence, so that results of none have the right shape and a gradient.
+    A batch has `_SCORES` or one sequence at most. The first batch is of no sequence, so that results of none have the
+    right shape and a gradient.
     """
     indices: dict[tuple[int, int], list[int]] = {(0, 0): []}
     for index, lengths in enumerate(zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)):
         indices.setdefault(lengths, []).append(index)
     for lengths, members in indices.items():
-        batch = torch.tensor(members, dtype=torch.int64, device=cu_seqlens_q.device)
-        rows_q, rows_k = (
-            starts[batch, None] + torch.arange(length, device=batch.device)
-            for starts, length in zip((cu_seqlens_q, cu_seqlens_k), lengths, strict=True)
-        )
-        yield rows_q, rows_k, batch
+        every = torch.tensor(members, dtype=torch.int64, device=cu_seqlens_q.device)
+        for batch in every.split(max(1, _SCORES // max(1, math.prod(lengths)))):
+            rows_q, rows_k = (
+                starts[batch, None] + torch.arange(length, device=batch.device)
+                for starts, length in zip((cu_seqlens_q, cu_seqlens_k), lengths, strict=True)
+            )
+            yield rows_q, rows_k, batch
 
 
 def unpack(packed: Tensor, rows: Sequence[Tensor]) -> list[Tensor]:

@@ -52,7 +52,7 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: str = "right") ->
     padding = torch.ones(len(sequences), length, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
         place = slice(0, len(sequence)) if side == "right" else slice(length - len(sequence), length)
-        ids[row, place] = torch.tensor(list(map(operator.index, sequence)), dtype=torch.int64)
+        ids[row, place] = torch.tensor(_integers(sequence), dtype=torch.int64)
         padding[row, place] = False
     return ids, padding
 
@@ -77,7 +77,7 @@ def mask_tokens(
     """(inputs, targets) of a masked language model, int64 of token_ids' shape: Devlin et al., BERT (2019), section 3.1.
 
     Each token is chosen with `probability`, and one at least; special tokens, padding among them, never are. Of those
-    chosen 80 % become [MASK], 10 % a random ordinary token, and 10 % stay. targets: the chosen tokens.
+    chosen 80 % become [MASK], 10 % any ordinary id, and 10 % stay. targets: the chosen tokens.
     tokenizer: a fasttx.text.Tokenizer, or what has its mask_id, special_ids and len. Raises TypeError for token_ids
     that are no integers, ValueError for those that are none of its ids, and where there is nothing to mask.
     """
@@ -162,7 +162,7 @@ def length_buckets(lengths: Sequence[int], *, tokens: int, generator: Generator)
 
     tokens: the most of a batch when it is padded, sequences x the longest. Raises ValueError for a longer sequence.
     """
-    lengths = list(map(operator.index, lengths))
+    lengths = _integers(lengths)
     if not lengths:
         raise ValueError("there are no lengths")
     if max(lengths) > tokens:
@@ -186,6 +186,11 @@ def windows(stream: Tensor, length: int, batch: int, generator: Generator) -> tu
     starts = torch.randint(len(stream) - length, (batch, 1), generator=generator)
     taken = stream[starts + torch.arange(length + 1)]
     return taken[:, :-1], taken[:, 1:]
+
+
+def _integers(values: Sequence[int] | Tensor) -> list[int]:
+    """Raises TypeError for anything else."""
+    return list(map(operator.index, values.tolist() if isinstance(values, Tensor) else values))
 
 
 def _passage_end(document: Sequence[Sentence], start: int, room: int) -> int:

@@ -75,11 +75,12 @@ def _put(folder: Path, name: str, make: Callable[[Path, Path], None]) -> None:
         if missing:
             raise FetchError(f"what was fetched has not all that belongs to it: it lacks {missing}")
         if (folder / name).exists():
+            data = {path for pattern in _EXPECTED[name] for path in (folder / name).glob(pattern)}
             for path in (folder / name).rglob("*"):
                 kept = made / path.relative_to(folder / name)
-                if path.is_file() and not kept.exists():
+                if path not in data and (path.is_symlink() or path.is_file()):
                     kept.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy2(path, kept)
+                    shutil.copy2(path, kept, follow_symlinks=False)
             (folder / name).rename(old)
         made.rename(folder / name)
 

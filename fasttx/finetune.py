@@ -27,12 +27,12 @@ _FAST_PATH = {
     torch.nn.TransformerEncoder: ("use_nested_tensor", False),
     torch.nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),  # as for any other activation
 }
-# Options of peft's that change what adapters compute, or what they are around, and that `lora` has not.
-_DECISIVE = (
-    "alpha_pattern", "bias", "exclude_modules", "layer_replication", "layers_pattern", "layers_to_transform",
-    "lora_bias", "modules_to_save", "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora",
-    "use_qalora", "use_rslora",
-)  # fmt: skip
+# Options of peft's that `lora` has too, or that change neither what adapters compute nor what they are around.
+_KEPT = {
+    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "init_lora_weights", "lora_alpha",
+    "lora_dropout", "peft_type", "peft_version", "r", "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+_DRAWN = (True, False, "gaussian", "orthogonal")  # init_lora_weights that leave the base weights alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def bitfit(model: Module, *, heads: str | Iterable[str] = ()) -> Counts:
     model does not have, and a model without biases.
     """
     heads = require_heads(model, heads)
-    is_bias = re.compile(r"(.*_)?bias|bias_.*")  # in_proj_bias, bias_k and bias_ih_l0 among them
+    is_bias = re.compile(r".*bias|bias_.*")  # in_proj_bias, bias_k and bias_ih_l0 among them
     biases = [values for name, values in model.named_parameters() if is_bias.fullmatch(name.rpartition(".")[2])]
     if not biases:
         raise ValueError("the model has no parameter that is called a bias")
@@ -208,12 +208,15 @@ def load_adapter(model: Module, path: str | PathLike) -> Module:
 def _as_it_was(model: Module) -> Iterator[None]:
     """Where what goes on within fails, takes out what adapters the model has got."""
     needed_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    config = vars(model).get("peft_config")
     try:
         yield
     except Exception:
         for parent, name, layer in list(_adapter_layers(model)):
             setattr(parent, name, layer.get_base_layer())
         vars(model).pop("peft_config", None)
+        if config is not None:
+            model.peft_config = config
         _return_to_fast_path(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(needed_grad[name])
@@ -301,14 +304,18 @@ def _options(model: Module) -> dict[str, Any]:
     if not isinstance(config, peft.LoraConfig):
         raise ValueError(f"adapters of a {type(config).__name__} are not LoRA's: use peft's save_pretrained")
     usual, given = peft.LoraConfig().to_dict(), config.to_dict()
-    others = sorted(name for name in _DECISIVE if given.get(name) != usual.get(name))
+    others = sorted(name for name in given.keys() - _KEPT if given[name] != usual.get(name))
+    if config.init_lora_weights not in _DRAWN:
+        others.append(f"init_lora_weights {config.init_lora_weights}")
     if isinstance(config.target_modules, str):
         others.append("target_modules as a pattern")
     if others:
-        raise ValueError(f"adapters with {', '.join(others)} are not kept here: use peft's save_pretrained")
+        raise ValueError(f"adapters with {', '.join(others)} are for peft's own save_pretrained and from_pretrained")
+    paths = [f".{path}" for path, _ in model.named_modules()]
+    found = sorted(name for name in config.target_modules if any(path.endswith(f".{name}") for path in paths))
     return {
-        "rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout,
-        "targets": sorted(config.target_modules), "heads": _heads(model),
+        "rank": config.r, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "targets": found,
+        "heads": _heads(model),
     }  # fmt: skip
 
 

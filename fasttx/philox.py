@@ -71,7 +71,8 @@ def keep_mask(
     # On a CPU in blocks of rows whose words stay in its cache.
     in_row = max(1, words.numel() * head.numel() * batch.numel())
     whole = device.type != "cpu" or torch.compiler.is_compiling()
-    blocks = torch.arange(rows, device=device)[:, None].split(rows if whole else max(1, _BLOCK // in_row))
+    every = torch.arange(rows, device=device)[:, None]
+    blocks = [every] if whole else every.split(max(1, _BLOCK // in_row))
     threshold = drop_threshold(p)
     kept = []
     for block in blocks:

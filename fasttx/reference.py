@@ -131,7 +131,7 @@ def attention_varlen(
         lses.append(lse.transpose(1, 2).flatten(0, 1))
     order = torch.cat([rows.flatten() for rows in rows_q]).argsort()
     output = torch.cat(outputs).index_select(0, order)
-    return (output, torch.cat(lses).index_select(0, order).t()) if return_lse else output
+    return (output, torch.cat(lses).index_select(0, order).t().contiguous()) if return_lse else output
 
 
 def attention_weights(

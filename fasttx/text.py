@@ -155,6 +155,8 @@ class Tokenizer:
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         for id in ids:
             self.token(id)
+        if not keep_special:
+            ids = [id for id in ids if id not in self.special_ids]
         return self._tokenizer.decode(ids, skip_special_tokens=not keep_special)
 
     def batch(
@@ -216,18 +218,19 @@ def read_word_vectors(path: str | PathLike, tokenizer: Tokenizer) -> tuple[Tenso
     width = int(header[1]) if has_header else len(header) - 1
     if width < 1 or has_header and int(header[0]) != len(lines) - 1:
         raise ValueError(f"{path}: no file of word vectors, or a truncated one: its first line is {lines[:1]}")
+    largest = torch.finfo(torch.float32).max
     vectors, found = torch.zeros(len(tokenizer), width), torch.zeros(len(tokenizer), dtype=torch.bool)
     for number, line in enumerate(lines[has_header:], start=1 + has_header):
         try:
             word, *fields = line.decode().rstrip(" ").rsplit(" ", width)
-            values = torch.tensor([float(field) for field in fields])
+            values = [float(field) for field in fields]
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-        if len(values) != width or not values.isfinite().all():
+        if len(values) != width or not all(abs(value) <= largest for value in values):  # NaN is not
             raise ValueError(f"{path}, line {number}: not a word and {width} finite numbers")
         id = tokenizer.id(word.rstrip(" "))
         if id is not None and not found[id]:
-            vectors[id], found[id] = values, True
+            vectors[id], found[id] = torch.tensor(values), True
     return vectors, found
 
 

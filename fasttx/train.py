@@ -62,9 +62,7 @@ class Run:
     ) -> None:  # fmt: skip
         self.model, self.task, self.recipe, self.backend = model, task, recipe, backend
         self.settings = dict(settings or {})
-        for name, value in self.settings.items():
-            if type(value) not in (bool, int, float, str):  # a checkpoint with anything else could not be read
-                raise TypeError(f"settings are numbers and strings, and {name} is a {type(value).__name__}")
+        _checkpoint.require_plain("settings", self.settings)
         self.folder, self.steps, self.rows, self.seconds = Path(folder), 0, [], 0.0
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:

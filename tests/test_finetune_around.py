@@ -98,14 +98,37 @@ def test_the_active_adapter_is_saved_and_loaded(tmp_path):
         ({"use_rslora": True}, "use_rslora"),
         ({"alpha_pattern": {"linear1": 2}}, "alpha_pattern"),
         ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights olora"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({"target_modules": r".*linear1"}, "target_modules as a pattern"),
     ],
 )
 def test_options_of_pefts_own_are_not_lost(tmp_path, options, message):
     adapted = peft.get_peft_model(encoder(), peft.LoraConfig(**{"target_modules": ["linear1"], **options}))
-    with pytest.raises(ValueError, match=f"adapters with {message} are not kept here"):
+    with pytest.raises(ValueError, match=f"adapters with {message} are for peft's own"):
         finetune.save_adapter(adapted, tmp_path / "adapter")
     assert not any(tmp_path.iterdir())
+
+
+def test_pefts_own_adapters_are_saved_and_loaded(tmp_path):
+    base, x = encoder().eval(), torch.randn(2, 5, E)
+    untouched = copy.deepcopy(base)
+    config = peft.LoraConfig(r=2, target_modules=["linear1", "query"], init_lora_weights=False)  # it ignores "query"
+    adapted = peft.get_peft_model(base, config)
+    finetune.save_adapter(adapted, tmp_path / "adapter")
+    loaded = finetune.load_adapter(untouched, tmp_path / "adapter")
+    # In evaluation torch's encoder would leave peft's adapters out.
+    torch.testing.assert_close(loaded(x), adapted.train()(x), rtol=0.0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_fasttxs_encoder_leaves_zeros_at_padding_with_adapters_too():
+    layer = fasttx.nn.TransformerEncoderLayer(E, H, F, 0.0, activation="gelu", batch_first=True)
+    model, (x, padding) = fasttx.nn.TransformerEncoder(layer, 2).eval(), inputs()
+    before = model(x, src_key_padding_mask=padding)
+    after = finetune.lora(model)(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    assert not after[padding].any()
 
 
 def test_adapters_that_are_not_loras_are_refused(tmp_path):

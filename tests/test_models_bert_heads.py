@@ -123,14 +123,13 @@ def test_what_a_checkpoint_lacks_of_a_head(transformers, tmp_path):
     with pytest.warns(UserWarning, match="has no bert.pooler, no next_sentence: drawn anew"):
         BertForPretraining.from_pretrained(folders["BertForMaskedLM"])
     for ours, kind in (
-        (BertForTokenClassification, "BertModel"),
         (BertForSequenceClassification, "BertForTokenClassification"),
         (BertForPretraining, "BertForQuestionAnswering"),
     ):
-        with pytest.raises(ModelFileError, match=f"it is of a {kind}; from_encoder gives its encoder a new head"):
+        with pytest.raises(ModelFileError, match=f"holds a {kind}, not a {ours.__name__}: from_encoder gives"):
             ours.from_pretrained(folders[kind])
-    for folder in folders.values():  # as files of others', which do not say what they are
-        described(folder, architectures=None)
+    for folder in folders.values():  # as classes that others derived, and files that do not say what they are
+        described(folder, architectures=["Mine"] if "Token" in folder.name else None)
     for ours, kind, match in (
         (BertForTokenClassification, "BertModel", "the checkpoint has no classifier"),
         (BertForSequenceClassification, "BertForPreTraining", "the checkpoint has no classifier"),
@@ -147,6 +146,29 @@ def described(folder, **changes):
     """Changes what a folder's config.json says."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_derived_classes_and_other_names_of_a_head(transformers, tmp_path):
+    class Mine(BertForTokenClassification):
+        pass
+
+    hugging_face(transformers, "BertForTokenClassification").save_pretrained(tmp_path / "tokens")
+    described(tmp_path / "tokens", problem_type="multi_label_classification")  # theirs does not look at it
+    Mine.from_pretrained(tmp_path / "tokens")
+    hugging_face(transformers, "BertForMaskedLM").save_pretrained(tmp_path / "words")
+    described(tmp_path / "words", architectures=["BertLMHeadModel"])
+    with pytest.warns(UserWarning, match="drawn anew"):
+        BertForPretraining.from_pretrained(tmp_path / "words")
+
+
+def test_without_a_masked_token_every_weight_has_a_gradient():
+    model, token_ids = BertForPretraining(TINY), torch.ones(2, 5, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(token_ids, mlm_targets=torch.full_like(token_ids, -100))
+    loss.backward()
+    assert loss.item() == 0.0 and loss.dtype == torch.float32
+    without = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.grad is None}
+    assert without == {"next_sentence", "bert.pooler"} and not model.decoder.bias.grad.any()
 
 
 def test_another_use_of_a_head_is_refused(transformers, tmp_path):

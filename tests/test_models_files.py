@@ -245,6 +245,41 @@ def test_a_weight_that_was_untied_but_is_the_same_is_saved(tmp_path):
     assert torch.equal(GPT.load(tmp_path / "model.safetensors").head.weight, model.head.weight)
 
 
+class Derived(GPT):
+    """Reads values that it begins with, and has a buffer of integers."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rates = [rate.item() for rate in torch.linspace(0, 0.1, 3)]
+        self.register_buffer("ids", torch.arange(5))
+
+
+class Wanting(GPT):
+    def __init__(self, config, more):
+        super().__init__(config)
+
+
+def test_derived_models_are_saved(tmp_path):
+    model, path = Derived(CONFIGS[1]), tmp_path / "model.safetensors"
+    model.bfloat16().save(path)
+    loaded = Derived.load(path)
+    assert loaded.ids.tolist() == list(range(5)) and loaded.head.weight.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="a Wanting is not made by its config alone"):
+        Wanting(CONFIGS[1], 5).save(path)
+    assert Derived.load(path).state_dict().keys() == model.state_dict().keys()
+
+
+def test_weights_that_were_tied_or_are_nan_are_saved(tmp_path):
+    model, path = GPT(dataclasses.replace(CONFIGS[1], tied=False)), tmp_path / "model.safetensors"
+    model.head.weight = model.embedding.token_weight
+    model.save(path)
+    assert torch.equal(GPT.load(path).head.weight, model.embedding.token_weight)
+    model = GPT(CONFIGS[1])
+    model.head.weight.data[0, 0] = torch.nan
+    model.save(path)
+    assert GPT.load(path).head.weight[0, 0].isnan()
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_truncated_weights_of_hugging_faces(tmp_path, zipped):
     path = tmp_path / "pytorch_model.bin"

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fasttx
 from fasttx import philox
 
 MASK32 = 0xFFFFFFFF
@@ -150,3 +151,18 @@ def test_threshold_limits():
     assert philox.drop_threshold(math.nextafter(1.0, 0.0)) == MASK32
     assert philox.drop_threshold(0.5 * 2**-32) == 0  # half rounds to even
     assert philox.matrix_keep_mask(5, 20, 20, 0.0).all()
+
+
+def test_exported_with_a_dynamic_batch():
+    class Training(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = fasttx.nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    with fasttx.backend("reference"):
+        batch = torch.export.Dim("batch", min=2, max=1000)
+        exported = torch.export.export(Training(), (torch.randn(7, 9, 8),), dynamic_shapes={"x": {0: batch}})
+    assert exported.module()(torch.randn(11, 9, 8)).shape == (11, 9, 8)

@@ -22,7 +22,7 @@ EACH = pytest.mark.parametrize("name", [name for name in TINY if name != "digits
 
 @contextlib.contextmanager
 def heard():
-    """The decisions that are tiny_system within."""
+    """The decisions that are made within."""
     decisions: list[dispatch.Decision] = []
     dispatch.listeners.append(decisions.append)
     try:

@@ -193,6 +193,7 @@ def test_special_tokens_that_a_file_does_not_say_are_special():
     assert tokenizer.special_ids == [0, 1, 2, 3, 4]
     assert tokenizer.encode("hello [MASK] there [PAD]") == [5, 9]
     assert len(tokenizer) == 10  # ids may have gaps
+    assert tokenizer.decode([2, 5, 3]) == "hello" and tokenizer.decode([2, 5], keep_special=True) == "[CLS] hello"
     batch = tokenizer.batch(["hello there", "hello"], cls=True)
     _, targets = mask_tokens(batch.token_ids, tokenizer, generator=torch.Generator(), probability=1.0)
     assert (targets >= 0).tolist() == [[False, True, True, False], [False, True, False, False]]

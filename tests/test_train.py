@@ -341,8 +341,21 @@ def test_a_measure_overwrites_no_column(tmp_path):
 
 
 def test_settings_that_a_checkpoint_could_not_hold(tmp_path):
-    with pytest.raises(TypeError, match="settings are numbers and strings, and data is a "):
-        made(tmp_path, settings={"data": tmp_path})
+    for wrong in ({"data": tmp_path}, {"data": [1, {"a": tmp_path}]}, {"data": pytest}):
+        with pytest.raises(TypeError, match="settings.data.* must be of numbers and strings, got "):
+            made(tmp_path, settings=wrong)
+    settings = {"a": None, "b": [1, "c"], "d": {"e": 0.5}}
+    list(train(made(tmp_path, settings=settings)))
+    assert made(tmp_path, settings=settings).done
+
+
+def test_a_checkpoint_without_weights_in_its_identity_goes_on(tmp_path):
+    """As versions before wrote it."""
+    list(train(made(tmp_path)))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del state["identity"]["weights"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert made(tmp_path).done
 
 
 def test_another_runs_folder_is_left_alone(tmp_path):
@@ -403,7 +416,8 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"interval": 0}, {"accumulate": 0}, {"warmup": -1},
                                    {"learning_rate": 0.0}, {"clip": float("nan")}, {"weight_decay": -0.1},
                                    {"seed": -1}, {"seed": 2**40}, {"learning_rate": float("inf")},
-                                   {"steps": 2.5}, {"seed": 1.5}, {"accumulate": True}])  # fmt: skip
+                                   {"steps": 2.5}, {"learning_rate": "1e-3"}, {"seed": 1.5},
+                                   {"accumulate": True}])  # fmt: skip
 def test_a_recipe_that_is_none(wrong):
     with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
         Recipe(**{"steps": 1} | wrong)

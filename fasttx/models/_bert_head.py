@@ -10,11 +10,17 @@ from torch import Tensor
 
 from ._config import Config
 from ._layers import draw_weights, require_sizes
-from ._model import Model, making
+from ._model import Model, ModelFileError, making
 from ._pretrained import renamed
 from .bert import Bert, BertConfig, draw_missing, read_bert
 
 _H = TypeVar("_H", bound="BertHead")
+
+# Hugging Face's BERTs with a head. Classes that others derive from them have names of their own.
+_THEIR_HEADS = {
+    "BertForMaskedLM", "BertForMultipleChoice", "BertForNextSentencePrediction", "BertForPreTraining",
+    "BertForQuestionAnswering", "BertForSequenceClassification", "BertForTokenClassification", "BertLMHeadModel",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +39,8 @@ class BertHead(Model):
     """A Bert, as `bert`, with a head. Made by a BertConfig, or a BertHeadConfig where there are labels."""
 
     Config = BertConfig
-    # Parts of Hugging Face's names of the head's weights, and of these here; its classes with this head, where another
-    # has this one's name; what a file may lack; and what of that is no part of this model's results.
+    # Parts of Hugging Face's names of the head's weights, and of these here; its classes with this head; what a file
+    # may lack; and what of that is no part of this model's results.
     _THEIR_NAMES: ClassVar[tuple[tuple[str, str], ...]] = ()
     _THEIR_CLASSES: ClassVar[tuple[str, ...]] = ()
     _OPTIONAL: ClassVar[tuple[str, ...]] = ()
@@ -72,12 +78,15 @@ class BertHead(Model):
         like the encoder, whatever their classifier_dropout is.
         """
         config, state, theirs, described = read_bert(folder)
-        with making(cls, folder):
-            cls._require_head(described)
+        others = set(described.get("architectures") or ()) & _THEIR_HEADS - set(cls._THEIR_CLASSES)
+        if others:
+            raise ModelFileError(
+                f"{folder} holds a {', '.join(others)}, not a {cls.__name__}: from_encoder gives its encoder a new head"
+            )
         state = {f"bert.{name}": tensor for name, tensor in state.items()}
         state |= {renamed(name, cls._THEIR_NAMES): tensor for name, tensor in theirs.items()}
         with making(cls, folder):
-            model = cls(cls._config_of(config, state))
+            model = cls(cls._config_of(config, state, described))
         missing = [part for part in cls._OPTIONAL if draw_missing(state, model, part)]
         if set(missing) - set(cls._UNUSED):
             warnings.warn(f"{folder} has no {', no '.join(missing)}: drawn anew, to be trained", stacklevel=2)
@@ -85,15 +94,5 @@ class BertHead(Model):
         return model
 
     @classmethod
-    def _require_head(cls, described: dict[str, Any]) -> None:
-        """Raises ValueError where Hugging Face's config.json names another head, or another use of it."""
-        found, wanted = described.get("architectures") or (), cls._THEIR_CLASSES or (cls.__name__,)
-        if found and not set(found) & set(wanted):
-            raise ValueError(f"it is of a {', '.join(found)}; from_encoder gives its encoder a new head")
-        problem = described.get("problem_type")
-        if problem not in (None, "single_label_classification"):
-            raise ValueError(f"its problem_type is {problem}, and this head tells labels apart")
-
-    @classmethod
-    def _config_of(cls, config: BertConfig, state: dict[str, Tensor]) -> Config:
+    def _config_of(cls, config: BertConfig, state: dict[str, Tensor], described: dict[str, Any]) -> Config:
         return config

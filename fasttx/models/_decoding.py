@@ -44,8 +44,8 @@ def check_length_penalty(length_penalty: float, longest: int) -> None:
     _require_number("length_penalty", length_penalty)
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty must be finite, got {length_penalty}")
-    if abs(length_penalty) * math.log10(longest) > 30:  # a float32 has 38
-        raise ValueError(f"length_penalty {length_penalty} is too much for {longest} tokens: {longest} ** it overflows")
+    if abs(length_penalty) * math.log10(longest) > 36:  # a float32 has 38, and a score some of them
+        raise ValueError(f"length_penalty {length_penalty} is too much for {longest} tokens: scores come to no number")
 
 
 def next_tokens(

@@ -69,11 +69,10 @@ class Model(torch.nn.Module):
         Raises ValueError for a model that is no longer the one its config makes, whose file would not load: with
         adapters around its layers, which are to be merged before, or with weights of other shapes.
         """
-        self._require_as_made()
+        weights = self._weights_of_file()
         what = {"architecture": type(self).__name__, "config": self.config.to_dict(), "tokenizers": self.tokenizers}
         # One entry: safetensors writes several in any order, and equal models are to make equal files.
         metadata = {"fasttx": json.dumps(what)}
-        weights = {first: tensor.detach().contiguous() for (first, *_), tensor in _aliases(self)}
         data = import_optional("safetensors.torch", "models").save(weights, metadata)
         write_atomically(path, data)
 
@@ -98,21 +97,42 @@ class Model(torch.nn.Module):
         model.load_weights(state, str(path))
         return model
 
-    def _require_as_made(self) -> None:
-        """Raises ValueError unless the weights have the names and shapes that the config makes, tied where it ties."""
+    def _weights_of_file(self) -> dict[str, Tensor]:
+        """What `save` writes: each weight that the config makes, by its first name.
+
+        Raises ValueError unless there are those alone, in their shapes, and one where the config makes one.
+        """
         kind, own = type(self).__name__, self.state_dict()
         if any(".base_layer." in name for name in own):
             raise ValueError(f"this {kind} has adapters: fasttx.finetune.merge them before it is saved")
-        with torch.device("meta"), torch.random.fork_rng(devices=()):
-            made = type(self)(self.config)
+        made = self._made_anew()
         shapes, wanted = ({name: value.shape for name, value in state.items()} for state in (own, made.state_dict()))
         differ = [name for name in wanted | shapes if wanted.get(name) != shapes.get(name)]
         if differ:
             raise ValueError(f"this {kind} is not what its config makes, and its file would not load: {_few(differ)}")
+        tied = {name: first for (first, *others), _ in _aliases(self) for name in others}
+        weights = {}
         for (first, *others), _ in _aliases(made):
             for name in others:
-                if not torch.equal(own[name], own[first]):
+                if tied.get(name) != tied.get(first, first) and not torch.equal(own[name], own[first]):
                     raise ValueError(f"{first} and {name} are one weight in a {kind}, and differ here: tie them again")
+            values = own[first].detach().contiguous()
+            weights[first] = values.clone() if first in tied else values  # in a file no two share their memory
+        return weights
+
+    def _made_anew(self: _M) -> _M:
+        """What the config makes, on "meta" if it can be made without its values."""
+
+        def made(device: str) -> _M:
+            with torch.device(device), torch.random.fork_rng(devices=()):
+                return type(self)(self.config)
+
+        try:
+            return made("meta")
+        except TypeError as error:
+            raise ValueError(f"a {type(self).__name__} is not made by its config alone: {error}") from error
+        except RuntimeError:
+            return made("cpu")
 
     def load_weights(self, state: dict[str, Tensor], source: str) -> None:
         """Takes every weight from `state`, in its dtype. All or nothing: raises ModelFileError where one does not fit.
@@ -135,12 +155,12 @@ class Model(torch.nn.Module):
                     f"{source}: {name} is {checks.shape(tensor)}, and this {type(self).__name__} has "
                     f"{checks.shape(own[name])}"
                 )
-            if tensor.dtype not in _DTYPES:
+            if tensor.dtype not in _DTYPES and tensor.dtype != own[name].dtype:
                 raise ModelFileError(f"{source}: {name} is {tensor.dtype}, and no model calculates in that")
             first = next(alias for alias in names_of[name] if alias in state)
             if first != name and not torch.equal(tensor, state[first]):
                 raise ModelFileError(f"{source}: {first} and {name} differ, and are one in this {type(self).__name__}")
-        dtypes = {tensor.dtype for tensor in state.values()}
+        dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
         if len(dtypes) == 1:
             self.to(dtypes.pop())
         else:

@@ -56,6 +56,8 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"there is no file {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, PermissionError):
+        raise
     except Exception as error:  # torch.load has many kinds for a file that is not whole
         raise ModelFileError(f"{path} holds no weights, or more than weights: {error}") from error
     named = isinstance(state, dict) and all(isinstance(name, str) for name in state)

@@ -4,7 +4,7 @@ Devlin et al. 2019, "BERT: Pre-training of deep bidirectional transformers for l
 and 4.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class BertForPretraining(BertHead):
         ("cls.predictions.bias", "decoder.bias"),
         ("cls.seq_relationship.", "next_sentence."),
     )
-    _THEIR_CLASSES = ("BertForPreTraining", "BertForMaskedLM")
+    _THEIR_CLASSES = ("BertForPreTraining", "BertForMaskedLM", "BertLMHeadModel")
     _OPTIONAL = ("bert.pooler", "next_sentence")
 
     def _make_head(self, sizes: BertConfig) -> None:
@@ -72,7 +72,10 @@ class BertForPretraining(BertHead):
         targets = valid_targets("mlm_targets", mlm_targets, token_ids, padding).flatten()
         masked = (targets != IGNORED).nonzero().squeeze(1)
         chosen = self._transformed(hidden.flatten(0, 1).index_select(0, masked))
-        mlm = self.decoder(chosen, targets[masked]) if len(masked) else chosen.sum()
+        if len(masked):
+            mlm = self.decoder(chosen, targets[masked])
+        else:  # 0, of which every weight has a gradient
+            mlm = self.decoder.logits(chosen).float().sum()
         if nsp_targets is None:
             return PretrainingLosses(mlm, torch.zeros_like(mlm))
         return PretrainingLosses(mlm, self.next_sentence(self.bert.pooled(hidden), nsp_targets))
@@ -102,7 +105,7 @@ class _BertClassifier(BertHead):
         self.classifier = LinearCrossEntropy(sizes.width, self.config.labels)
 
     @classmethod
-    def _config_of(cls, config: BertConfig, state: dict[str, Tensor]) -> BertHeadConfig:
+    def _config_of(cls, config: BertConfig, state: dict[str, Tensor], described: dict[str, Any]) -> BertHeadConfig:
         if "classifier.weight" not in state:
             raise ValueError("the checkpoint has no classifier")
         return BertHeadConfig(config, labels=len(state["classifier.weight"]))
@@ -110,6 +113,15 @@ class _BertClassifier(BertHead):
 
 class BertForSequenceClassification(_BertClassifier):
     """One of `labels` for a text, by its pooled first token."""
+
+    _THEIR_CLASSES = ("BertForSequenceClassification",)
+
+    @classmethod
+    def _config_of(cls, config: BertConfig, state: dict[str, Tensor], described: dict[str, Any]) -> BertHeadConfig:
+        problem = described.get("problem_type")
+        if problem not in (None, "single_label_classification"):
+            raise ValueError(f"its problem_type is {problem}, and this head tells labels apart")
+        return super()._config_of(config, state, described)
 
     def forward(self, token_ids: Tensor, segment_ids: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
         """The logits (B, labels); arguments as Bert's."""
@@ -128,6 +140,7 @@ class BertForSequenceClassification(_BertClassifier):
 class BertForTokenClassification(_BertClassifier):
     """One of `labels` for each token."""
 
+    _THEIR_CLASSES = ("BertForTokenClassification",)
     _OPTIONAL = _UNUSED = ("bert.pooler",)
 
     def forward(self, token_ids: Tensor, segment_ids: Tensor | None = None, padding: Tensor | None = None) -> Tensor:
@@ -146,6 +159,7 @@ class BertForQuestionAnswering(BertHead):
     """Where in a text the answer to a question starts and ends."""
 
     _THEIR_NAMES = (("qa_outputs.", "ends."),)
+    _THEIR_CLASSES = ("BertForQuestionAnswering",)
     _OPTIONAL = _UNUSED = ("bert.pooler",)
 
     def _make_head(self, sizes: BertConfig) -> None:

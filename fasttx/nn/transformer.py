@@ -329,7 +329,9 @@ def _torch_would_nest(
     """Whether torch's encoder would run this call on nested tensors, and so leave zeros at padded positions."""
     if key_padding_mask is None or mask is not None or src.dim() != 3:
         return False
-    if not getattr(encoder, "use_nested_tensor", False) or encoder.layers[0].training:
+    # What torch's encoder would do without adapters, with which fasttx.finetune keeps it from nesting.
+    nests = getattr(encoder, "_before_lora", getattr(encoder, "use_nested_tensor", False))
+    if not nests or encoder.layers[0].training:
         return False
     if torch.compiler.is_compiling() or not torch.backends.mha.get_fastpath_enabled():
         return False
