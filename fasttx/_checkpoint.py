@@ -35,7 +35,7 @@ def read(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no whole checkpoint: {error}; remove it to begin anew") from error
     mine = _flat(identity)
     names = [name for name in dict.fromkeys((*found, *mine)) if found.get(name) != mine.get(name)]
-    names = [name for name in names if not name.startswith("weights.")] or names  # they follow from a config
+    names = [name for name in names if not name.startswith("weights.")] or names  # what else differs explains those
     if names:
         what = ", ".join(f"{name} is {found.get(name)} (here {mine.get(name)})" for name in names[:6])
         what += f" and {len(names) - 6} more" if len(names) > 6 else ""

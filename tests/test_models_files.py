@@ -310,3 +310,48 @@ def test_folders_of_hugging_faces_that_hold_no_bert(tmp_path, config, state, mat
     torch.save(state, tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelFileError, match=match):
         Bert.from_pretrained(tmp_path)
+
+
+def test_a_head_that_is_not_the_tokens_weight_is_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=8)
+    theirs = transformers.GPT2LMHeadModel(config)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = theirs.state_dict()
+    torch.save(state | {"lm_head.weight": state["lm_head.weight"] + 1}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelFileError, match="embedding.token_weight and head.weight differ"):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@torch.no_grad()
+def test_weights_in_several_files(tmp_path, safe):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=8)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="10KB")
+    parts, index = sorted(tmp_path.glob("model-*.safetensors")), tmp_path / "model.safetensors.index.json"
+    assert len(parts) > 1
+    if not safe:
+        weights = {}
+        for part in parts:
+            torch.save(safetensors.load_file(part), tmp_path / part.with_suffix(".bin").name)
+            weights |= dict.fromkeys(safetensors.load_file(part), part.with_suffix(".bin").name)
+            part.unlink()
+        index.unlink()
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": weights}))
+        parts = sorted(tmp_path.glob("*.bin"))
+    token_ids = torch.randint(20, (2, 7))
+    ours = GPT.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(ours.double()(token_ids), theirs.double()(token_ids).logits, rtol=1e-9, atol=1e-9)
+    parts[0].unlink()
+    with pytest.raises(FileNotFoundError, match=parts[0].name):
+        GPT.from_pretrained(tmp_path)
+    for wrong, message in (
+        ("[]", "names no files"), ("{", "names no files"), ('{"weight_map": {"a": "../b"}}', "not beside it"),
+    ):  # fmt: skip
+        index.write_text(wrong)
+        with pytest.raises(ModelFileError, match=message):
+            GPT.from_pretrained(tmp_path)

@@ -114,7 +114,7 @@ class Model(torch.nn.Module):
         weights = {}
         for (first, *others), _ in _aliases(made):
             for name in others:
-                if tied.get(name) != tied.get(first, first) and not torch.equal(own[name], own[first]):
+                if tied.get(name, name) != tied.get(first, first) and not torch.equal(own[name], own[first]):
                     raise ValueError(f"{first} and {name} are one weight in a {kind}, and differ here: tie them again")
             values = own[first].detach().contiguous()
             weights[first] = values.clone() if first in tied else values  # in a file no two share their memory

@@ -18,10 +18,8 @@ _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "g
 def read_pretrained(folder: str | os.PathLike, model_type: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The values of config.json, and the weights of model.safetensors or else pytorch_model.bin, by their names there.
 
-    Either may be in several files, which an index beside them names.
-
-    Raises FileNotFoundError, or ModelFileError for a model of another type and for files that hold none. No code that
-    is in a file is ever run.
+    Either may be in several files, which an index beside them names. Raises FileNotFoundError, or ModelFileError for a
+    model of another type and for files that hold none. No code that is in a file is ever run.
     """
     folder = Path(folder)
     try:
