@@ -310,6 +310,7 @@ _autocast_enabled = torch._C._is_any_autocast_enabled
 if extension is not None:
     extension.watch(_requested, listeners)
 _runs_on_cpu = None if extension is None else extension.runs_on_cpu
+_layers_run_on_cpu = None if extension is None else extension.layers_run_on_cpu
 
 
 def runs_on_cpu(requested: str | None, *tensors: Tensor | None) -> bool:
@@ -318,7 +319,12 @@ def runs_on_cpu(requested: str | None, *tensors: Tensor | None) -> bool:
     False where that takes a closer look, and where torch.compile has to follow it: with the detailed checks, then, and
     with `choose`.
     """
-    return requested is None and _runs_on_cpu is not None and not is_compiling() and _runs_on_cpu(*tensors)
+    return requested is None and extension is not None and not is_compiling() and _runs_on_cpu(*tensors)
+
+
+def layers_run_on_cpu(requested: str | None, input: Tensor, *layers: Tensor | None) -> bool:
+    """The same of linear layers that fit their input, each a weight and a bias."""
+    return requested is None and extension is not None and not is_compiling() and _layers_run_on_cpu(input, *layers)
 
 
 def choose(

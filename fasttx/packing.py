@@ -33,13 +33,7 @@ def settled_state(tensor: Tensor | None) -> tuple | None:
     None where a gradient by it is wanted (its next use will find it changed), and for tensors whose changes cannot be
     seen: inference tensors, views with gaps, subclasses, and what a compiler or a function transform traces.
     """
-    if extension is None or not is_settled(tensor) or tensor.is_inference():
-        return None
-    if not (tensor.is_cpu and _is_dense(tensor)):
-        return None
-    address = tensor.data_ptr()
-    sample = extension.fingerprint(address, tensor.nbytes)
-    return tensor._version, address, tensor.shape, tensor.stride(), tensor.dtype, sample
+    return None if extension is None or is_compiling() else extension.settled_state(tensor)
 
 
 def transposed(weight: Tensor) -> Tensor:
@@ -94,11 +88,6 @@ def is_settled(tensor: Tensor | None) -> bool:
         and not is_compiling()
         and not _are_functorch_transforms_active()
     )
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether it is one block of memory without gaps: contiguous, or the transpose of what is."""
-    return tensor.is_contiguous() or (tensor.dim() == 2 and tensor.stride() == (1, tensor.shape[0]))
 
 
 def invalidate() -> None:

@@ -11,9 +11,6 @@ import torch
 
 import fasttx
 from fasttx import dispatch, functional
-from fasttx.ops._library import plain_call
-from fasttx.ops.gelu import gelu_fwd
-from fasttx.ops.layer_norm import plain_layer_norm
 
 X = torch.randn(2, 5)
 
@@ -265,88 +262,3 @@ def test_threads_fixture_sets_and_puts_back(threads, count):
     with threads(count):
         assert torch.get_num_threads() == count
     assert torch.get_num_threads() == before
-
-
-PLAIN = torch.ones(2, 3)
-
-
-class Subclass(torch.Tensor):
-    """A tensor that may override anything."""
-
-
-PLAIN_OR_NOT = [
-    ((PLAIN,), True),
-    ((PLAIN, None, torch.nn.Parameter(PLAIN), PLAIN.t()), True),
-    ((PLAIN.half(), PLAIN.half()), True),
-    ((PLAIN.double(),), True),
-    ((PLAIN, PLAIN.bfloat16()), False),
-    ((PLAIN.long(),), False),
-    ((PLAIN.to("meta"),), False),
-    ((PLAIN, PLAIN.to("meta")), False),
-    ((PLAIN.to_sparse(),), False),
-    ((PLAIN.to_mkldnn(),), False),
-    ((torch.nested.nested_tensor([torch.ones(2)]),), False),
-    ((PLAIN.as_subclass(Subclass),), False),
-    ((PLAIN, PLAIN.as_subclass(Subclass)), False),
-    ((None,), False),
-    (([1.0],), False),
-    ((PLAIN, 1.0), False),
-]
-
-
-@pytest.mark.parametrize(("tensors", "plain"), PLAIN_OR_NOT)
-def test_only_plain_cpu_tensors_pass_the_quick_check(needs_extension, tensors, plain):
-    assert dispatch.runs_on_cpu(None, *tensors) is plain
-
-
-@pytest.mark.parametrize(("tensors", "plain"), PLAIN_OR_NOT)
-def test_only_plain_calls_go_straight_to_their_op(needs_extension, tensors, plain):
-    first, *others = tensors
-    second = others[0][0] if others and isinstance(others[0], torch.Tensor) else None if not others else others[0]
-    assert (plain_call(gelu_fwd)(first, second, 2) is not None) is plain
-
-
-@pytest.mark.parametrize(
-    ("shape", "plain"),
-    [(3, True), ((3,), True), ((2, 3), True), (torch.Size([3]), True), ([3], False), ((), False), ((1, 2, 3), False),
-     (2, False), (3.0, False), (True, False), ((3.0,), False), (2**80, False), ((2**80, 3), False), (-3, False)],
-)  # fmt: skip
-def test_what_layer_norm_takes_for_a_shape_on_its_straight_way(needs_extension, shape, plain):
-    output = plain_layer_norm(PLAIN, shape, None, None, 1e-5)
-    assert (output is not None) is plain
-    if plain:
-        dims = (shape,) if isinstance(shape, int) else shape
-        torch.testing.assert_close(output, torch.nn.functional.layer_norm(PLAIN, dims))
-
-
-@pytest.mark.parametrize("weight, bias", [(2, None), (None, 2), (3, 2), ((1, 3), None), (None, (3, 1))])
-def test_layer_norm_goes_straight_only_with_parameters_of_its_shape(needs_extension, weight, bias):
-    weight, bias = (None if size is None else torch.ones(size) for size in (weight, bias))
-    assert plain_layer_norm(PLAIN, 3, weight, bias, 1e-5) is None
-
-
-def test_the_straight_way_has_gradients_where_they_are_wanted(needs_extension):
-    leaf, bias = PLAIN.clone().requires_grad_(), torch.ones(3, requires_grad=True)
-    assert plain_layer_norm(leaf, 3, None, None, 1e-5).requires_grad
-    assert plain_layer_norm(PLAIN, 3, None, bias, 1e-5).requires_grad
-    assert not plain_layer_norm(PLAIN, 3, None, None, 1e-5).requires_grad
-    with torch.no_grad():
-        assert not plain_layer_norm(leaf, 3, None, bias, 1e-5).requires_grad
-    with torch.autograd.forward_ad.dual_level():
-        assert plain_layer_norm(PLAIN, 3, None, None, 1e-5) is None
-    seen = []
-    torch.func.vmap(lambda x: (seen.append(plain_layer_norm(x, 3, None, None, 1e-5)), x)[1])(PLAIN)
-    assert seen == [None]
-
-
-def test_whoever_chose_or_watches_gets_the_detailed_checks(needs_extension):
-    assert dispatch.runs_on_cpu("cpu", PLAIN) is False
-    with fasttx.backend("cpu"):
-        assert dispatch.runs_on_cpu(None, PLAIN) is False
-    with torch.autocast("cpu"):
-        assert dispatch.runs_on_cpu(None, PLAIN) is False
-    dispatch.listeners.append(print)
-    try:
-        assert dispatch.runs_on_cpu(None, PLAIN) is False
-    finally:
-        dispatch.listeners.remove(print)

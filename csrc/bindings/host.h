@@ -29,8 +29,4 @@ PyCFunction as_method(F function) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
-// A hash of up to 16 words spread evenly over the memory there, and of the bytes past its last whole word: cheap evidence
-// that it has not changed.
-uint64_t fingerprint_of(const char* base, size_t bytes);
-
 }  // namespace fasttx::bindings

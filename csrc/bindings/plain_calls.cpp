@@ -1,38 +1,18 @@
 // Calls on plain tensors: whether they are that, and whether gradients are wanted, asked in C; then the op at once.
 // Python takes longer to ask than a kernel takes for a small tensor.
 #include <algorithm>
+#include <cmath>
 #include <functional>
+#include <iterator>
 #include <numeric>
 
 #include "host.h"
-#include "property.h"
+#include "torch_module.h"
 
 namespace fasttx::bindings {
 namespace {
 
 namespace py = pybind11;
-
-struct Torch {
-  py::object tensor, parameter, strided, dtypes[4];
-  Property dtype, is_cpu, layout, is_nested, requires_grad, shape;
-  py::object is_autocast_enabled, is_grad_enabled, are_transforms_active;
-  py::dict forward_ad;
-
-  explicit Torch(const py::module_& torch)
-      : tensor(torch.attr("Tensor")), parameter(torch.attr("nn").attr("Parameter")), strided(torch.attr("strided")),
-        dtypes{torch.attr("float32"), torch.attr("bfloat16"), torch.attr("float16"), torch.attr("float64")},
-        dtype(tensor, "dtype"), is_cpu(tensor, "is_cpu"), layout(tensor, "layout"), is_nested(tensor, "is_nested"),
-        requires_grad(tensor, "requires_grad"), shape(tensor, "shape"),
-        is_autocast_enabled(torch.attr("_C").attr("_is_any_autocast_enabled")),
-        is_grad_enabled(torch.attr("_C").attr("is_grad_enabled")),
-        are_transforms_active(torch.attr("_C").attr("_are_functorch_transforms_active")),
-        forward_ad(torch.attr("autograd").attr("forward_ad").attr("__dict__")) {}
-};
-
-const Torch& torch_module() {
-  static const Torch* torch = new Torch(py::module_::import("torch"));  // outlives the interpreter's end
-  return *torch;
-}
 
 // fasttx.dispatch's: what backend this thread asked for, as `name`, and a list of who wants to hear of every call.
 struct Dispatch {
@@ -41,12 +21,6 @@ struct Dispatch {
 };
 const Dispatch* dispatch = nullptr;
 
-bool is_true(const py::object& function) {
-  PyObject* answer = PyObject_CallNoArgs(function.ptr());
-  if (answer == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(answer).ptr() == Py_True;
-}
-
 // Whether each is None or a dense tensor on the CPU, of no subclass, and all of one dtype that the kernels compute in;
 // the first one is no None.
 bool are_plain(const Torch& torch, PyObject* const* tensors, Py_ssize_t count) {
@@ -54,8 +28,7 @@ bool are_plain(const Torch& torch, PyObject* const* tensors, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* tensor = tensors[i];
     if (i > 0 && tensor == Py_None) continue;
-    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
-    if (type != torch.tensor.ptr() && type != torch.parameter.ptr()) return false;
+    if (!torch.is_plain(tensor)) return false;
     const py::object its_dtype = torch.dtype(tensor);
     if (i == 0) {
       dtype = its_dtype;
@@ -102,18 +75,43 @@ bool ends_in(const py::object& shape, PyObject* const* dims, Py_ssize_t count, b
   });
 }
 
-template <class F>
-PyObject* with_errors(F body) {
-  try {
-    return body();
-  } catch (py::error_already_set& error) {
-    error.restore();
-    return nullptr;
-  }
-}
-
 PyObject* runs_on_cpu(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
   return with_errors([&] { return PyBool_FromLong(takes(torch_module(), tensors, count)); });
+}
+
+// A tensor's sizes, as Python's integers.
+class Sizes {
+ public:
+  Sizes(const Torch& torch, PyObject* tensor) : shape_(torch.shape(tensor)) {}
+  Py_ssize_t count() const { return PyTuple_GET_SIZE(shape_.ptr()); }
+  int64_t operator[](Py_ssize_t i) const { return PyLong_AsLongLong(PyTuple_GET_ITEM(shape_.ptr(), i)); }
+
+ private:
+  py::object shape_;
+};
+
+// Whether linear layers take an input (..., in), one after another: weights (out, in), biases (out,) or None.
+bool layers_fit(const Torch& torch, PyObject* const* given, Py_ssize_t count) {
+  const Sizes input(torch, given[0]);
+  if (input.count() == 0) return false;
+  int64_t width = input[input.count() - 1];
+  for (Py_ssize_t i = 1; i < count; i += 2) {
+    if (given[i] == Py_None) return false;
+    const Sizes weight(torch, given[i]);
+    if (weight.count() != 2 || weight[1] != width) return false;
+    width = weight[0];
+    if (given[i + 1] == Py_None) continue;
+    const Sizes bias(torch, given[i + 1]);
+    if (bias.count() != 1 || bias[0] != width) return false;
+  }
+  return true;
+}
+
+PyObject* layers_run_on_cpu(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  return with_errors([&] {
+    const Torch& torch = torch_module();
+    return PyBool_FromLong(count % 2 == 1 && takes(torch, given, count) && layers_fit(torch, given, count));
+  });
 }
 
 PyObject* call(PyObject* ways, PyObject* const* given, Py_ssize_t count) {
@@ -148,11 +146,40 @@ PyObject* call_layer_norm(PyObject* ways, PyObject* const* given, Py_ssize_t cou
   });
 }
 
+PyObject* call_attention(PyObject* ways, PyObject* const* given, Py_ssize_t count) {
+  return with_errors([&]() -> PyObject* {
+    if (count != 7 || given[1] == Py_None || given[2] == Py_None) Py_RETURN_NONE;
+    PyObject *const is_causal = given[3], *const offset = given[4], *const scale = given[5];
+    PyObject* const op = way_of(ways, given, 3);
+    if (op == nullptr || !PyBool_Check(is_causal) || !PyLong_CheckExact(offset)) Py_RETURN_NONE;
+    const Torch& torch = torch_module();
+    const Sizes q(torch, given[0]), k(torch, given[1]), v(torch, given[2]);
+    if (q.count() != 4 || k.count() != 4 || v.count() != 4) Py_RETURN_NONE;
+    const bool of_heads = k[0] == q[0] && v[0] == q[0] && k[1] == q[1] && v[1] == q[1];
+    if (!of_heads || v[2] != k[2] || k[3] != q[3] || q[3] == 0) Py_RETURN_NONE;
+    if (scale != Py_None && !PyFloat_CheckExact(scale)) Py_RETURN_NONE;
+    const double factor = scale == Py_None ? 1.0 / std::sqrt(q[3]) : PyFloat_AS_DOUBLE(scale);
+    if (!std::isfinite(factor)) Py_RETURN_NONE;
+    static const py::object *unlimited = new py::int_(-1), *none_dropped = new py::float_(0.0), *no_weights = new py::int_(0);
+    const bool is_differentiated = op == PyTuple_GET_ITEM(ways, 1);
+    const py::float_ scale_used(factor);
+    const py::bool_ with_lse(is_differentiated || PyObject_IsTrue(given[6]) == 1);
+    PyObject* const args[] = {given[0], given[1], given[2], Py_None, Py_None, Py_None, Py_None, Py_None,
+                              is_causal, offset, unlimited->ptr(), unlimited->ptr(), none_dropped->ptr(), Py_None,
+                              scale_used.ptr(), with_lse.ptr(), no_weights->ptr()};
+    return PyObject_Vectorcall(op, args, std::size(args), nullptr);
+  });
+}
+
 PyMethodDef call_method = {"plain_call", as_method(&call), METH_FASTCALL,
                            "The op's result; None where its first two arguments are not plain tensors, or that takes a "
                            "closer look."};
 PyMethodDef layer_norm_method = {"plain_layer_norm", as_method(&call_layer_norm), METH_FASTCALL,
                                  "The same of (input, normalized_shape, weight, bias, eps), where shapes fit too."};
+
+PyMethodDef attention_method = {"plain_attention", as_method(&call_attention), METH_FASTCALL,
+                                "The same of (query, key, value, is_causal, query_offset, scale, with_lse), padded and of "
+                                "as many heads, where shapes fit too."};
 
 py::object bound(PyMethodDef& method, const py::object& raw, const py::object& apply) {
   return py::reinterpret_steal<py::object>(PyCFunction_New(&method, py::make_tuple(raw, apply).ptr()));
@@ -162,6 +189,8 @@ PyMethodDef methods[] = {
     {"runs_on_cpu", as_method(&runs_on_cpu), METH_FASTCALL,
      "Whether all are dense CPU tensors of one dtype that the kernels know, and of no subclass (all but the first may "
      "be None), no backend is named, nobody listens, and autocast is off."},
+    {"layers_run_on_cpu", as_method(&layers_run_on_cpu), METH_FASTCALL,
+     "The same of (input, weight, bias, ...), where linear layers of these weights and biases fit the input."},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -178,6 +207,9 @@ void define_plain_calls(py::module_& m) {
   m.def("plain_layer_norm",
         [](const py::object& raw, const py::object& apply) { return bound(layer_norm_method, raw, apply); },
         py::arg("raw"), py::arg("apply"), layer_norm_method.ml_doc);
+  m.def("plain_attention",
+        [](const py::object& raw, const py::object& apply) { return bound(attention_method, raw, apply); },
+        py::arg("raw"), py::arg("apply"), attention_method.ml_doc);
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
 }
 

@@ -27,4 +27,18 @@ class Property {
   PyGetSetDescrObject* descriptor_;  // lives as long as torch
 };
 
+// A method of it that takes no arguments, likewise.
+class Method {
+ public:
+  Method(pybind11::handle tensor_class, const char* name) : method_(tensor_class.attr(name)) {}
+  pybind11::object operator()(PyObject* tensor) const {
+    PyObject* result = PyObject_CallOneArg(method_.ptr(), tensor);
+    if (result == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(result);
+  }
+
+ private:
+  pybind11::object method_;
+};
+
 }  // namespace fasttx::bindings

@@ -1,10 +1,11 @@
 // Snapshots of modules: whether anything about them has changed since what was found out about them was found out.
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <vector>
 
 #include "host.h"
-#include "property.h"
+#include "weight_state.h"
 
 namespace fasttx::bindings {
 namespace {
@@ -86,34 +87,15 @@ class ObjectState {
   DictState state_;
 };
 
-// Where a weight's values are and what they were, as packing.settled_state has it.
-class WeightState {
+// A weight, and what its values were.
+class Weight {
  public:
-  explicit WeightState(py::object weight) : weight_(std::move(weight)), now_(of(weight_)) {}
-  bool holds() const {
-    const Values now = of(weight_);
-    return now.version == now_.version && now.address == now_.address && now.sample == now_.sample &&
-           now.dtype.is(now_.dtype) && now.shape.equal(now_.shape) && now.stride.equal(now_.stride);
-  }
+  explicit Weight(py::object weight) : weight_(std::move(weight)), before_(weight_.ptr()) {}
+  bool is_unchanged() const { return WeightState(weight_.ptr()) == before_; }
 
  private:
-  struct Values {
-    Py_ssize_t version, address;
-    uint64_t sample;
-    py::object dtype, shape, stride;
-  };
-  static Values of(const py::object& weight) {
-    static const auto* tensor = new py::object(py::module_::import("torch").attr("Tensor"));
-    static const Property version(*tensor, "_version"), dtype(*tensor, "dtype"), shape(*tensor, "shape"),
-        bytes(*tensor, "nbytes");
-    const auto call = [&](const char* name) { return weight.attr(name)(); };
-    const Py_ssize_t address = call("data_ptr").cast<Py_ssize_t>();
-    const auto size = bytes(weight.ptr()).cast<size_t>();
-    return {version(weight.ptr()).cast<Py_ssize_t>(), address, fingerprint_of(reinterpret_cast<const char*>(address), size),
-            dtype(weight.ptr()), shape(weight.ptr()), call("stride")};
-  }
   py::object weight_;
-  Values now_;
+  WeightState before_;
 };
 
 // Keeps none of the objects alive.
@@ -130,16 +112,14 @@ class Snapshot {
     if (table().isa != isa_ || !states_.front().holds(first.ptr())) return false;
     for (size_t i = 0; i < others_.size(); ++i)
       if (!states_[i + 1].holds(others_[i].get().ptr())) return false;
-    for (const WeightState& weight : weights_)
-      if (!weight.holds()) return false;
-    return true;
+    return std::all_of(weights_.begin(), weights_.end(), [](const Weight& weight) { return weight.is_unchanged(); });
   }
 
  private:
   const char* isa_;
   std::vector<ObjectState> states_;
   std::vector<Reference> others_;
-  std::vector<WeightState> weights_;
+  std::vector<Weight> weights_;
 };
 
 }  // namespace

@@ -2,11 +2,10 @@
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from fasttx import autocast, checks, reference
-from fasttx.dispatch import choose, runs_on_cpu
+from fasttx.dispatch import choose, layers_run_on_cpu
 from fasttx.ops import feed_forward as ops
 from fasttx.ops import linear as linear_ops
 from fasttx.rng import draw_seed
@@ -18,7 +17,7 @@ def linear(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:
     """input @ weight.T + bias: input (..., in), weight (out, in), bias (out,) or None -> (..., out)."""
-    if runs_on_cpu(backend, input, weight, bias) and _fits(input.shape, weight, bias):
+    if layers_run_on_cpu(backend, input, weight, bias):
         return linear_ops.linear(input, weight, bias)
     checks.require_floating("input", input)
     _check_layer("weight", weight, "bias", bias, "input", _width(input))
@@ -50,9 +49,7 @@ def feed_forward(
     tensors = (input, weight1, bias1, weight2, bias2)
     p = dropout_p if training else 0.0
     if (
-        runs_on_cpu(backend, *tensors)
-        and _fits(input.shape, weight1, bias1)
-        and _fits(weight1.shape[:1], weight2, bias2)
+        layers_run_on_cpu(backend, *tensors)
         and type(dropout_p) is float
         and 0.0 <= dropout_p < 1.0
         and activation in _ACTIVATIONS
@@ -76,14 +73,6 @@ def feed_forward(
             *tensors, activation=activation, dropout_p=p, training=training, seed=seed
         )
     return ops.feed_forward(*tensors, activation, p, seed)
-
-
-def _fits(sizes: torch.Size, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether a layer's shapes are as they should be, for an input of these sizes; where not, the checks say why."""
-    if weight is None or weight.dim() != 2 or not sizes:
-        return False
-    rows, columns = weight.shape
-    return sizes[-1] == columns and (bias is None or bias.shape == (rows,))
 
 
 def _width(input: Tensor) -> int:

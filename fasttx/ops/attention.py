@@ -10,6 +10,7 @@ from ._library import (
     differentiate,
     forbid_double_backward,
     given,
+    plain_call,
     run,
     wants_grad,
 )
@@ -132,6 +133,7 @@ def _backward(ctx, grad, grad_lse, _grad_stats, grad_weights):
 differentiate(attention_fwd, _backward, _save, lambda inputs: inputs[-2] or inputs[-1] != NONE)
 for _op in (attention_bwd, attention_bias_bwd, attention_alibi_bwd):
     forbid_double_backward(_op)
+plain_attention = plain_call(attention_fwd, "plain_attention")
 
 
 def attention(
