@@ -114,8 +114,35 @@ struct GemmKernelOn {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t first = item % blocks.groups() * blocks.group, row0 = item / blocks.groups() * blocks.rows;
       const int64_t past = min_of(first + blocks.group, blocks.panels), rows = min_of(blocks.rows, g.m - row0);
+      if constexpr (!Blocks::kBeside) {
+        if (g.packed_b != nullptr && rows <= kFewRows) {
+          with_count<kFewRows>(rows, [&]<int kRows>() { run_few<kRows>(g, scratch, row0, first, past); });
+          continue;
+        }
+      }
       for (int64_t panel = first; panel < past; panel += blocks.wave)
         run_wave(g, blocks, scratch, unit, row0, rows, panel, min_of(panel + blocks.wave, past), panel == first);
+    }
+  }
+
+  // kRows rows from row0 on times the panels from `panel` up to `past`. So few rows wait for their panels, and memory gives
+  // four streams a seventh to a fourth faster than one (a loop of its own on a Sapphire Rapids core, from L3 and DRAM).
+  static constexpr int kFewRows = 2;
+  template <int kRows>
+  static void run_few(const Gemm& g, Scratch& scratch, int64_t row0, int64_t panel, int64_t past) {
+    constexpr int kMost = 4 / kRows;
+    for (bool first = true; panel < past; first = false) {
+      with_count<kMost>(min_of(kMost, past - panel), [&]<int kPanels>() {
+        alignas(64) A sums[kPanels * kRows * kCols];
+        int64_t k = 0;
+        do {
+          const int64_t depth = min_of(g.k - k, kDepth);
+          scratch.operands.begin_stretch(row0, kRows, k, depth, first);
+          scratch.operands.template multiply_side_by_side<kRows, kPanels>(panel, k > 0, sums);
+          k += depth;
+        } while (k < g.k);
+        for (int p = 0; p < kPanels; ++p, ++panel) end(g, row0, kRows, panel * kCols, sums + p * kRows * kCols);
+      });
     }
   }
 

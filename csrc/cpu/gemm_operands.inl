@@ -145,6 +145,52 @@ class PackedOperands {
     });
   }
 
+  // sums[panel][row] = left panel, or sums + left panel, for the stretch's kRows rows and kPanels packed panels from
+  // `panel` on, each read as a stream of its own. Chains are those of `multiply`.
+  template <int kRows, int kPanels>
+  void multiply_side_by_side(int64_t panel, bool add, A* sums) const {
+    using S = Step<P>;
+    constexpr int kStep = Packed<T>::kStep, kVecs = kGemmVecs<T>;
+    const int64_t depth = packed_k<T>(depth_), panel_values = depth * kCols;
+    const bool packed = left_stride_ == 0;
+    const int64_t row_stride = packed ? kStep : left_stride_, left_step = packed ? kRows * kStep : kStep;
+    const P* left = left_;
+    const P* b = static_cast<const P*>(g_.packed_b) + panel_offset<T, false>(blocks_.panels, panel, k_, depth_);
+    int64_t k = 0;
+    do {
+      V sum[kPanels][kRows][kVecs];
+#pragma GCC unroll 8
+      for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+          for (int j = 0; j < kVecs; ++j) sum[p][i][j] = V::zero();
+      for (const int64_t past = min_of(k + kChainK, depth); k < past; k += kStep, left += left_step, b += kCols * kStep) {
+        typename S::Reg row[kRows];
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) row[i] = S::broadcast(left + i * row_stride);
+#pragma GCC unroll 8
+        for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 8
+          for (int j = 0; j < kVecs; ++j) {
+            const typename S::Reg columns = S::columns(b + p * panel_values + j * V::kWidth * kStep);
+#pragma GCC unroll 8
+            for (int i = 0; i < kRows; ++i) sum[p][i][j] = S::fma_step(row[i], columns, sum[p][i][j]);
+          }
+      }
+#pragma GCC unroll 8
+      for (int p = 0; p < kPanels; ++p)
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+          for (int j = 0; j < kVecs; ++j) {
+            A* at = sums + (p * kRows + i) * kCols + j * V::kWidth;
+            (add ? V::load(at) + sum[p][i][j] : sum[p][i][j]).store(at);
+          }
+      add = true;
+    } while (k < depth);
+  }
+
   // Sums need no mending.
   void mend(int64_t, int64_t, int64_t, A*) const {}
 
