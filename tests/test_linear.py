@@ -231,6 +231,19 @@ def test_a_row_does_not_depend_on_the_batch(isa, dtype, depth):
         assert same_bits(CPU_LINEAR(**alone), whole["output 0"][row])
 
 
+@pytest.mark.parametrize("depth, out", [(3, 65), (300, 330), (4500, 200)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_or_two_rows_of_a_packed_weight_are_those_of_a_batch(isa, dtype, depth, out):
+    """Their panels are read side by side: four and fewer, from one stretch of the depth to more than are kept."""
+    inputs = {n: x.to(dtype) for n, x in linear_inputs(40, depth=depth, out=out).items()}
+    whole = CPU_LINEAR(**inputs)
+    spread = torch.empty(80, depth + 1, dtype=dtype)[::2, 1:]
+    spread.copy_(inputs["input"])
+    for rows in (slice(7, 8), slice(0, 40, 39), slice(3, 6)):
+        for x in (inputs["input"][rows], spread[rows]):
+            assert same_bits(CPU_LINEAR(**inputs | {"input": x}), whole[rows])
+
+
 @pytest.mark.parametrize("outer, depth, out", [((0,), 5, 7), ((2, 0), 5, 7), ((3,), 0, 7),
                                                ((3,), 5, 0), ((0,), 0, 0)], ids=str)  # fmt: skip
 def test_empty(isa, outer, depth, out):
