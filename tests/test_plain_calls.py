@@ -85,7 +85,7 @@ ATTENTION = {
      ({"query": Q[:, :, :, :0], "key": KV[:, :, :, :0]}, False), ({"key": KV[:, :1], "value": KV[:, :1]}, False),
      ({"value": KV[:, :1]}, False), ({"value": KV[:1]}, False), ({"key": KV[:1]}, False), ({"is_causal": 1}, False),
      ({"query_offset": 1.0}, False), ({"query_offset": True}, False), ({"scale": 1}, False), ({"scale": "a"}, False),
-     ({"scale": math.inf}, False), ({"scale": math.nan}, False)],
+     ({"scale": math.inf}, False), ({"scale": math.nan}, False), ({"with_lse": 1}, False), ({"with_lse": Q}, False)],
 )  # fmt: skip
 def test_only_fitting_attention_goes_straight_to_its_op(needs_extension, given, plain):
     assert (plain_attention(*(ATTENTION | given).values()) is not None) is plain

@@ -149,9 +149,9 @@ PyObject* call_layer_norm(PyObject* ways, PyObject* const* given, Py_ssize_t cou
 PyObject* call_attention(PyObject* ways, PyObject* const* given, Py_ssize_t count) {
   return with_errors([&]() -> PyObject* {
     if (count != 7 || given[1] == Py_None || given[2] == Py_None) Py_RETURN_NONE;
-    PyObject *const is_causal = given[3], *const offset = given[4], *const scale = given[5];
+    PyObject *const is_causal = given[3], *const offset = given[4], *const scale = given[5], *const wants_lse = given[6];
     PyObject* const op = way_of(ways, given, 3);
-    if (op == nullptr || !PyBool_Check(is_causal) || !PyLong_CheckExact(offset)) Py_RETURN_NONE;
+    if (op == nullptr || !PyBool_Check(is_causal) || !PyLong_CheckExact(offset) || !PyBool_Check(wants_lse)) Py_RETURN_NONE;
     const Torch& torch = torch_module();
     const Sizes q(torch, given[0]), k(torch, given[1]), v(torch, given[2]);
     if (q.count() != 4 || k.count() != 4 || v.count() != 4) Py_RETURN_NONE;
@@ -163,10 +163,9 @@ PyObject* call_attention(PyObject* ways, PyObject* const* given, Py_ssize_t coun
     static const py::object *unlimited = new py::int_(-1), *none_dropped = new py::float_(0.0), *no_weights = new py::int_(0);
     const bool is_differentiated = op == PyTuple_GET_ITEM(ways, 1);
     const py::float_ scale_used(factor);
-    const py::bool_ with_lse(is_differentiated || PyObject_IsTrue(given[6]) == 1);
     PyObject* const args[] = {given[0], given[1], given[2], Py_None, Py_None, Py_None, Py_None, Py_None,
                               is_causal, offset, unlimited->ptr(), unlimited->ptr(), none_dropped->ptr(), Py_None,
-                              scale_used.ptr(), with_lse.ptr(), no_weights->ptr()};
+                              scale_used.ptr(), is_differentiated ? Py_True : wants_lse, no_weights->ptr()};
     return PyObject_Vectorcall(op, args, std::size(args), nullptr);
   });
 }
