@@ -25,10 +25,12 @@ _BARS = {
     (1024, True): (1.12, 1.05),
 }
 _ROOFLINE = (0.88, 0.80)  # of inference, from 128 tokens on
+# (tokens, in, out) of linear layers: one token is what decoding has, the last of them a language model's head.
+_LINEAR = ((1024, _WIDTH, _WIDTH), (1, 64, 64), (1, _WIDTH, _WIDTH), (1, _WIDTH, _HIDDEN), (1, _WIDTH, 50257))
 
 
 def cases() -> Iterator[Case | Growth]:
-    """768 -> 3072 -> 768 for few and many tokens, forward and backward; one linear layer; time per token."""
+    """768 -> 3072 -> 768 for few and many tokens, forward and backward; linear layers; time per token."""
     for index, dtype in enumerate(DTYPES):
         for (tokens, backward), bars in _BARS.items():
             yield Case(
@@ -42,10 +44,12 @@ def cases() -> Iterator[Case | Growth]:
                 bar=bars[index],
                 roofline=None if backward or tokens < 128 else _ROOFLINE[index],
             )
-        yield Case(
-            "feed_forward", "linear fwd", f"(1024,{_WIDTH},{_WIDTH})", dtype, partial(_linear, dtype),
-            flops=2 * 1024 * _WIDTH * _WIDTH, bytes=(2 * 1024 + _WIDTH) * _WIDTH * item_size(dtype),
-        )  # fmt: skip
+        for rows, width, out in _LINEAR:
+            yield Case(
+                "feed_forward", "linear fwd", f"({rows},{width},{out})", dtype,
+                partial(_linear, rows, width, out, dtype), flops=2 * rows * width * out,
+                bytes=(rows * (width + out) + width * out) * item_size(dtype),
+            )  # fmt: skip
         yield Growth(
             "feed_forward", "time per token", GROWN, dtype, "x",
             partial(time_per_token, partial(_call, dtype)), bar=FLAT,
@@ -72,8 +76,8 @@ def _work(tokens: int, dtype: torch.dtype, backward: bool) -> Work:
     )  # fmt: skip
 
 
-def _linear(dtype: torch.dtype) -> Work:
-    inputs = tensors(dtype, input=(1024, _WIDTH), weight=(_WIDTH, _WIDTH), bias=(_WIDTH,))
+def _linear(rows: int, width: int, out: int, dtype: torch.dtype) -> Work:
+    inputs = tensors(dtype, input=(rows, width), weight=(out, width), bias=(out,))
     return op_work(inputs, {"linear": torch_linear}, functional.linear, reference.linear)
 
 

@@ -13,6 +13,9 @@ from fasttx.models import GPT, GPTConfig, ModelFileError
 peft = pytest.importorskip("peft")
 pytest.importorskip("safetensors")
 
+# Of float64 between two right ways to one value: a million times its rounding, and far below what an adapter changes.
+ROUNDINGS = {"rtol": 1e-9, "atol": 1e-10}
+
 
 class OwnLayer(torch.nn.TransformerEncoderLayer):
     """As a user derives one."""
@@ -37,7 +40,7 @@ def test_restored_models_keep_their_adapters():
     expected = adapted(x)
     assert fasttx.parity(adapted, x).passed
     fasttx.restore(adapted)
-    torch.testing.assert_close(adapted(x), expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(adapted(x), expected, **ROUNDINGS)
 
 
 @pytest.mark.parametrize("targets", [None, ["linear1"], ["self_attn"]])
@@ -48,7 +51,7 @@ def test_derived_layers_keep_their_adapters(targets):
         adapted = adapt(nesting(layer, stack), targets)
         expected = adapted.train()(x, src_key_padding_mask=padding)
         actual = adapted.eval()(x, src_key_padding_mask=padding)
-        torch.testing.assert_close(actual[~padding], expected[~padding], rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(actual[~padding], expected[~padding], **ROUNDINGS)
 
 
 @torch.no_grad()
@@ -60,7 +63,7 @@ def test_a_merged_encoder_is_on_the_fast_path_again():
     assert torch.equal(adapted(x, src_key_padding_mask=padding), fresh(x, src_key_padding_mask=padding))
     before = copy.deepcopy(finetune.unmerge(adapted))
     assert torch.equal(adapted(x), before(x)) and not torch.equal(adapted(x), fresh(x))
-    torch.testing.assert_close(adapted(x), adapted.train()(x), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(adapted(x), adapted.train()(x), **ROUNDINGS)
 
 
 def test_adapters_are_in_the_models_mode(tmp_path):
@@ -127,7 +130,7 @@ def test_fasttxs_encoder_leaves_zeros_at_padding_with_adapters_too():
     model, (x, padding) = fasttx.nn.TransformerEncoder(layer, 2).double().eval(), inputs()
     before = model(x, src_key_padding_mask=padding)
     after = finetune.lora(model)(x, src_key_padding_mask=padding)
-    torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(after, before, **ROUNDINGS)
     assert not after[padding].any()
 
 
@@ -147,7 +150,7 @@ def test_what_peft_merged_is_not_merged_again():
     with pytest.raises(ValueError, match="unmerge_adapter"):
         finetune.merge(adapted)
     adapted.unmerge_adapter()
-    torch.testing.assert_close(finetune.merge(adapted)(x), expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(finetune.merge(adapted)(x), expected, **ROUNDINGS)
 
 
 def test_an_adapter_around_some_of_the_layers_is_merged():
@@ -155,7 +158,7 @@ def test_an_adapter_around_some_of_the_layers_is_merged():
     adapted.add_adapter("second", peft.LoraConfig(r=2, target_modules=["linear1"]))
     adapted.set_adapter("second")
     expected = adapted(x)
-    torch.testing.assert_close(finetune.merge(adapted)(x), expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(finetune.merge(adapted)(x), expected, **ROUNDINGS)
 
 
 class Tied(torch.nn.Module):
